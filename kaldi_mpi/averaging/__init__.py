@@ -1,0 +1,1 @@
+"""Strategies: how the models of several learners become one."""

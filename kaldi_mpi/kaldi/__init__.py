@@ -1,0 +1,1 @@
+"""Kaldi's side of a recipe: data, features, alignments, graphs, decoding, scoring."""

@@ -1,0 +1,1 @@
+"""The persistent learner: loop, optimiser, schedule."""

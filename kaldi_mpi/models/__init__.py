@@ -1,0 +1,1 @@
+"""Acoustic models in PyTorch, built from Kaldi xconfig."""

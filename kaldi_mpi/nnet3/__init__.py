@@ -1,0 +1,1 @@
+"""nnet3 files: read, write, to and from PyTorch."""

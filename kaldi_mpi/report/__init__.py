@@ -1,0 +1,1 @@
+"""Logs that Kaldi's tools parse, and progress."""

@@ -1,0 +1,1 @@
+"""How learners talk: communicators, launch, and a fake world for tests."""
