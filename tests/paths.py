@@ -1,0 +1,35 @@
+"""Where the tests find files that other programs wrote."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+
+
+def golden(name: str) -> Path:
+    """The path of a file that a real Kaldi wrote; skips the test where the golden files are absent."""
+    path = SHARED / "golden" / name
+    if not path.exists():
+        pytest.skip(f"needs shared/golden/{name}, which is not beside this checkout")
+    return path
+
+
+def fsdd() -> Path:
+    """The folder of real digit recordings; skips the test where it is absent."""
+    path = SHARED / "fsdd"
+    if not path.exists():
+        pytest.skip("needs shared/fsdd, which is not beside this checkout")
+    return path
+
+
+def kaldi_root() -> Path:
+    """KALDI_ROOT; skips the test where no real Kaldi is given."""
+    root = os.environ.get("KALDI_ROOT")
+    if not root:
+        pytest.skip("needs a real Kaldi: KALDI_ROOT is not set")
+    return Path(root)
