@@ -1,0 +1,40 @@
+"""``allreduce``: the gradients of all learners are averaged at each minibatch.
+
+Rule (synchronous SGD; SC-PSGD of arXiv 1904.04956, BSP of arXiv 1703.05880), learner i of N:
+
+    g = (1/N) * sum_j g_j,      w_i = w_i - (N a) g                                            (1)
+
+where g_j is summed over the frames of learner j's minibatch and a is the effective learning rate, so that
+(1) is w - a * sum_j g_j: exactly the step that one learner takes on the N-fold minibatch. Optimiser state
+(momentum, maximum change) sees the same gradient on every rank, so the models never differ.
+
+Mixing matrix: 11'/N on the gradients; age 0; no outer filter. It holds for uneven minibatches too: a
+learner without frames adds a zero.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
+
+
+class Allreduce(Strategy):
+    """Equation (1). N learners equal one learner with the N-fold minibatch, to float32 rounding."""
+
+    name: ClassVar[str] = "allreduce"
+    moves_together: ClassVar[bool] = True
+
+    def combine_gradients(self, gradients: Flat, step: Step) -> None:
+        """Replace `gradients` by their mean over the learners, as in (1)."""
+        if self.world.size == 1:
+            return  # not one bit changes for a single learner
+        self.world.sum_(gradients)
+        gradients /= np.float32(self.world.size)
+        self._count(gradients)
+
+    def mean_model(self, parameters: Flat) -> Flat:
+        """A copy: the models never differ, and a mean of equal numbers could still round."""
+        return parameters.copy()

@@ -1,0 +1,76 @@
+"""``periodic``: the parameters of all learners are averaged each K frames. Kaldi's jobs, without the jobs.
+
+Rule (Kaldi nnet3's ``nnet3-average`` after each iteration, arXiv 1410.7455 section 2.2; local SGD):
+
+    between averagings   w_i <- w_i - (N a) g_i                                                (1)
+    when sum_i n_i >= K  w_i <- sum_j n_j w_j / sum_j n_j ;   n_i <- 0                         (2)
+
+n_i counts the frames that learner i has trained on since the last averaging. All learners know sum_i n_i
+without asking, since the sizes of all minibatches of a step are known everywhere, so they average after
+the same step. The weights n_i make an unevenly fed learner count for what it saw (Kaldi weighs its jobs
+equally, which is the same when they are); a learner that saw nothing has weight zero.
+
+Mixing matrix: the identity between averagings, the weighted mean at an averaging; age 0; no outer filter.
+Momentum stays with its learner through an averaging: the mean of the local momenta acts on the mean model
+as one momentum would.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+
+
+class Periodic(Strategy):
+    """Equations (1) and (2).
+
+    Args:
+        world: the learners.
+        frames_per_average: K, counted over all learners.
+    """
+
+    name: ClassVar[str] = "periodic"
+
+    def __init__(self, world: Collective, frames_per_average: int) -> None:
+        super().__init__(world)
+        self.frames_per_average = frames_per_average
+        self._own_frames = 0
+        self._global_frames = 0
+
+    def after_step(self, parameters: Flat, step: Step) -> None:
+        """Count the step's frames, and average as in (2) when K have gone by."""
+        self._own_frames += step.frames
+        self._global_frames += step.global_frames
+        if self._global_frames >= self.frames_per_average:
+            self._average(parameters)
+
+    def finish(self, parameters: Flat) -> None:
+        """Average what has been trained since the last averaging."""
+        if self._global_frames:
+            self._average(parameters)
+
+    def mean_model(self, parameters: Flat) -> Flat:
+        """The model that an averaging now would give, by (2), as a new array."""
+        mean = parameters.copy()
+        if self.world.size > 1 and self._global_frames:
+            mean *= np.float32(self._own_frames / self._global_frames)
+            self.world.sum_(mean)
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the frames since the last averaging."""
+        return super().state_dict() | {"own_frames": self._own_frames, "global_frames": self._global_frames}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._own_frames, self._global_frames = state["own_frames"], state["global_frames"]
+
+    def _average(self, parameters: Flat) -> None:
+        if self.world.size > 1:
+            parameters[:] = self.mean_model(parameters)
+            self._count(parameters)
+        self._own_frames = self._global_frames = 0

@@ -1,0 +1,134 @@
+"""What every strategy is: a rule that mixes the models (or the gradients) of N learners.
+
+A learner calls its strategy at two points of each step, in the same order on all ranks:
+
+    backward pass -> ``combine_gradients`` -> optimiser step -> ``after_step``
+
+and once more at the end (``finish``), after which the models of all learners are the same. A strategy
+sees flat buffers, never a model, and talks through a `Collective`, never through MPI, so that the same
+code runs over real ranks, over threads in a test, and alone.
+
+The learning rate that a learner applies is Kaldi's actual one, N times the effective one: the average of
+N models that each moved with N times the rate moves as one model with the rate does (Kaldi's
+``train_rnn.py``; Povey, Zhang and Khudanpur, arXiv 1410.7455).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.errors import ConfigError
+
+Flat = NDArray[np.float32]
+
+
+class Collective(Protocol):
+    """What a strategy may ask of the other learners. Every learner makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This learner's number, from 0."""
+
+    @property
+    def size(self) -> int:
+        """The number of learners, N."""
+
+    def sum_(self, buffer: Flat) -> None:
+        """Replace `buffer` (float32, any length, the same on all ranks) by its sum over the ranks.
+
+        The sum is taken in rank order with float64 accumulation: the result is the same, bit for bit, on
+        every rank and in every run.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One minibatch over all learners, as its strategy sees it."""
+
+    index: int  # from 0, over the whole training
+    frames: int  # labelled frames in this learner's minibatch (0 where the last step had none left for it)
+    global_frames: int  # labelled frames of this step over all learners
+
+
+class Strategy(ABC):
+    """A rule of averaging. Subclasses override what they need; the base class leaves learners alone."""
+
+    name: ClassVar[str]
+    # Whether all learners take each step with one gradient, also those that had no frames of their own in it.
+    moves_together: ClassVar[bool] = False
+
+    def __init__(self, world: Collective) -> None:
+        self.world = world
+        self.num_averages = 0
+        self.bytes_sent = 0
+
+    def combine_gradients(self, gradients: Flat, step: Step) -> None:
+        """Mix the learners' gradients in place, before the optimiser uses them.
+
+        Args:
+            gradients: (P,) float32, summed over the frames of this learner's minibatch.
+            step: the step that they belong to.
+        """
+
+    def after_step(self, parameters: Flat, step: Step) -> None:
+        """Mix the learners' parameters in place, after the optimiser has moved them.
+
+        Args:
+            parameters: (P,) float32.
+            step: the step that was just taken.
+        """
+
+    def finish(self, parameters: Flat) -> None:
+        """Make the models of all learners equal in place, after the last step."""
+
+    def mean_model(self, parameters: Flat) -> Flat:
+        """The mean of all learners' models as a new (P,) float32 array; the models themselves stay."""
+        mean = parameters.copy()
+        if self.world.size > 1:
+            self.world.sum_(mean)
+            mean /= np.float32(self.world.size)
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the strategy must remember to go on as if it had never stopped."""
+        return {"num_averages": self.num_averages, "bytes_sent": self.bytes_sent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.num_averages = state["num_averages"]
+        self.bytes_sent = state["bytes_sent"]
+
+    def _count(self, buffer: Flat) -> None:
+        """Keep account of one averaging: a sum by pieces sends each rank's buffer out and back once."""
+        self.num_averages += 1
+        self.bytes_sent += 2 * buffer.nbytes * (self.world.size - 1) // self.world.size
+
+
+def make_strategy(name: str, world: Collective, *, frames_per_average: int | None = None) -> Strategy:
+    """The strategy called `name`.
+
+    Args:
+        name: ``allreduce`` or ``periodic``.
+        world: the learners.
+        frames_per_average: frames over all learners between two averagings; needed by ``periodic`` alone.
+
+    Raises:
+        ConfigError: there is no such strategy, or it lacks a setting.
+    """
+    from kaldi_mpi.averaging.allreduce import Allreduce
+    from kaldi_mpi.averaging.periodic import Periodic
+
+    if name == Allreduce.name:
+        if frames_per_average is not None:
+            raise ConfigError("--frames-per-average: strategy allreduce averages at every minibatch; use periodic")
+        return Allreduce(world)
+    if name == Periodic.name:
+        if frames_per_average is None or frames_per_average <= 0:
+            raise ConfigError("--strategy periodic needs --frames-per-average, a number of frames above 0")
+        return Periodic(world, frames_per_average)
+    raise ConfigError(f"--strategy {name}: unknown; there are {Allreduce.name} and {Periodic.name}")
