@@ -20,10 +20,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV
 from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
-
-# Set by `kaldi_mpi.transport.launch`; a mismatch means mpiexec and the MPI library are not of one vendor.
-NUM_LEARNERS_ENV = "KALDI_MPI_NUM_LEARNERS"
 
 
 class MpiWorld:

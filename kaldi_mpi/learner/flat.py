@@ -1,0 +1,85 @@
+"""A model's parameters and gradients as two flat buffers that the model's tensors view.
+
+Strategies mix one float32 vector, the optimiser updates one vector, and a message is one vector; the model
+goes on using its tensors, which are windows on the buffers. On a GPU, strategies see a page-locked copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kaldi_mpi.models import AcousticModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentSlice:
+    """Where one updatable component's parameters lie, and how Kaldi lets them move."""
+
+    name: str
+    where: slice
+    max_change: float
+    learning_rate_factor: float
+    l2_regularize: float
+
+
+class FlatParameters:
+    """Lays a model's updatable parameters into one buffer, component by component, in the model's order.
+
+    Attributes:
+        values: (P,) float32 on the model's device; the model's parameters are views of it.
+        gradients: (P,) float32; the parameters' ``.grad`` are views of it, so backward passes add to it.
+        components: the slices, which cover 0..P without gaps.
+    """
+
+    def __init__(self, model: AcousticModel) -> None:
+        parameters = [(c, p) for c in model.updatable_components() for p in c.parameters]
+        device = parameters[0][1].device if parameters else torch.device("cpu")
+        total = sum(p.numel() for _, p in parameters)
+        self.values = torch.empty(total, dtype=torch.float32, device=device)
+        self.gradients = torch.zeros_like(self.values)
+        self.components: list[ComponentSlice] = []
+        start = 0
+        for component in model.updatable_components():
+            first = start
+            for parameter in component.parameters:
+                end = start + parameter.numel()
+                self.values[start:end] = parameter.detach().reshape(-1)
+                parameter.data = self.values[start:end].view(parameter.shape)
+                parameter.grad = self.gradients[start:end].view(parameter.shape)
+                start = end
+            self.components.append(
+                ComponentSlice(
+                    component.name,
+                    slice(first, start),
+                    component.max_change,
+                    component.learning_rate_factor,
+                    component.l2_regularize,
+                )
+            )
+        on_gpu = device.type == "cuda"
+        self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
+
+    def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], None]) -> None:
+        """Let `rule` change `buffer` (`values` or `gradients`) in place through a NumPy view of it.
+
+        On a GPU the buffer goes through page-locked memory, both ways.
+        """
+        if self._staging is None:
+            rule(buffer.numpy())
+            return
+        self._staging.copy_(buffer)
+        rule(self._staging.numpy())
+        buffer.copy_(self._staging)
+
+    def to_numpy(self) -> NDArray[np.float32]:
+        """A copy of the parameters, (P,) float32."""
+        return self.values.cpu().numpy().copy()
+
+    def load(self, values: NDArray[np.float32]) -> None:
+        """Set the parameters to `values`, (P,) float32."""
+        self.values.copy_(torch.from_numpy(np.ascontiguousarray(values)))

@@ -1,0 +1,176 @@
+"""The options of a training: Kaldi's names where Kaldi has them (``steps/nnet3/train_rnn.py``), ours beside.
+
+Every option of train_rnn.py is accepted, so that a recipe's call can be kept; those without a meaning for
+persistent learners are logged once and ignored, those that would change the result if ignored are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
+from kaldi_mpi.report.log import logger
+
+# Accepted for the recipe's sake: they steer jobs, archives and schedulers that do not exist here.
+_IGNORED = (
+    "lang egs.dir egs.stage egs.cmd trainer.shuffle-buffer-size trainer.lda.rand-prune "
+    "trainer.presoftmax-prior-scale-power trainer.num-jobs-compute-prior trainer.add-option "
+    "trainer.compute-per-dim-accuracy trainer.optimization.num-jobs-initial trainer.optimization.num-jobs-final "
+    "trainer.optimization.num-jobs-step trainer.optimization.shrink-value "
+    "trainer.optimization.shrink-saturation-threshold trainer.optimization.max-models-combine "
+    "trainer.max-models-combine trainer.optimization.max-objective-evaluations "
+    "trainer.max-objective-evaluations trainer.optimization.do-final-combination "
+    "trainer.optimization.combine-sum-to-one-penalty trainer.optimization.backstitch-training-interval stage cmd "
+    "cleanup cleanup.remove-egs cleanup.preserve-model-interval reporting.email reporting.interval"
+).split()
+
+# Not there yet: any value but the one that switches it off is an error, not a silent change of the training.
+_REFUSED = {
+    "feat.online-ivector-dir": ("",),
+    "egs.chunk-left-context-initial": ("-1",),
+    "egs.chunk-right-context-final": ("-1",),
+    "trainer.input-model": ("",),
+    "trainer.dropout-schedule": ("", "0,0"),
+    "trainer.optimization.proportional-shrink": ("0", "0.0"),
+    "trainer.optimization.backstitch-training-scale": ("0", "0.0"),
+    "exit-stage": ("",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """One training, as asked for; see `parse` for the options' names and meanings."""
+
+    feat_dir: str
+    ali_dir: str
+    dir: str
+    xconfig: str
+    strategy: str
+    frames_per_average: int | None
+    norm_means: bool
+    norm_vars: bool
+    chunk_width: int
+    chunk_left_context: int
+    chunk_right_context: int
+    chunks_per_minibatch: int
+    num_utts_subset: int
+    seed: int
+    num_epochs: float
+    samples_per_iter: int
+    max_param_change: float
+    momentum: float
+    initial_rate: float
+    final_rate: float
+    deriv_truncate_margin: int
+    prior_subset_size: int
+    max_lda_jobs: int
+    use_gpu: str
+    loader_threads: int
+    binary: bool
+    checkpoint_interval: int
+    resume: bool
+
+
+def _minibatch_rule(text: str) -> int:
+    """The largest minibatch size of Kaldi's rule ``128,64``; the smaller ones serve remainders there.
+
+    Here a remainder of any size is a minibatch, so only the largest matters.
+    """
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected sizes as in '128' or '128,64' (ranges and per-width rules are not supported yet)"
+        ) from None
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be above 0")
+    return max(sizes)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="kaldi_mpi.train",
+        description="Train an nnet3 acoustic model with N persistent learners (started by mpiexec).",
+        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi.train --feat-dir data/train_hires --ali-dir exp/tri_ali "
+        "--dir exp/lstm --strategy periodic --frames-per-average 100000",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    count, whole = at_least(1), at_least(0)
+    add = parser.add_argument
+    add("--feat-dir", required=True, help="data directory of the features")
+    add("--ali-dir", required=True, help="alignment directory: ali.*.gz, final.mdl, tree")
+    add("--dir", required=True, help="where the model and logs go; configs/network.xconfig is read from it")
+    add("--xconfig", type=optional, help="the network, in place of DIR/configs/network.xconfig")
+    add("--strategy", default="allreduce", help="allreduce or periodic")
+    add("--frames-per-average", type=count, help="periodic: frames over all learners between two averagings")
+    add("--feat.cmvn-opts", dest="cmvn_opts", default="", help="such as '--norm-means=false --norm-vars=false'")
+    add("--egs.chunk-width", dest="chunk_width", type=count, default=20, help="frames per chunk")
+    add("--egs.chunk-left-context", dest="chunk_left_context", type=whole, default=40,
+        help="frames before a chunk, beyond the model's own context")  # fmt: skip
+    add("--egs.chunk-right-context", dest="chunk_right_context", type=whole, default=0, help="frames after it")
+    add("--egs.opts", dest="egs_opts", default="", help="of get_egs.sh; --num-utts-subset N is used")
+    add("--trainer.srand", dest="seed", type=int, default=0, help="seed of everything random")
+    add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True), default=8.0, help="epochs")
+    add("--trainer.samples-per-iter", dest="samples_per_iter", type=count, default=20000,
+        help="chunks per learner between two validations")  # fmt: skip
+    add("--trainer.max-param-change", dest="max_param_change", type=at_least(0, float), default=2.0,
+        help="limit on the norm of the whole model's change per minibatch")  # fmt: skip
+    add("--trainer.prior-subset-size", dest="prior_subset_size", type=count, default=20000,
+        help="chunks over which the priors are estimated")  # fmt: skip
+    add("--trainer.lda.max-lda-jobs", dest="max_lda_jobs", type=count, default=10,
+        help="LDA statistics come from at most this many times samples-per-iter chunks")  # fmt: skip
+    add("--trainer.rnn.num-chunk-per-minibatch", dest="chunks_per_minibatch", type=_minibatch_rule, default="100",
+        help="chunks per minibatch and learner")  # fmt: skip
+    add("--trainer.deriv-truncate-margin", dest="deriv_truncate_margin", type=whole, default=8,
+        help="frames outside the chunk that still get derivatives")  # fmt: skip
+    add("--trainer.optimization.initial-effective-lrate", dest="initial_rate", default=0.0003,
+        type=at_least(0, float, True), help="effective learning rate at the start")  # fmt: skip
+    add("--trainer.optimization.final-effective-lrate", dest="final_rate", default=0.00003,
+        type=at_least(0, float, True), help="effective learning rate at the end")  # fmt: skip
+    add("--trainer.optimization.momentum", dest="momentum", type=at_least(0, float), default=0.5, help="momentum")
+    add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
+        help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
+    add("--loader-threads", type=count, default=1, help="reading threads per learner")
+    add("--binary", type=boolean, default=True, help="write final.mdl in binary; false for text")
+    add("--checkpoint-interval", type=whole, default=1, help="validations between checkpoints; 0 for none")
+    add("--resume", type=boolean, default=True, help="go on from DIR's checkpoint, where there is one")
+    for name in _IGNORED:
+        add(f"--{name}", action="append", help=argparse.SUPPRESS)
+    for name in _REFUSED:
+        add(f"--{name}", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
+    """The options of a command line.
+
+    Raises:
+        ConfigError: an unknown, malformed or not yet supported option, named in one line.
+    """
+    given = vars(_parser().parse_args(arguments))
+    for name, harmless in _REFUSED.items():
+        value = given.pop(name.replace("-", "_"))
+        if value is not None and value not in harmless:
+            raise ConfigError(f"--{name} {value}: not supported yet")
+    for name in _IGNORED:
+        if given.pop(name.replace("-", "_")) is not None:
+            logger.info("option --%s has no meaning for persistent learners and is ignored", name)
+    if given["momentum"] >= 1:
+        raise ConfigError(f"--trainer.optimization.momentum {given['momentum']}: must be below 1")
+    cmvn = kaldi_options(given.pop("cmvn_opts"), ("norm-means", "norm-vars"), "--feat.cmvn-opts")
+    egs = _words_to_options(given.pop("egs_opts"))
+    # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
+    given["norm_means"] = boolean(cmvn.get("norm-means", "true"))
+    given["norm_vars"] = boolean(cmvn.get("norm-vars", "false"))
+    given["num_utts_subset"] = int(egs.get("num-utts-subset", 300))
+    given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
+    return TrainOptions(**given)
+
+
+def _words_to_options(text: str) -> dict[str, str]:
+    """``--a 1 --b 2`` as get_egs.sh takes them (parse_options.sh style)."""
+    words = text.replace("=", " ").split()
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=False)}

@@ -1,0 +1,71 @@
+"""Command lines in Kaldi's manner, on top of argparse.
+
+Option names contain dots (``--trainer.optimization.momentum``); ``--name=value`` and ``--name value`` both
+work and unique prefixes do; booleans are the strings true and false; an empty string means "not given" for
+options that have no default. These are the rules of Kaldi's ``steps/nnet3/train_rnn.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from kaldi_mpi.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises ConfigError, naming the option, where argparse would exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError in one line."""
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def boolean(text: str) -> bool:
+    """``true`` or ``false``, as Kaldi's scripts want them; any other string is an error."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
+def optional(text: str) -> str | None:
+    """An empty string counts as not given."""
+    return text or None
+
+
+def at_least(
+    low: float, kind: Callable[[str], float] = int, exclusive: bool = False
+) -> Callable[[str], float | int]:
+    """A type for numbers from `low` on (above it, if `exclusive`); `kind` is int or float."""
+
+    def convert(text: str) -> float | int:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not (value > low if exclusive else value >= low):
+            raise argparse.ArgumentTypeError(f"expected a number {'above' if exclusive else 'from'} {low}, got {text}")
+        return value
+
+    return convert
+
+
+def kaldi_options(text: str, known: Sequence[str], where: str) -> dict[str, str]:
+    """Split a string of Kaldi options, ``--norm-means=false --norm-vars=false``, into a dictionary.
+
+    Args:
+        text: the string; options may be ``--name=value``, or ``--name`` alone for true.
+        known: the names that may occur.
+        where: what to call the string in an error, for example ``--feat.cmvn-opts``.
+
+    Raises:
+        ConfigError: a word that is not an option, or an option that is not in `known`.
+    """
+    found: dict[str, str] = {}
+    for word in text.split():
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in known:
+            raise ConfigError(f"{where}: {word!r} is not one of {', '.join('--' + k for k in known)}")
+        found[name] = value if equals else "true"
+    return found

@@ -1,0 +1,67 @@
+"""What stands around every learner: no exception may leave the others waiting.
+
+Under mpiexec an uncaught exception in one rank makes all hang (MPI_Finalize waits for the rank that is no
+longer coming). So everything that a rank runs goes through `guarded`, which says what happened and ends
+the whole run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+from kaldi_mpi.errors import KaldiMpiError
+from kaldi_mpi.report.log import logger
+from kaldi_mpi.transport.launch import Status
+from kaldi_mpi.transport.world import World
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error: a user's error as it is, any other with its type."""
+    if isinstance(error, KaldiMpiError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextlib.contextmanager
+def guarded(world: World) -> Iterator[None]:
+    """Run the block of one learner; if it fails, log why, tell the launcher, and end all ranks.
+
+    A `KaldiMpiError` is one line in the log; anything else comes with its traceback. Exceptions in other
+    threads of the learner end the run too.
+    """
+    status = Status(world.rank)
+
+    def fail(error: BaseException) -> None:
+        message = describe(error)
+        if isinstance(error, KaldiMpiError):
+            logger.error("learner rank %d: %s", world.rank, message)
+        else:
+            logger.error("learner rank %d: %s", world.rank, message, exc_info=error)
+        status.write("failed", message)
+        world.abort(1)
+
+    def fail_in_thread(failure: threading.ExceptHookArgs) -> None:
+        fail(failure.exc_value or RuntimeError(f"a thread failed with {failure.exc_type.__name__}"))
+
+    threading.excepthook = fail_in_thread
+    try:
+        yield
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):
+            fail(leaving)
+        raise
+    except BaseException as error:
+        fail(error)
+    status.write("finished", "")
+
+
+def no_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A sys.excepthook for thin command lines: one line for user errors, the usual for all others."""
+    if isinstance(error, KaldiMpiError):
+        logger.error("%s", error)
+    else:
+        sys.__excepthook__(kind, error, trace)
