@@ -12,7 +12,7 @@ from kaldi_mpi.errors import DataError
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb", sync: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`, and rename it to `path` when the block ends without error.
 
     The data is synced before the rename, so that a full disk or a kill never leaves half a file under
@@ -21,6 +21,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     Args:
         path: the final name; its directory must exist.
         mode: ``"wb"`` or ``"w"`` (UTF-8 text).
+        sync: wait until the data is on the disk; False for small files that are rewritten all the time.
 
     Raises:
         DataError: the operating system refused (disk full, no permission); names the file and the cause.
@@ -31,7 +32,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, final)
     except OSError as error:
         with contextlib.suppress(FileNotFoundError):

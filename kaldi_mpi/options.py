@@ -34,9 +34,7 @@ def optional(text: str) -> str | None:
     return text or None
 
 
-def at_least(
-    low: float, kind: Callable[[str], float] = int, exclusive: bool = False
-) -> Callable[[str], float | int]:
+def at_least(low: float, kind: Callable[[str], float] = int, exclusive: bool = False) -> Callable[[str], float | int]:
     """A type for numbers from `low` on (above it, if `exclusive`); `kind` is int or float."""
 
     def convert(text: str) -> float | int:

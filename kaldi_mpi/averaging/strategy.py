@@ -16,7 +16,6 @@ N models that each moved with N times the rate moves as one model with the rate 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -55,7 +54,7 @@ class Step:
     global_frames: int  # labelled frames of this step over all learners
 
 
-class Strategy(ABC):
+class Strategy:
     """A rule of averaging. Subclasses override what they need; the base class leaves learners alone."""
 
     name: ClassVar[str]

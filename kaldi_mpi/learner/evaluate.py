@@ -144,13 +144,14 @@ def lda_statistics(
     for number, minibatch in enumerate(how.minibatches(corpus, seed)):
         if number * how.chunks_per_minibatch * how.world.size >= max_chunks:
             break
+        if not minibatch.frames:
+            continue
         spliced = model.node_input(component, how.features(minibatch), how.first(), how.shape.width)
         stats = stats or LdaStats(spliced.shape[2], model.output_dim)
         labels = torch.from_numpy(minibatch.labels)
         labelled = labels >= 0
-        if minibatch.frames:
-            stats.accumulate(spliced.cpu()[labelled].numpy(), labels[labelled].numpy())
-    assert stats is not None  # a corpus has at least one chunk, and a reader gives each rank each step
+        stats.accumulate(spliced.cpu()[labelled].numpy(), labels[labelled].numpy())
+    assert stats is not None  # there are no more learners than utterances, so each has chunks in the first step
     for array in stats.arrays():
         array[...] = how.world.sum_float64(array)
     return stats

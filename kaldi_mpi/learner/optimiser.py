@@ -115,7 +115,9 @@ class KaldiSgd:
             if count
         ]
         if self.limited_globally:
-            lines.append(f"The global max-change was enforced {100.0 * self.limited_globally / steps:.4g} % of the time.")
+            lines.append(
+                f"The global max-change was enforced {100.0 * self.limited_globally / steps:.4g} % of the time."
+            )
         return lines
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,17 +15,37 @@ from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
 from kaldi_mpi.report.log import logger
 
 # Accepted for the recipe's sake: they steer jobs, archives and schedulers that do not exist here.
-_IGNORED = (
-    "lang egs.dir egs.stage egs.cmd trainer.shuffle-buffer-size trainer.lda.rand-prune "
-    "trainer.presoftmax-prior-scale-power trainer.num-jobs-compute-prior trainer.add-option "
-    "trainer.compute-per-dim-accuracy trainer.optimization.num-jobs-initial trainer.optimization.num-jobs-final "
-    "trainer.optimization.num-jobs-step trainer.optimization.shrink-value "
-    "trainer.optimization.shrink-saturation-threshold trainer.optimization.max-models-combine "
-    "trainer.max-models-combine trainer.optimization.max-objective-evaluations "
-    "trainer.max-objective-evaluations trainer.optimization.do-final-combination "
-    "trainer.optimization.combine-sum-to-one-penalty trainer.optimization.backstitch-training-interval stage cmd "
-    "cleanup cleanup.remove-egs cleanup.preserve-model-interval reporting.email reporting.interval"
-).split()
+_IGNORED = [
+    "lang",
+    "egs.dir",
+    "egs.stage",
+    "egs.cmd",
+    "trainer.shuffle-buffer-size",
+    "trainer.lda.rand-prune",
+    "trainer.presoftmax-prior-scale-power",
+    "trainer.num-jobs-compute-prior",
+    "trainer.add-option",
+    "trainer.compute-per-dim-accuracy",
+    "trainer.optimization.num-jobs-initial",
+    "trainer.optimization.num-jobs-final",
+    "trainer.optimization.num-jobs-step",
+    "trainer.optimization.shrink-value",
+    "trainer.optimization.shrink-saturation-threshold",
+    "trainer.optimization.max-models-combine",
+    "trainer.max-models-combine",
+    "trainer.optimization.max-objective-evaluations",
+    "trainer.max-objective-evaluations",
+    "trainer.optimization.do-final-combination",
+    "trainer.optimization.combine-sum-to-one-penalty",
+    "trainer.optimization.backstitch-training-interval",
+    "stage",
+    "cmd",
+    "cleanup",
+    "cleanup.remove-egs",
+    "cleanup.preserve-model-interval",
+    "reporting.email",
+    "reporting.interval",
+]
 
 # Not there yet: any value but the one that switches it off is an error, not a silent change of the training.
 _REFUSED = {
@@ -106,7 +126,12 @@ def _parser() -> Parser:
     add("--xconfig", type=optional, help="the network, in place of DIR/configs/network.xconfig")
     add("--strategy", default="allreduce", help="allreduce or periodic")
     add("--frames-per-average", type=count, help="periodic: frames over all learners between two averagings")
-    add("--feat.cmvn-opts", dest="cmvn_opts", default="", help="such as '--norm-means=false --norm-vars=false'")
+    add(
+        "--feat.cmvn-opts",
+        dest="cmvn_opts",
+        default="",
+        help="such as '--norm-means=false --norm-vars=false'",
+    )
     add("--egs.chunk-width", dest="chunk_width", type=count, default=20, help="frames per chunk")
     add("--egs.chunk-left-context", dest="chunk_left_context", type=whole, default=40,
         help="frames before a chunk, beyond the model's own context")  # fmt: skip
@@ -130,7 +155,13 @@ def _parser() -> Parser:
         type=at_least(0, float, True), help="effective learning rate at the start")  # fmt: skip
     add("--trainer.optimization.final-effective-lrate", dest="final_rate", default=0.00003,
         type=at_least(0, float, True), help="effective learning rate at the end")  # fmt: skip
-    add("--trainer.optimization.momentum", dest="momentum", type=at_least(0, float), default=0.5, help="momentum")
+    add(
+        "--trainer.optimization.momentum",
+        dest="momentum",
+        type=at_least(0, float),
+        default=0.5,
+        help="momentum",
+    )
     add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
         help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")

@@ -1,7 +1,7 @@
 """Progress of a training: a bar on a terminal, plain lines elsewhere, and a small file for those who watch.
 
-The file (DIR/progress.json) is what `follow` reads, so that a recipe whose ``$cmd`` sends the learners' output to a log, or to
-another machine, still shows its user a bar.
+The file (DIR/progress.json) is what `follow` reads, so that a recipe whose ``$cmd`` sends the learners' output
+to a log, or to another machine, still shows its user a bar.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Snapshot:
     def bar(self) -> str:
         """The figures behind a bar."""
         full = int(_BAR_CELLS * self.frames / self.total_frames)
-        return f"[{'#' * full}{'.' * (_BAR_CELLS - full)}] {100 * self.frames / self.total_frames:3.0f}%  {self.words()}"
+        return (
+            f"[{'#' * full}{'.' * (_BAR_CELLS - full)}] {100 * self.frames / self.total_frames:3.0f}%  {self.words()}"
+        )
 
 
 def _short(number: float) -> str:
@@ -129,7 +131,7 @@ class Progress:
             done / elapsed if elapsed > 0 else 0.0, log_prob, valid_log_prob, learning_rate,
         )  # fmt: skip
         if self._path is not None:
-            with atomic_write(self._path, "w") as stream:
+            with atomic_write(self._path, "w", sync=False) as stream:
                 json.dump(dataclasses.asdict(snapshot), stream)
         if self._terminal:
             self._stream.write(f"\r\x1b[K{snapshot.bar()}" + ("\n" if last else ""))

@@ -78,7 +78,7 @@ def run_world(size: int, learner: Callable[[ThreadWorld], T], timeout: float = 6
     def run(rank: int) -> None:
         try:
             results[rank] = learner(ThreadWorld(rank, size, board))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
             failures.append(error)
             board.barrier.abort()
 

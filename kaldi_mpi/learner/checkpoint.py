@@ -1,0 +1,99 @@
+"""Checkpoints: what a killed training goes on from.
+
+DIR/checkpoint/ holds one file a learner, ``learner.RANK.STEP.pt``, and ``current.json``, which names the step
+that is complete on all ranks. It is written last, so a kill at any moment leaves a whole checkpoint, the
+new one or the one before. A training that ends well removes the directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from kaldi_mpi.atomic import atomic_write
+from kaldi_mpi.errors import DataError
+from kaldi_mpi.learner.options import TrainOptions
+from kaldi_mpi.report.log import logger
+from kaldi_mpi.transport.world import World
+
+# Options that may differ between the run that saved and the run that goes on: they change no result.
+_FREE = ("dir", "checkpoint_interval", "resume", "loader_threads", "binary")
+
+
+class HasState(Protocol):
+    """The learner, as far as checkpoints need to know it."""
+
+    step: int
+
+    def state_dict(self) -> dict[str, object]:
+        """All of its state."""
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take it back."""
+
+
+def fingerprint(options: TrainOptions, world: World) -> str:
+    """A digest of all that decides how a training goes: options, network, number of learners."""
+    fields = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
+    text = json.dumps([fields, Path(options.xconfig).read_text(encoding="utf-8"), world.size], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save(folder: Path, options: TrainOptions, world: World, learner: HasState) -> None:
+    """Write all learners' states, then make them the current checkpoint, then drop the one before.
+
+    Raises:
+        DataError: the disk refused; the checkpoint before is still whole.
+    """
+    place = folder / "checkpoint"
+    if world.rank == 0:
+        place.mkdir(exist_ok=True)
+    world.barrier()
+    with atomic_write(place / f"learner.{world.rank}.{learner.step}.pt") as stream:
+        torch.save(learner.state_dict(), stream)
+    world.barrier()
+    if world.rank == 0:
+        with atomic_write(place / "current.json", "w") as stream:
+            json.dump({"step": learner.step, "fingerprint": fingerprint(options, world)}, stream)
+        for old in place.glob("learner.*.pt"):
+            if old.suffixes[-2] != f".{learner.step}":
+                old.unlink()
+    world.barrier()
+
+
+def load(folder: Path, options: TrainOptions, world: World, learner: HasState) -> bool:
+    """Put the learner where the current checkpoint left it; returns whether there was one.
+
+    A checkpoint of another configuration is left alone, with a warning, and the training starts anew.
+
+    Raises:
+        DataError: the checkpoint is damaged.
+    """
+    place = folder / "checkpoint"
+    current = place / "current.json"
+    if not world.broadcast(current.exists()):
+        return False
+    try:
+        saved = json.loads(current.read_text(encoding="utf-8"))
+        if saved["fingerprint"] != fingerprint(options, world):
+            if world.rank == 0:
+                logger.warning("%s is of another configuration or number of learners; starting anew", place)
+            return False
+        state = torch.load(place / f"learner.{world.rank}.{saved['step']}.pt", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"damaged checkpoint ({error}); remove the directory or give --resume=false", file=str(place)
+        ) from error
+    learner.load_state_dict(state)
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Forget the checkpoint of a training that has ended."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)

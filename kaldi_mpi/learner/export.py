@@ -1,0 +1,46 @@
+"""What a training leaves behind: an nnet3 model directory that Kaldi's scripts use as it is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.atomic import atomic_write
+from kaldi_mpi.learner.options import TrainOptions
+from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.nnet3 import AmNnet, TransitionModel, from_torch, write_am
+from kaldi_mpi.report.log import logger
+
+
+def write_cmvn_opts(options: TrainOptions) -> None:
+    """DIR/cmvn_opts: always written, since Kaldi's scripts disagree on what its absence means."""
+    with atomic_write(Path(options.dir) / "cmvn_opts", "w") as stream:
+        stream.write(f"--norm-means={str(options.norm_means).lower()} --norm-vars={str(options.norm_vars).lower()}\n")
+
+
+def copy_alignment_files(options: TrainOptions) -> None:
+    """The files of the alignment directory that a model directory needs too: tree, phones.txt, num_jobs."""
+    for name in ("tree", "phones.txt", "num_jobs"):
+        source = Path(options.ali_dir) / name
+        if name == "phones.txt" and not source.exists():
+            continue  # optional in Kaldi's align dirs as well
+        with open(source, "rb") as original, atomic_write(Path(options.dir) / name) as copy:
+            shutil.copyfileobj(original, copy)
+
+
+def write_final_model(
+    options: TrainOptions, model: AcousticModel, transitions: TransitionModel, priors: NDArray[np.float64]
+) -> Path:
+    """DIR/final.mdl: the alignment model's transitions, the trained network, the priors of its pdf-ids.
+
+    Raises:
+        DataError: it could not be written; an earlier final.mdl is then still whole.
+    """
+    path = Path(options.dir) / "final.mdl"
+    am = AmNnet(transitions, from_torch(model), priors.astype(np.float32))
+    write_am(am, path, binary=options.binary)
+    logger.info("wrote %s", path)
+    return path

@@ -1,0 +1,107 @@
+"""Tests in real MPI ranks from a plain pytest: ``@pytest.mark.ranks(n)`` runs a test under mpiexec.
+
+The parent never imports MPI. It starts just that test in n ranks, in a process group of its own and with a
+deadline; each rank writes its outcome to a file of its own; a rank that fails ends the others after it has
+reported. Deadlocks and killed ranks then cost seconds, and the failure names the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kaldi_mpi.transport import launch
+from tests.paths import REPO
+
+REPORT_DIR_ENV = "KALDI_MPI_TEST_REPORTS"
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests of a real Kaldi where there is none, with the reason."""
+    if not os.environ.get("KALDI_ROOT"):
+        for item in items:
+            if item.get_closest_marker("kaldi"):
+                item.add_marker(pytest.mark.skip(reason="needs a real Kaldi: KALDI_ROOT is not set"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """In the parent, run a `ranks` test under mpiexec in place of calling it."""
+    marker = pyfuncitem.get_closest_marker("ranks")
+    if marker is None or REPORT_DIR_ENV in os.environ:
+        return None
+    _run_in_ranks(pyfuncitem.nodeid, marker.args[0], marker.kwargs.get("timeout", 60))
+    return True
+
+
+def _run_in_ranks(nodeid: str, num_ranks: int, timeout: float) -> None:
+    mpiexec = launch.find_mpiexec()
+    vendor = launch.mpi_vendor(mpiexec)
+    with tempfile.TemporaryDirectory(prefix="ranks.") as folder:
+        environment = launch.learner_environment(vendor, num_ranks, Path(folder))
+        environment |= {REPORT_DIR_ENV: folder, "PYTHONPATH": str(REPO)}
+        command = [
+            *launch.mpiexec_command(mpiexec, vendor, num_ranks),
+            *[sys.executable, "-m", "mpi4py", "-m", "pytest", "-q", "-p", "no:cacheprovider", nodeid],
+        ]
+        process = subprocess.Popen(
+            command, env=environment, cwd=REPO, start_new_session=True, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(
+                f"{num_ranks} ranks did not end within {timeout} s\n{_reports(folder, num_ranks)}\n{output[-3000:]}"
+            )
+        reports = _reports(folder, num_ranks)
+        outcomes = [(Path(folder) / f"report.{rank}") for rank in range(num_ranks)]
+        states = [path.read_text().split("\n", 1)[0] if path.exists() else "silent" for path in outcomes]
+        if all(state == "skipped" for state in states):
+            pytest.skip(outcomes[0].read_text().split("\n", 1)[1])
+        if process.returncode != 0 or any(state != "passed" for state in states):
+            pytest.fail(f"ranks: {states}, mpiexec ended with {process.returncode}\n{reports}\n{output[-3000:]}")
+
+
+def _reports(folder: str, num_ranks: int) -> str:
+    paths = [(rank, Path(folder) / f"report.{rank}") for rank in range(num_ranks)]
+    return "\n".join(
+        f"--- rank {rank}: {path.read_text() if path.exists() else 'no report (killed or hanging)'}"
+        for rank, path in paths
+    )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In a rank, write what became of the test, and end the other ranks if it failed."""
+    folder = os.environ.get(REPORT_DIR_ENV)
+    if folder is None:
+        return
+    if report.when != "call" and report.passed:
+        return
+    from mpi4py import MPI
+
+    path = Path(folder) / f"report.{MPI.COMM_WORLD.Get_rank()}"
+    if path.exists() and not report.failed:
+        return
+    path.write_text(f"{report.outcome}\n{report.longreprtext if report.failed else report.longrepr or ''}")
+    if report.failed:
+        MPI.COMM_WORLD.Abort(1)
+
+
+def in_ranks(*sizes: int, timeout: float = 60) -> pytest.MarkDecorator:
+    """Parametrise a test over numbers of ranks: its argument ``num_ranks`` is the number it runs in."""
+    return pytest.mark.parametrize(
+        "num_ranks",
+        [pytest.param(n, marks=pytest.mark.ranks(n, timeout=timeout), id=f"{n}ranks") for n in sizes],
+    )
