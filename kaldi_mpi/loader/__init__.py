@@ -1,1 +1,26 @@
-"""What learners read: features, alignments, chunks and minibatches (the Python face of csrc)."""
+"""Reading of Kaldi's training data: archives, alignments, chunks and minibatches.
+
+The work is done by the C library in csrc/, without the GIL. A corpus is opened once, and any number of
+readers take minibatches from it::
+
+    labels = to_pdfs(read_alignments("exp/mono_ali"), transition_model.tid_to_pdf)
+    corpus = Corpus.open("data/train_hires/feats.scp", labels)
+    with MinibatchReader(corpus, ChunkShape(20, left=40, right=7), 64, seed=0, num_epochs=3) as reader:
+        for minibatch in reader:
+            ...  # minibatch.feats (B, 67, D), minibatch.labels (B, 20)
+"""
+
+from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, to_pdfs
+from kaldi_mpi.loader.corpus import Corpus
+from kaldi_mpi.loader.reader import ChunkShape, Counters, Minibatch, MinibatchReader
+
+__all__ = [
+    "ChunkShape",
+    "Corpus",
+    "Counters",
+    "Minibatch",
+    "MinibatchReader",
+    "read_alignments",
+    "read_int_vectors",
+    "to_pdfs",
+]

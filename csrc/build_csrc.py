@@ -1,0 +1,50 @@
+"""Describes the C extension ``kaldi_mpi.loader._csrc`` to cffi (API mode); setup.py builds it.
+
+What Python sees is what stands between ``/* python: begin */`` and ``/* python: end */`` in the headers, so
+that a declaration is written once. With ``KALDI_MPI_WERROR=1`` in the environment the compiler's warnings are
+errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+CSRC = Path(__file__).resolve().parent
+# In order of dependence: a header may use what the ones before it declare.
+HEADERS = ["error.h", "file.h", "matrix.h", "int_archive.h", "random.h", "corpus.h", "plan.h", "ring.h"]
+SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
+STANDARD = ["-std=c11", "-O3"]
+# The file that cffi generates is compiled with these flags too, and is not clean under -Wpedantic and
+# -Wconversion: check.py compiles our own files alone with the full set.
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
+STRICT_WARNINGS = [*WARNINGS, "-Wpedantic", "-Wconversion"]
+
+
+def declarations() -> str:
+    """The parts of all headers that are meant for Python."""
+    part = re.compile(r"/\* python: begin \*/\n(.*?)/\* python: end \*/", re.DOTALL)
+    return "\n".join(text for name in HEADERS for text in part.findall((CSRC / name).read_text("utf-8")))
+
+
+def make_ffibuilder() -> FFI:
+    """The description of the extension, with paths relative to the repository as setuptools wants them."""
+    flags = STANDARD + WARNINGS + (["-Werror"] if os.environ.get("KALDI_MPI_WERROR") == "1" else [])
+    builder = FFI()
+    builder.cdef(declarations())
+    builder.set_source(
+        "kaldi_mpi.loader._csrc",
+        "\n".join(f'#include "{name}"' for name in HEADERS),
+        sources=[f"csrc/{name}" for name in SOURCES],
+        depends=[f"csrc/{name}" for name in HEADERS],
+        include_dirs=["csrc"],
+        libraries=["pthread", "m"],
+        extra_compile_args=flags,
+    )
+    return builder
+
+
+ffibuilder = make_ffibuilder()

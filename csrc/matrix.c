@@ -1,0 +1,262 @@
+#include "matrix.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* The longest header: \0B, "CM2 " and 16 bytes, or "FM " and 10. */
+enum { HEADER_BYTES = 2 + 4 + 16 };
+
+/* In a matrix with more rows than this, the bytes of a chunk are fetched column by column; in a shorter one
+ * a single read of the whole block is cheaper than one system call for each column. */
+enum { ROWS_READ_WHOLE = 8192 };
+
+static int32_t int32_at(const unsigned char *bytes) {
+    int32_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+static float float_at(const unsigned char *bytes) {
+    float value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+/* Writes up to five bytes of a token in printable form, for messages. */
+static void printable(const unsigned char *bytes, int64_t count, char out[24]) {
+    size_t at = 0;
+    for (int64_t i = 0; i < count && i < 5 && at < 19; i++) {
+        if (bytes[i] > 32 && bytes[i] < 127)
+            out[at++] = (char)bytes[i];
+        else if (i > 0 && bytes[i] == ' ')
+            break;
+        else
+            at += (size_t)snprintf(out + at, 24 - at, "\\x%02x", bytes[i]);
+    }
+    out[at] = '\0';
+}
+
+static int64_t value_bytes(int32_t kind) {
+    switch (kind) {
+    case KM_FLOAT:
+        return 4;
+    case KM_DOUBLE:
+        return 8;
+    case KM_ROWS16:
+        return 2;
+    default:
+        return 1;
+    }
+}
+
+/* Bytes of the per-column percentiles that precede the values. */
+static int64_t column_header_bytes(const km_matrix *matrix) {
+    return matrix->kind == KM_COLUMNS8 ? (int64_t)matrix->cols * 8 : 0;
+}
+
+static int check_sizes(const km_file *file, const km_matrix *matrix, int64_t at, km_error *error) {
+    if (matrix->rows < 0 || matrix->cols < 0)
+        return km_fail(error, at, "matrix header with a negative size: %" PRId32 " rows, %" PRId32 " columns",
+                       matrix->rows, matrix->cols);
+    if (matrix->rows == 0 || matrix->cols == 0)
+        return km_fail(error, at, "empty matrix: %" PRId32 " rows, %" PRId32 " columns", matrix->rows,
+                       matrix->cols);
+    int64_t left = file->size - matrix->data - column_header_bytes(matrix);
+    /* Divided rather than multiplied: rows * cols * 8 can exceed 64 bits. */
+    int64_t row_bytes = matrix->cols * value_bytes(matrix->kind);
+    if (left < row_bytes || left / row_bytes < matrix->rows)
+        return km_fail(error, at,
+                       "truncated archive or wrong size: the header says %" PRId32 " rows x %" PRId32
+                       " columns, and %" PRId64 " bytes follow it",
+                       matrix->rows, matrix->cols, file->size - matrix->data);
+    return KM_OK;
+}
+
+static int open_full(const km_file *file, int64_t offset, const unsigned char *head, int64_t got,
+                     km_matrix *matrix, km_error *error) {
+    enum { SIZES_AT = 5, SIZES_BYTES = 10 };
+    if (got < SIZES_AT + SIZES_BYTES)
+        return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
+    for (int i = 0; i < 2; i++) {
+        int at = SIZES_AT + 5 * i;
+        if (head[at] != 4)
+            return km_fail(error, offset + at, "size byte of the number of %s is %d, not 4",
+                           i == 0 ? "rows" : "columns", head[at]);
+    }
+    matrix->kind = head[2] == 'F' ? KM_FLOAT : KM_DOUBLE;
+    matrix->rows = int32_at(head + SIZES_AT + 1);
+    matrix->cols = int32_at(head + SIZES_AT + 6);
+    matrix->min = matrix->range = 0.0F;
+    matrix->data = offset + SIZES_AT + SIZES_BYTES;
+    return check_sizes(file, matrix, offset + SIZES_AT, error);
+}
+
+static int open_compressed(const km_file *file, int64_t offset, const unsigned char *head, int64_t got,
+                           km_matrix *matrix, km_error *error) {
+    int at = head[4] == ' ' ? 5 : 6;
+    if (got < at + 16) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
+    matrix->kind = head[4] == ' ' ? KM_COLUMNS8 : head[4] == '2' ? KM_ROWS16 : KM_ROWS8;
+    matrix->min = float_at(head + at);
+    matrix->range = float_at(head + at + 4);
+    matrix->rows = int32_at(head + at + 8);
+    matrix->cols = int32_at(head + at + 12);
+    matrix->data = offset + at + 16;
+    if (!isfinite(matrix->min) || !isfinite(matrix->range) || !isfinite(matrix->min + matrix->range))
+        return km_fail(error, offset + at, "header of a compressed matrix is not finite: min %g, range %g",
+                       (double)matrix->min, (double)matrix->range);
+    return check_sizes(file, matrix, offset + at + 8, error);
+}
+
+int km_matrix_open(const km_file *file, int64_t offset, km_matrix *matrix, km_error *error) {
+    unsigned char head[HEADER_BYTES] = {0};
+    char shown[24];
+    km_scratch counter = {0};
+    int64_t got;
+    if (offset < 0 || offset >= file->size)
+        return km_fail(error, offset, "offset is beyond the end of the file (%" PRId64 " bytes)", file->size);
+    if (km_read_some(file, offset, HEADER_BYTES, head, &got, &counter, error) != KM_OK) return KM_FAILED;
+    if (got < 2) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
+    if (head[0] != '\0' || head[1] != 'B')
+        return km_fail(
+            error, offset,
+            "no binary Kaldi object here (\\0B expected): a wrong offset, or a text archive, which is "
+            "not supported; write it with copy-feats ark:... ark,scp:...");
+    if (got >= 5 && (head[2] == 'F' || head[2] == 'D') && head[3] == 'M' && head[4] == ' ')
+        return open_full(file, offset, head, got, matrix, error);
+    int compressed = head[2] == 'C' && head[3] == 'M';
+    if (compressed && (head[4] == ' ' || ((head[4] == '2' || head[4] == '3') && head[5] == ' ')))
+        return open_compressed(file, offset, head, got, matrix, error);
+    if (got < 6) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
+    printable(head + 2, got - 2, shown);
+    return km_fail(error, offset + 2, "unknown token '%s': FM, DM, CM, CM2 or CM3 expected", shown);
+}
+
+/* A byte of a CM column, as the float that Kaldi computes: the product in float, scaled and added in double.
+ * (The three pieces of the curve are 0..64, 64..192 and 192..255.) */
+static void decode_column(const unsigned char *bytes, int32_t count, const float p[4], float *out,
+                          int32_t stride) {
+    const float low = p[1] - p[0], middle = p[2] - p[1], high = p[3] - p[2];
+    for (int32_t i = 0; i < count; i++) {
+        const int byte = bytes[i];
+        const int in_low = byte <= 64, in_middle = byte <= 192;
+        const float base = in_low ? p[0] : in_middle ? p[1] : p[2];
+        const float slope = in_low ? low : in_middle ? middle : high;
+        const int from = in_low ? 0 : in_middle ? 64 : 192;
+        const double unit = in_low ? 1.0 / 64.0 : in_middle ? 1.0 / 128.0 : 1.0 / 63.0;
+        out[(size_t)i * (size_t)stride] =
+            (float)((double)base + (double)(slope * (float)(byte - from)) * unit);
+    }
+}
+
+static int rows_of_columns(const km_file *file, const km_matrix *matrix, int32_t first, int32_t count,
+                           float *out, km_scratch *scratch, km_error *error) {
+    const int64_t rows = matrix->rows, cols = matrix->cols, head = column_header_bytes(matrix);
+    const int whole = matrix->rows <= ROWS_READ_WHOLE;
+    const int64_t stride = whole ? rows : count, skip = whole ? first : 0;
+    if (km_scratch_reserve(scratch, head + stride * cols, error) != KM_OK) return KM_FAILED;
+    if (whole) {
+        int64_t needed = head + (cols - 1) * rows + first + count;
+        if (km_read(file, matrix->data, needed, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+    } else {
+        if (km_read(file, matrix->data, head, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+        for (int64_t col = 0; col < cols; col++)
+            if (km_read(file, matrix->data + head + col * rows + first, count,
+                        scratch->data + head + col * stride, scratch, error) != KM_OK)
+                return KM_FAILED;
+    }
+    for (int64_t col = 0; col < cols; col++) {
+        uint16_t percentile[4];
+        float values[4];
+        memcpy(percentile, scratch->data + col * 8, sizeof percentile);
+        for (int i = 0; i < 4; i++) {
+            if (i > 0 && percentile[i] < percentile[i - 1])
+                return km_fail(
+                    error, matrix->data + col * 8,
+                    "corrupt compressed matrix: the percentiles of column %" PRId64 " are not in order", col);
+            values[i] = matrix->min + matrix->range * 1.52590218966964e-05F * (float)percentile[i];
+        }
+        decode_column(scratch->data + head + col * stride + skip, count, values, out + col, matrix->cols);
+    }
+    return KM_OK;
+}
+
+static void decode_linear16(const unsigned char *bytes, int64_t count, const km_matrix *matrix, float *out) {
+    const float min = matrix->min, unit = (float)((double)matrix->range * (1.0 / 65535.0));
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t value;
+        memcpy(&value, bytes + 2 * i, sizeof value);
+        out[i] = min + (float)value * unit;
+    }
+}
+
+static void decode_linear8(const unsigned char *bytes, int64_t count, const km_matrix *matrix, float *out) {
+    const float min = matrix->min, unit = (float)((double)matrix->range * (1.0 / 255.0));
+    for (int64_t i = 0; i < count; i++)
+        out[i] = min + (float)bytes[i] * unit;
+}
+
+static void doubles_to_floats(const unsigned char *bytes, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) {
+        double value;
+        memcpy(&value, bytes + 8 * i, sizeof value);
+        out[i] = (float)value;
+    }
+}
+
+/* x - x is 0 for a finite x and NaN otherwise, so one sum tells for all. */
+static int check_finite(const km_matrix *matrix, int64_t at, int64_t count, const float *values,
+                        km_error *error) {
+    float sum = 0.0F;
+    for (int64_t i = 0; i < count; i++)
+        sum += values[i] - values[i];
+    if (sum == 0.0F) return KM_OK;
+    int64_t i = 0;
+    while (i < count && isfinite(values[i]))
+        i++;
+    return km_fail(error, at + i * value_bytes(matrix->kind), "not a finite number: %g in column %" PRId64,
+                   (double)values[i < count ? i : 0], i % matrix->cols);
+}
+
+int km_matrix_rows(const km_file *file, const km_matrix *matrix, int32_t first, int32_t count, float *out,
+                   km_scratch *scratch, km_error *error) {
+    if (first < 0 || count <= 0 || first > matrix->rows - count)
+        return km_fail(error, -1,
+                       "rows %" PRId32 " .. +%" PRId32 " asked for of a matrix with %" PRId32 " rows", first,
+                       count, matrix->rows);
+    if (matrix->kind == KM_COLUMNS8) return rows_of_columns(file, matrix, first, count, out, scratch, error);
+    const int64_t width = value_bytes(matrix->kind), values = (int64_t)count * matrix->cols;
+    const int64_t at = matrix->data + (int64_t)first * matrix->cols * width;
+    if (matrix->kind == KM_FLOAT) {
+        if (km_read(file, at, values * width, out, scratch, error) != KM_OK) return KM_FAILED;
+        return check_finite(matrix, at, values, out, error);
+    }
+    if (km_scratch_reserve(scratch, values * width, error) != KM_OK) return KM_FAILED;
+    if (km_read(file, at, values * width, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+    switch (matrix->kind) {
+    case KM_ROWS16:
+        decode_linear16(scratch->data, values, matrix, out);
+        return KM_OK;
+    case KM_ROWS8:
+        decode_linear8(scratch->data, values, matrix, out);
+        return KM_OK;
+    default:
+        doubles_to_floats(scratch->data, values, out);
+        return check_finite(matrix, at, values, out, error);
+    }
+}
+
+int km_matrix_doubles(const km_file *file, const km_matrix *matrix, double *out, km_error *error) {
+    km_scratch scratch = {0};
+    const int64_t values = (int64_t)matrix->rows * matrix->cols;
+    if (matrix->kind == KM_DOUBLE) return km_read(file, matrix->data, values * 8, out, &scratch, error);
+    if (matrix->kind != KM_FLOAT)
+        return km_fail(error, matrix->data, "compressed matrix where a full one (DM or FM) is expected");
+    int status = km_scratch_reserve(&scratch, values * 4, error);
+    if (status == KM_OK) status = km_read(file, matrix->data, values * 4, scratch.data, &scratch, error);
+    for (int64_t i = 0; status == KM_OK && i < values; i++)
+        out[i] = (double)float_at(scratch.data + 4 * i);
+    km_scratch_free(&scratch);
+    return status;
+}
