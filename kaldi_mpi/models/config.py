@@ -1,0 +1,218 @@
+"""A network's definition: nodes and component options, as nnet3's config lines give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.models.descriptor import Descriptor, DescriptorError, parse_descriptor
+
+_KEY = re.compile(r"\s*([-A-Za-z0-9_]+)=")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a line stands, for messages."""
+
+    file: str = "config"
+    line: int = 0
+
+    def error(self, cause: str, key: str | None = None) -> ConfigError:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return ConfigError(f"{where}: {key}: {cause}" if key else f"{where}: {cause}")
+
+
+@dataclass(frozen=True)
+class InputNode:
+    """``input-node``: features of `dim` columns."""
+
+    name: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"input-node name={self.name} dim={self.dim}"
+
+
+@dataclass(frozen=True)
+class ComponentNode:
+    """``component-node``: a component applied to a descriptor."""
+
+    name: str
+    component: str
+    input: Descriptor
+
+    def __str__(self) -> str:
+        return f"component-node name={self.name} component={self.component} input={self.input}"
+
+
+@dataclass(frozen=True)
+class DimRangeNode:
+    """``dim-range-node``: `dim` columns of another node, from `offset`."""
+
+    name: str
+    input_node: str
+    offset: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"dim-range-node name={self.name} input-node={self.input_node} dim-offset={self.offset} dim={self.dim}"
+
+
+@dataclass(frozen=True)
+class OutputNode:
+    """``output-node``: what the network gives out; `objective` is ``linear`` or ``quadratic``."""
+
+    name: str
+    input: Descriptor
+    objective: str = "linear"
+
+    def __str__(self) -> str:
+        return f"output-node name={self.name} input={self.input} objective={self.objective}"
+
+
+Node = InputNode | ComponentNode | DimRangeNode | OutputNode
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """``component``: a name, nnet3's type name, and the options of its line."""
+
+    name: str
+    type: str
+    options: dict[str, str]
+    place: Place = Place()
+
+
+@dataclass
+class Config:
+    """Nodes and components, in the order of the lines that defined them; `source` is named in messages."""
+
+    nodes: list[Node] = field(default_factory=list)
+    components: list[ComponentSpec] = field(default_factory=list)
+    source: str = "config"
+
+    def node_lines(self) -> list[str]:
+        """The lines of a model file: nodes only, in nnet3's spelling."""
+        return [str(node) for node in self.nodes]
+
+
+def split_options(text: str) -> dict[str, str]:
+    """``a=1 input=Append(x, y) b=2`` as a dict; a value goes on to the next ``key=``.
+
+    Raises:
+        ValueError: something before the first key, or a key given twice.
+    """
+    fields = _KEY.split(text)
+    if fields[0].strip():
+        raise ValueError(f"key=value expected, found {fields[0].strip()!r}")
+    options: dict[str, str] = {}
+    for key, value in zip(fields[1::2], fields[2::2], strict=True):
+        if key in options:
+            raise ValueError(f"{key} is given twice")
+        options[key] = value.strip()
+    return options
+
+
+class Options:
+    """The options of one line, each taken once; what is left over at `done` is an error.
+
+    Raises (all methods):
+        ConfigError: names file, line and key.
+    """
+
+    def __init__(self, options: dict[str, str], place: Place) -> None:
+        self.values, self.place = dict(options), place
+
+    def text(self, key: str, default: str | None = None) -> str:
+        if key in self.values:
+            return self.values.pop(key)
+        if default is None:
+            raise self.place.error("is missing", key)
+        return default
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        if key not in self.values and default is not None:
+            return default
+        value = self.text(key)
+        try:
+            return int(value)
+        except ValueError:
+            raise self.place.error(f"integer expected, found {value!r}", key) from None
+
+    def number(self, key: str, default: float | None = None) -> float:
+        if key not in self.values and default is not None:
+            return default
+        value = self.text(key)
+        try:
+            return float(value)
+        except ValueError:
+            raise self.place.error(f"number expected, found {value!r}", key) from None
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.text(key, str(default)).lower()
+        if value not in ("true", "false"):
+            raise self.place.error(f"true or false expected, found {value!r}", key)
+        return value == "true"
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if value <= 0:
+            raise self.place.error(f"must be positive, is {value}", key)
+        return value
+
+    def done(self, what: str) -> None:
+        for key in self.values:
+            raise self.place.error(f"is not an option of {what}", key)
+
+
+def parse_config(lines: Iterable[tuple[str, Place]], source: str) -> Config:
+    """Build a `Config` out of nnet3 config lines; comments and empty lines are skipped.
+
+    Raises:
+        ConfigError: names file, line and key.
+    """
+    config = Config(source=source)
+    seen: set[tuple[bool, str]] = set()
+    for text, place in lines:
+        words = text.split("#")[0].split(None, 1)
+        if not words:
+            continue
+        try:
+            options = Options(split_options(words[1] if len(words) > 1 else ""), place)
+            _add_line(config, words[0], options, place)
+        except ValueError as error:
+            raise place.error(str(error)) from error
+        item: Node | ComponentSpec = config.components[-1] if words[0] == "component" else config.nodes[-1]
+        if (words[0] == "component", item.name) in seen:
+            raise place.error(f"{words[0]} is defined twice", item.name)
+        seen.add((words[0] == "component", item.name))
+    return config
+
+
+def _add_line(config: Config, kind: str, options: Options, place: Place) -> None:
+    name = options.text("name")
+    if kind == "component":
+        config.components.append(ComponentSpec(name, options.text("type"), options.values, place))
+        return
+    node: Node
+    if kind == "input-node":
+        node = InputNode(name, options.positive("dim"))
+    elif kind == "component-node":
+        node = ComponentNode(name, options.text("component"), _descriptor(options))
+    elif kind == "dim-range-node":
+        node = DimRangeNode(name, options.text("input-node"), options.integer("dim-offset"), options.positive("dim"))
+    elif kind == "output-node":
+        node = OutputNode(name, _descriptor(options), options.text("objective", "linear"))
+    else:
+        raise place.error(f"unknown kind of line {kind!r}")
+    options.done(kind)
+    config.nodes.append(node)
+
+
+def _descriptor(options: Options) -> Descriptor:
+    try:
+        return parse_descriptor(options.text("input")).normalized()
+    except DescriptorError as error:
+        raise options.place.error(str(error), "input") from error

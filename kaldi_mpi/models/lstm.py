@@ -1,0 +1,344 @@
+"""Kaldi's LSTM recurrence, forward and backward, as one differentiable operation.
+
+What nnet3 builds out of an affine component over (input, recurrence), LstmNonlinearityComponent (peephole LSTM,
+arxiv.org/abs/1402.1128 equations 7 to 14), an optional projection, and BackpropTruncationComponent is computed
+here in one loop over time. Values are time-major and flat: row ``t * B + b`` of a matrix is frame t of
+sequence b, so the frame ``delay`` frames away is ``delay * B`` rows away, and a recurrence with delay -d, which
+is d interleaved sequences, advances by blocks of ``d * B`` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+
+
+@dataclass(frozen=True)
+class LstmSettings:
+    """What the recurrence needs beside its parameters.
+
+    Attributes:
+        delay: frames from a frame to the one that it recurs to; negative for the past.
+        scale: factor of the recurrence in the forward pass (1 - |delay| / decay-time).
+        clipping_threshold: largest norm of the recurrent gradient of a frame; not positive: no limit.
+        zeroing_threshold: norm above which it becomes 0 at a frame on a boundary; not positive: never.
+        zeroing_interval: frames between boundaries.
+        recurrent_dim: columns of the projection that recur; 0 without a projection.
+    """
+
+    delay: int = -1
+    scale: float = 1.0
+    clipping_threshold: float = 30.0
+    zeroing_threshold: float = 15.0
+    zeroing_interval: int = 20
+    recurrence_interval: int = 1
+    recurrent_dim: int = 0
+
+    def boundaries(self, first: int, frames: int, sequences: int) -> Tensor:
+        """(frames * sequences,) bool: where a large recurrent gradient is zeroed.
+
+        As in nnet3 the boundaries are shifted by the number of the sequence in the minibatch, so that they
+        do not always fall on the same frame of an utterance.
+        """
+        t = torch.arange(first, first + frames).unsqueeze(1) - torch.arange(sequences).unsqueeze(0)
+        interval = self.zeroing_interval
+        here = torch.div(t, interval, rounding_mode="floor")
+        before = torch.div(t - self.recurrence_interval, interval, rounding_mode="floor")
+        return (here != before).reshape(-1)
+
+
+def lstm(
+    x: Tensor,
+    w_all: Tensor,
+    bias: Tensor,
+    peepholes: Tensor,
+    settings: LstmSettings,
+    *,
+    first: int = 0,
+    min_deriv_time: int | None = None,
+    max_deriv_time: int | None = None,
+    w_rp: Tensor | None = None,
+    b_rp: Tensor | None = None,
+) -> Tensor:
+    """Run the recurrence from a zero state over all frames of `x`.
+
+    The gradient limits (clipping, zeroing) are meant for the gradient of an objective summed over frames,
+    as Kaldi's is; a caller that averages makes them ineffective.
+
+    Args:
+        x: (T, B, I) input.
+        w_all: (4C, I + R) weights of gates i, f, g, o; the last R columns multiply the recurrence
+            (R = C without a projection).
+        bias: (4C,).
+        peepholes: (3, C) of gates i, f (old cell) and o (new cell).
+        first: time of x[0].
+        min_deriv_time, max_deriv_time: gradients exist only for frames in this range (both ends included);
+            the others are computed forward only.
+        w_rp, b_rp: projection (P, C) and its bias (P,) or None.
+
+    Returns:
+        (T, B, C) outputs m, or (T, B, P) projected ones.
+    """
+    frames = x.shape[0]
+    low = 0 if min_deriv_time is None else min(max(min_deriv_time - first, 0), frames)
+    high = frames if max_deriv_time is None else min(max(max_deriv_time - first + 1, low), frames)
+    output: Tensor = _Lstm.apply(x, w_all, bias, peepholes, w_rp, b_rp, settings, first, low, high)
+    return output
+
+
+def _blocks(rows: int, block: int, reverse: bool) -> list[int]:
+    """Sizes of consecutive blocks; the short one is the last to be processed."""
+    whole, rest = divmod(rows, block)
+    sizes = [block] * whole
+    if rest:
+        sizes.insert(0 if reverse else whole, rest)
+    return sizes
+
+
+def _order(parts: Sequence[Sequence[Tensor]], reverse: bool) -> list[tuple[Tensor, ...]]:
+    steps = list(zip(*parts, strict=True))
+    return steps[::-1] if reverse else steps
+
+
+class _Lstm(torch.autograd.Function):
+    """Backward notation: with s the pre-activations of the gates, each of ds_i, ds_f, ds_g is the gradient of
+    the cell times a coefficient that only depends on the forward pass, and so is ds_o with the gradient of m.
+    The forward pass leaves these coefficients in place of the gates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x3: Tensor,
+        w_all: Tensor,
+        bias: Tensor,
+        peepholes: Tensor,
+        w_rp: Tensor | None,
+        b_rp: Tensor | None,
+        settings: LstmSettings,
+        first: int,
+        low: int,
+        high: int,
+    ) -> Tensor:
+        frames, batch, in_dim = x3.shape
+        cell, rows = peepholes.shape[1], frames * batch
+        rec_dim = w_all.shape[1] - in_dim
+        reverse = settings.delay > 0
+        shift = abs(settings.delay) * batch
+        x = x3.reshape(rows, in_dim)
+        gates = torch.addmm(bias, x, w_all[:, :in_dim].t())
+        w_rec = (w_all[:, in_dim:] * settings.scale).t().contiguous()
+        w_if, w_o = peepholes[:2].contiguous(), peepholes[2]
+
+        # Cells and recurrent outputs have `shift` rows of zeros where the recurrence starts, so that the
+        # values of a block and those that it recurs to are two views of one buffer.
+        here = slice(0, rows) if reverse else slice(shift, None)
+        there = slice(shift, None) if reverse else slice(0, rows)
+        edge = slice(rows, None) if reverse else slice(0, shift)
+        cells = x.new_empty(rows + shift, cell)
+        outputs = x.new_empty(rows + shift, cell if w_rp is None else w_rp.shape[0])
+        cells[edge] = 0.0
+        outputs[edge] = 0.0
+        m = outputs[here] if w_rp is None else x.new_empty(rows, cell)
+        tanh_c = torch.empty_like(m)
+        w_proj = None if w_rp is None else w_rp.t().contiguous()
+
+        sizes = _blocks(rows, shift, reverse)
+        width = 4 * cell
+
+        def columns(begin: int, end: int) -> Sequence[Tensor]:
+            return gates[:, begin:end].split(sizes)
+
+        pairs = gates[:, : 2 * cell].unflatten(1, (2, cell))
+        parts: list[Sequence[Tensor]] = [
+            gates.split(sizes),
+            pairs.split(sizes),
+            columns(0, 2 * cell),
+            columns(0, cell),
+            columns(cell, 2 * cell),
+            columns(2 * cell, 3 * cell),
+            columns(3 * cell, width),
+            cells[here].split(sizes),
+            cells[there].split(sizes),
+            cells[there].unsqueeze(1).split(sizes),
+            outputs[there][:, :rec_dim].split(sizes),
+            outputs[here].split(sizes),
+            m.split(sizes),
+            tanh_c.split(sizes),
+        ]
+        scale = settings.scale
+        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh in _order(parts, reverse):
+            s.addmm_(h_old, w_rec)
+            s_if2.addcmul_(c_old2, w_if, value=scale)
+            s_if.sigmoid_()
+            g.tanh_()
+            torch.mul(i, g, out=c)
+            c.addcmul_(f, c_old, value=scale)
+            o.addcmul_(c, w_o)
+            o.sigmoid_()
+            torch.tanh(c, out=tanh)
+            torch.mul(o, tanh, out=m_k)
+            if w_proj is not None:
+                if b_rp is None:
+                    torch.mm(m_k, w_proj, out=out)
+                else:
+                    torch.addmm(b_rp, m_k, w_proj, out=out)
+
+        result = outputs[here].view(frames, batch, -1)
+        ctx.empty = high == low
+        if any(ctx.needs_input_grad) and not ctx.empty:
+            span = slice(low * batch, high * batch)
+            ctx.settings, ctx.first, ctx.low, ctx.high = settings, first, low, high
+            ctx.shape = (frames, batch, in_dim)
+            to_m, to_old = _coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale)
+            ctx.save_for_backward(
+                x[span],
+                gates[span],
+                to_m,
+                to_old,
+                cells[here][span],
+                cells[there][span],
+                outputs[there][span, :rec_dim],
+                m[span],
+                w_all,
+                w_rp,
+            )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        if ctx.empty:
+            return (None,) * 10
+        frames, batch, in_dim = ctx.shape
+        settings: LstmSettings = ctx.settings
+        x, coefs, to_m, to_old, c, c_old, h_old, m, w_all, w_rp = ctx.saved_tensors
+        cell, rec_dim, scale = c.shape[1], h_old.shape[1], settings.scale
+        rows, shift = x.shape[0], abs(settings.delay) * batch
+        reverse = settings.delay < 0
+        w_rec = w_all[:, in_dim:] * scale
+
+        # recur[t] = gradient of what frame t gives to its successor, columns (cell, output). A block writes
+        # it for its predecessors, `shift` rows away, which for the edge of the range are spare rows.
+        recur = x.new_empty(rows + shift, cell + rec_dim)
+        here, target = slice(0, rows), slice(shift, None)
+        if reverse:
+            here, target = target, here
+        recur[slice(rows, None) if reverse else slice(0, shift)] = 0.0
+        d_gates = x.new_empty(rows, 4 * cell)
+        grad = grad[ctx.low : ctx.high].reshape(rows, -1)
+        d_rp = None if w_rp is None else grad.clone()
+        limit = _Limit(settings, ctx.first + ctx.low, ctx.high - ctx.low, batch)
+
+        sizes = _blocks(rows, shift, reverse)
+        ifg = 3 * cell
+        parts: list[Sequence[Tensor]] = [
+            recur[here].split(sizes),
+            recur[here][:, :cell].split(sizes),
+            recur[here][:, cell:].split(sizes),
+            (grad if d_rp is None else d_rp).split(sizes),
+            to_m.split(sizes),
+            to_old.split(sizes),
+            coefs[:, :ifg].unflatten(1, (3, cell)).split(sizes),
+            coefs[:, ifg:].split(sizes),
+            d_gates.split(sizes),
+            d_gates[:, :ifg].unflatten(1, (3, cell)).split(sizes),
+            d_gates[:, ifg:].split(sizes),
+            recur[target][:, :cell].split(sizes),
+            recur[target][:, cell:].split(sizes),
+            recur[here][:, :cell].unsqueeze(1).split(sizes),
+            limit.boundaries.split(sizes),
+        ]
+        steps = _order(parts, reverse)
+        for k, step in enumerate(steps):
+            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, boundary = step
+            limit.apply(both, boundary)
+            if w_rp is None:
+                dm = dh.add_(out)
+            else:
+                out[:, :rec_dim].add_(dh)
+                dm = torch.mm(out, w_rp)
+            dc.addcmul_(dm, k_m)
+            torch.mul(dm, k_o, out=ds_o)
+            torch.mul(dc3, k_ifg, out=ds_ifg)
+            if k + 1 < len(steps):
+                torch.mul(dc, k_old, out=to_dc)
+                torch.mm(ds, w_rec, out=to_dh)
+        return _Lstm._gradients(ctx, d_gates, d_rp, (frames, batch, in_dim))
+
+    @staticmethod
+    def _gradients(ctx: Any, d_gates: Tensor, d_rp: Tensor | None, shape: tuple[int, int, int]) -> Any:
+        """One large product for each weight matrix, over all frames."""
+        frames, batch, in_dim = shape
+        x, _, _, _, c, c_old, h_old, m, w_all, w_rp = ctx.saved_tensors
+        cell, scale = c.shape[1], ctx.settings.scale
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = d_gates.new_zeros(frames, batch, in_dim)
+            torch.mm(d_gates, w_all[:, :in_dim], out=dx[ctx.low : ctx.high].view(-1, in_dim))
+        dw = torch.empty_like(w_all)
+        torch.mm(d_gates.t(), x, out=dw[:, :in_dim])
+        torch.mm(d_gates.t(), h_old, out=dw[:, in_dim:])
+        if scale != 1.0:
+            dw[:, in_dim:] *= scale
+        d_peep = d_gates.new_empty(3, cell)
+        old = d_gates[:, : 2 * cell].unflatten(1, (2, cell)) * c_old.unsqueeze(1)
+        torch.sum(old, 0, out=d_peep[:2])
+        d_peep[:2] *= scale
+        torch.sum(d_gates[:, 3 * cell :] * c, 0, out=d_peep[2])
+        d_wrp = d_brp = None
+        if d_rp is not None:
+            d_wrp, d_brp = torch.mm(d_rp.t(), m), d_rp.sum(0)
+        return dx, dw, d_gates.sum(0), d_peep, d_wrp, d_brp, None, None, None, None
+
+
+def _coefficients(
+    gates: Tensor, c_old: Tensor, tanh_c: Tensor, peepholes: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Replace the gates i, f, g, o by the coefficients of their gradients.
+
+    Returns:
+        d cell / d m (through tanh and the output gate's peephole), and d old cell / d cell.
+    """
+    i, f, g, o = gates.split(c_old.shape[1], dim=1)
+    to_m = _tanh_backward(o, tanh_c, grad_input=torch.empty_like(c_old))
+    _sigmoid_backward(tanh_c, o, grad_input=o)
+    to_m.addcmul_(o, peepholes[2])
+    to_old = f.clone(memory_format=torch.contiguous_format)
+    _sigmoid_backward(c_old, f, grad_input=f)
+    of_g = _tanh_backward(i, g, grad_input=torch.empty_like(c_old))
+    _sigmoid_backward(g, i, grad_input=i)
+    g.copy_(of_g)
+    if scale != 1.0:
+        f *= scale
+    to_old.addcmul_(i, peepholes[0]).addcmul_(f, peepholes[1])
+
+    if scale != 1.0:
+        to_old *= scale
+    return to_m, to_old
+
+
+class _Limit:
+    """BackpropTruncationComponent's limits on the recurrent gradient, applied in place to a block of rows."""
+
+    def __init__(self, settings: LstmSettings, first: int, frames: int, batch: int) -> None:
+        self.clip = settings.clipping_threshold if settings.clipping_threshold > 0 else math.inf
+        self.zero = settings.zeroing_threshold if settings.zeroing_threshold > 0 else math.inf
+        self.smallest = min(self.clip, self.zero)
+        self.boundaries = settings.boundaries(first, frames, batch)
+
+    def apply(self, rows: Tensor, boundary: Tensor) -> None:
+        # The norm of all rows together bounds that of each: mostly one reduction settles it.
+        if math.isinf(self.smallest) or torch.linalg.vector_norm(rows).item() <= self.smallest:
+            return
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        factors = (self.clip / norms).clamp_(max=1.0)
+        factors.masked_fill_(boundary.to(norms.device) & (norms > self.zero), 0.0)
+        rows.mul_(factors.unsqueeze(1))
