@@ -97,6 +97,7 @@ class Learner:
         self._seed, self._logs, self._progress = seed, logs, progress
         self._on_iteration = on_iteration
         self._loader_threads = loader_threads
+        self._whole_step = plan.chunks_per_minibatch * world.size  # chunks
         self._pass = Pass(shape, plan.chunks_per_minibatch, world, flat.values.device)
         self._objective = 0.0  # own sum of log-probabilities in this iteration
         self._objective_frames = 0
@@ -118,7 +119,7 @@ class Learner:
             first_step=self.step,
         ) as reader:
             while self.step < self.plan.num_steps:
-                self._take(next(reader))
+                self._take(next(reader), _chunks_of_step(reader, self.step, self._whole_step))
                 last = self.step == self.plan.num_steps
                 if last:
                     self.flat.mix(self.flat.values, self.strategy.finish)
@@ -131,7 +132,7 @@ class Learner:
                 "trained on %d frames in %.1f s, %.0f frames/s over %d learner(s); waited %.2f s for data; "
                 "%d averagings, %.3g MB sent by each learner",
                 self.frames, seconds, self.frames / max(seconds, 1e-9), self.world.size,
-                counters.consumer_wait_seconds, self.strategy.num_averages, self.strategy.bytes_sent / 1e6,
+                counters.consumer_waited, self.strategy.num_averages, self.strategy.bytes_sent / 1e6,
             )  # fmt: skip
             for line in self.optimiser.report():
                 logger.info("%s", line)
@@ -150,8 +151,8 @@ class Learner:
             output.reshape(-1, output.shape[2]), labels.reshape(-1), ignore_index=-1, reduction="sum"
         )
 
-    def _take(self, minibatch: Minibatch) -> None:
-        """One global step."""
+    def _take(self, minibatch: Minibatch, global_chunks: int) -> None:
+        """One global step, which has `global_chunks` chunks over all learners."""
         step = Step(minibatch.step, minibatch.frames, minibatch.global_frames)
         self.flat.gradients.zero_()
         if minibatch.frames:
@@ -163,7 +164,7 @@ class Learner:
             self.flat.mix(self.flat.gradients, lambda g: self.strategy.combine_gradients(g, step))
         together = self.strategy.moves_together
         if minibatch.frames or together:
-            chunks = minibatch.global_chunks if together else len(minibatch.labels)
+            chunks = global_chunks if together else len(minibatch.labels)
             rate = self.rate.actual(self.frames, self.world.size)
             self.optimiser.step(rate, chunks / self.world.size)
         self.flat.mix(self.flat.values, lambda w: self.strategy.after_step(w, step))
@@ -219,3 +220,8 @@ class Learner:
         self.flat.load(state["parameters"].numpy())
         self.optimiser.load_state_dict(state["optimiser"])
         self.strategy.load_state_dict(state["strategy"])
+
+
+def _chunks_of_step(reader: MinibatchReader, step: int, whole: int) -> int:
+    """Chunks of a global step over all learners: `whole`, or what an epoch's last step has left."""
+    return min(whole, reader.num_chunks - step % reader.steps_per_epoch * whole)

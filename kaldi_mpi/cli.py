@@ -1,0 +1,58 @@
+"""The console command ``kaldi-mpi``: one word that names what to do, and its options.
+
+Everything here is a thin door to a module that does the work (``python -m MODULE`` is the same).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import kaldi_mpi
+
+# name -> (module with main(arguments) -> exit status, what it does)
+_COMMANDS = {
+    "train": ("kaldi_mpi.train", "one learner of a training (inside mpiexec)"),
+    "launch": ("kaldi_mpi.transport.launch", "start N learners under mpiexec and watch over them"),
+    "progress": ("kaldi_mpi.report.watch", "show the progress of a training that writes to a log"),
+    "synth": ("kaldi_mpi.kaldi.synth", "make a corpus of spoken digits (embedded back end)"),
+    "features": ("kaldi_mpi.kaldi.features", "compute MFCCs and CMVN statistics (embedded back end)"),
+    "decode": ("kaldi_mpi.kaldi.decode", "decode into Kaldi lattices (embedded back end)"),
+    "score": ("kaldi_mpi.kaldi.score", "score lattices as steps/score_kaldi.sh does (embedded back end)"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            f"kaldi-mpi {kaldi_mpi.__version__}: persistent MPI learners for Kaldi nnet3 acoustic models",
+            "usage: kaldi-mpi COMMAND [OPTIONS]   (kaldi-mpi COMMAND --help tells the options)",
+            *lines,
+            "e.g.: kaldi-mpi launch -n 4 -- kaldi-mpi train --feat-dir data/train --ali-dir exp/tri_ali --dir exp/lstm",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command named first; returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 1
+    if words[0] == "--version":
+        print(kaldi_mpi.__version__)
+        return 0
+    if words[0] not in _COMMANDS:
+        print(f"kaldi-mpi: no command {words[0]!r}\n{usage()}", file=sys.stderr)
+        return 1
+    module = importlib.import_module(_COMMANDS[words[0]][0])
+    status: int = module.main(words[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
