@@ -8,7 +8,6 @@ writes CMVN_DIR/cmvn_NAME.{ark,scp} and DATA_DIR/cmvn.scp.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.atomic import atomic_write
-from kaldi_mpi.errors import ConfigError, DataError, KaldiMpiError
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.kaldi.command import run_command
 from kaldi_mpi.kaldi.datadir import DataDir, PathLike
 from kaldi_mpi.kaldi.feature_io import read_features
-from kaldi_mpi.report.log import logger, set_up
+from kaldi_mpi.report.log import logger
 
 
 def cmvn_stats(utterances: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
@@ -50,9 +50,7 @@ def cmvn_stats(utterances: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]
     return stats
 
 
-def make_cmvn(
-    data_dir: PathLike, *, log_dir: PathLike | None = None, cmvn_dir: PathLike | None = None
-) -> None:
+def make_cmvn(data_dir: PathLike, *, log_dir: PathLike | None = None, cmvn_dir: PathLike | None = None) -> None:
     """Write the CMVN statistics of each speaker of a data directory that has features.
 
     Args:
@@ -85,7 +83,7 @@ def make_cmvn(
     logger.info("%s: CMVN statistics of %d speakers", data.path, speakers)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     """Command line; takes the arguments of steps/compute_cmvn_stats.sh."""
     parser = argparse.ArgumentParser(
         prog="python -m kaldi_mpi.kaldi.cmvn", description="CMVN statistics of a Kaldi data directory"
@@ -93,15 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("data_dir")
     parser.add_argument("log_dir", nargs="?", help="default: DATA_DIR/log")
     parser.add_argument("cmvn_dir", nargs="?", help="default: DATA_DIR/data")
-    options = parser.parse_args(arguments)
-    set_up("compute-cmvn-stats")
-    try:
-        make_cmvn(options.data_dir, log_dir=options.log_dir, cmvn_dir=options.cmvn_dir)
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    options = parser.parse_args()
+    make_cmvn(options.data_dir, log_dir=options.log_dir, cmvn_dir=options.cmvn_dir)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

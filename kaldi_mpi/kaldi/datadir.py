@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from kaldi_mpi.atomic import atomic_write
-from kaldi_mpi.errors import DataError, KaldiMpiError
-from kaldi_mpi.report.log import logger, set_up
+from kaldi_mpi.errors import DataError
+from kaldi_mpi.kaldi.command import run_command
+from kaldi_mpi.report.log import logger
 
 PathLike = str | os.PathLike[str]
 
@@ -131,9 +131,7 @@ class DataDir:
         table = read_table(self.path / "utt2spk")
         for utterance, speaker in table.items():
             if len(speaker.split()) != 1:
-                raise DataError(
-                    f"expected one speaker, got {speaker!r}", file=self.file("utt2spk"), key=utterance
-                )
+                raise DataError(f"expected one speaker, got {speaker!r}", file=self.file("utt2spk"), key=utterance)
         return table
 
     @cached_property
@@ -247,9 +245,7 @@ class DataDir:
                 )
             previous_utterance, previous = utterance, speaker
 
-    def _same_keys(
-        self, name1: str, keys1: Iterable[str], name2: str, keys2: Iterable[str], what: str
-    ) -> None:
+    def _same_keys(self, name1: str, keys1: Iterable[str], name2: str, keys2: Iterable[str], what: str) -> None:
         set1, set2 = set(keys1), set(keys2)
         for have, have_name, lack_name in ((set1 - set2, name1, name2), (set2 - set1, name2, name1)):
             if have:
@@ -323,6 +319,8 @@ def copy_data_dir(source: PathLike, target: PathLike) -> DataDir:
         DataError: `source` is no data directory, its files do not agree, or an audio file is missing.
     """
     data = DataDir(source)
+    if Path(target).exists() and Path(target).samefile(data.path):
+        raise DataError(f"it is the directory to be written ({target}); keep your own data elsewhere", file=str(source))
     for name in ("wav.scp", "text", "utt2spk"):
         if not data.has(name):
             raise DataError("no such file", file=data.file(name))
@@ -368,9 +366,9 @@ def _lines(path: PathLike) -> list[str]:
         raise DataError("the text is not UTF-8", file=str(path), offset=error.start) from None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     """Command line: ``python -m kaldi_mpi.kaldi.datadir copy SOURCE TARGET`` or ``validate DIR``."""
-    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.kaldi.datadir", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.kaldi.datadir", description="Kaldi data directories")
     commands = parser.add_subparsers(dest="command", required=True)
     copy = commands.add_parser("copy", help="take a data directory into a recipe")
     copy.add_argument("source")
@@ -378,20 +376,14 @@ def main(arguments: list[str] | None = None) -> int:
     validate = commands.add_parser("validate", help="check that the files of a data directory agree")
     validate.add_argument("directory")
     validate.add_argument("--feats", action="store_true", help="features and CMVN statistics must be there")
-    options = parser.parse_args(arguments)
-    set_up("datadir")
-    try:
-        if options.command == "copy":
-            data = copy_data_dir(options.source, options.target)
-        else:
-            data = DataDir(options.directory)
-            data.validate(feats=options.feats)
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
+    options = parser.parse_args()
+    if options.command == "copy":
+        data = copy_data_dir(options.source, options.target)
+    else:
+        data = DataDir(options.directory)
+        data.validate(feats=options.feats)
     logger.info("%s: %d utterances of %d speakers", data.path, len(data.utterances), len(data.spk2utt))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

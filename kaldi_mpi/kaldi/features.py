@@ -12,7 +12,6 @@ import argparse
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,11 +25,12 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError, KaldiMpiError
+from kaldi_mpi.kaldi.command import run_command
 from kaldi_mpi.kaldi.datadir import DataDir, PathLike, write_table
 from kaldi_mpi.kaldi.feature_io import add_deltas, apply_cmvn, read_features
 from kaldi_mpi.kaldi.mfcc_config import MfccConfig
 from kaldi_mpi.kaldi.wave import read_utterances, resample
-from kaldi_mpi.report.log import logger, set_up
+from kaldi_mpi.report.log import logger
 
 __all__ = ["add_deltas", "apply_cmvn", "compute_mfcc", "make_mfcc", "read_features", "split_jobs"]
 
@@ -77,9 +77,7 @@ def compute_mfcc(
     extractor.accept_waveform(wanted, np.asarray(samples, dtype=np.float32))
     extractor.input_finished()
     if not extractor.num_frames_ready:
-        raise DataError(
-            f"the audio ({len(samples) / wanted:.3f} s) is shorter than one frame", file=file, key=key
-        )
+        raise DataError(f"the audio ({len(samples) / wanted:.3f} s) is shorter than one frame", file=file, key=key)
     return np.stack([extractor.get_frame(frame) for frame in range(extractor.num_frames_ready)])
 
 
@@ -114,9 +112,7 @@ def _run_job(job: _Job) -> list[tuple[str, int, float]]:
         writer = kaldi_native_io.CompressedMatrixWriter(f"ark,scp:{job.archive}.ark,{job.archive}.scp")
         try:
             with writer:
-                for utterance, samples, rate in read_utterances(
-                    data, job.utterances, channel=job.config.channel
-                ):
+                for utterance, samples, rate in read_utterances(data, job.utterances, channel=job.config.channel):
                     feats = compute_mfcc(samples, rate, job.config, file=data.file("wav.scp"), key=utterance)
                     writer.write(utterance, feats, kaldi_native_io.CompressionMethod.kSpeechFeature)
                     done.append((utterance, len(feats), len(samples) / rate))
@@ -200,7 +196,7 @@ def _run_all(work: list[_Job]) -> list[tuple[str, int, float]]:
             ) from error
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     """Command line; takes the options and arguments of steps/make_mfcc.sh."""
     parser = argparse.ArgumentParser(
         prog="python -m kaldi_mpi.kaldi.features", description="MFCCs of a Kaldi data directory"
@@ -210,22 +206,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("mfcc_dir", nargs="?", help="default: DATA_DIR/data")
     parser.add_argument("--nj", type=int, default=4, help="number of processes (default: %(default)s)")
     parser.add_argument("--mfcc-config", default="conf/mfcc.conf", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    set_up("make-mfcc")
-    try:
-        make_mfcc(
-            options.data_dir,
-            options.mfcc_config,
-            jobs=options.nj,
-            log_dir=options.log_dir,
-            mfcc_dir=options.mfcc_dir,
-        )
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    options = parser.parse_args()
+    make_mfcc(
+        options.data_dir,
+        options.mfcc_config,
+        jobs=options.nj,
+        log_dir=options.log_dir,
+        mfcc_dir=options.mfcc_dir,
+    )
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    run_command(main)

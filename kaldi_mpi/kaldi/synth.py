@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import hashlib
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import ConfigError, DataError, KaldiMpiError
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.kaldi.command import run_command
 from kaldi_mpi.kaldi.datadir import PathLike, write_data_dir
 from kaldi_mpi.kaldi.wave import Samples, encode_wave, resample
-from kaldi_mpi.report.log import logger, set_up
+from kaldi_mpi.report.log import logger
 
 RATE = 8000
 WORDS = ("ZERO", "OH", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
@@ -289,7 +289,7 @@ def make_corpus(
     return lengths
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kaldi_mpi.kaldi.synth", description="synthetic connected digits by espeak-ng"
@@ -299,21 +299,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--hours", type=float, default=1.5, help="training speech (default: %(default)s)")
     parser.add_argument("--test-hours", type=float, default=0.3, help="test speech (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    set_up("synth-digits")
-    try:
-        make_corpus(
-            options.out,
-            hours=options.hours,
-            test_hours=options.test_hours,
-            seed=options.seed,
-            jobs=options.nj,
-        )
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    options = parser.parse_args()
+    make_corpus(
+        options.out,
+        hours=options.hours,
+        test_hours=options.test_hours,
+        seed=options.seed,
+        jobs=options.nj,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

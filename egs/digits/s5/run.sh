@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Connected digits: from audio to the word error rate of a GMM and of an LSTM that MPI learners trained.
+# With KALDI_ROOT set it uses Kaldi's scripts and programs, otherwise the embedded back end.
+
+# Begin configuration section.
+stage=1            # where to begin
+stop_stage=5       # after which stage to end
+train=             # Kaldi data directories of one's own: give both, or neither for synthetic speech
+test=
+nj=2               # parallel jobs
+seed=1             # of the synthetic corpus
+hours=1.5          # of synthetic training speech, about
+test_hours=0.3
+num_learners=2     # MPI learners
+# End configuration section.
+
+help_message="Usage: $0 [--train DIR --test DIR] [--num-learners N] [--nj N] [--stage N] [--stop-stage N]
+Stages: 1 data, 2 features, 3 GMM alignments and graph, 4 LSTM training, 5 decoding and scoring."
+
+set -eu -o pipefail
+. ./path.sh
+. ./cmd.sh
+. parse_options.sh
+
+if [ $# -ne 0 ]; then printf '%b\n' "$help_message" >&2; exit 1; fi
+
+if [ "$stage" -le 1 ] && [ "$stop_stage" -ge 1 ]; then
+  echo "$0: stage 1: data"
+  local/prepare_data.sh --train "$train" --test "$test" --nj "$nj" --seed "$seed" \
+    --hours "$hours" --test-hours "$test_hours"
+fi
+
+if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
+  echo "$0: stage 2: features"
+  local/make_features.sh --nj "$nj" --cmd "$train_cmd"
+fi
