@@ -159,7 +159,7 @@ class Reader:
         before = self.position
         if not self.binary:
             return [self._int(word, before) for word in self._bracketed().replace(b",", b" ").split()]
-        if self._take(1) != bytes([4 * width]):
+        if self._take(1) != b"\4":
             raise self.error("vector of int32 expected", before)
         count = struct.unpack("<i", self._take(4))[0]
         if count < 0:
@@ -270,7 +270,7 @@ class Writer:
     def integers(self, values: list[int], width: int = 1) -> None:
         if self.binary:
             count = len(values) // width
-            self.stream.write(struct.pack("<bi", 4 * width, count) + np.array(values, "<i4").tobytes())
+            self.stream.write(struct.pack("<bi", 4, count) + np.array(values, "<i4").tobytes())
             return
         groups = (values[begin : begin + width] for begin in range(0, len(values), width))
         self.stream.write(b"[ " + b"".join(b",".join(b"%d" % v for v in group) + b" " for group in groups))
