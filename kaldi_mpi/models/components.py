@@ -143,6 +143,8 @@ class BackpropTruncation(ComponentModule):
         recurrence_interval: int = 1,
     ) -> None:
         super().__init__(dim, dim)
+        if zeroing_interval < 1 or recurrence_interval < 1:
+            raise ValueError(f"zeroing interval {zeroing_interval}, recurrence interval {recurrence_interval}")
         self.scale = scale
         self.clipping_threshold, self.zeroing_threshold = clipping_threshold, zeroing_threshold
         self.zeroing_interval, self.recurrence_interval = zeroing_interval, recurrence_interval
@@ -156,6 +158,8 @@ class Pointwise(ComponentModule):
 
 
 class RectifiedLinear(Pointwise):
+    """max(x, 0)."""
+
     kind = "RectifiedLinearComponent"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,6 +167,8 @@ class RectifiedLinear(Pointwise):
 
 
 class Sigmoid(Pointwise):
+    """Logistic sigmoid."""
+
     kind = "SigmoidComponent"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,6 +176,8 @@ class Sigmoid(Pointwise):
 
 
 class Tanh(Pointwise):
+    """Hyperbolic tangent."""
+
     kind = "TanhComponent"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,6 +185,8 @@ class Tanh(Pointwise):
 
 
 class LogSoftmax(Pointwise):
+    """Log of the softmax of each row."""
+
     kind = "LogSoftmaxComponent"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,6 +194,8 @@ class LogSoftmax(Pointwise):
 
 
 class NoOp(Pointwise):
+    """The input itself."""
+
     kind = "NoOpComponent"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +222,7 @@ def split_transform(matrix: NDArray[Any]) -> tuple[Tensor, Tensor]:
     return both[:, :-1].clone(), both[:, -1].clone()
 
 
-def natural_gradient_ranks(input_dim: int, output_dim: int, options: Options) -> tuple[int, int]:
+def _natural_gradient_ranks(input_dim: int, output_dim: int, options: Options) -> tuple[int, int]:
     rank_in, rank_out = options.integer("rank-in", -1), options.integer("rank-out", -1)
     return (
         rank_in if rank_in >= 0 else min(20, (input_dim + 1) // 2),
@@ -226,7 +238,7 @@ def _affine(options: Options, init: Initializer, cls: type[Affine]) -> Affine:
     component = cls(linear, bias + options.number("bias-mean", 0.0) if natural else bias)
     component.take_rates(options)
     if natural:
-        rank_in, rank_out = natural_gradient_ranks(in_, out, options)
+        rank_in, rank_out = _natural_gradient_ranks(in_, out, options)
         component.attributes = {
             "RankIn": rank_in,
             "RankOut": rank_out,
@@ -245,7 +257,7 @@ def _linear(options: Options, init: Initializer) -> Linear:
     component.attributes = {
         "OrthonormalConstraint": options.number("orthonormal-constraint", 0.0),
         "UseNaturalGradient": options.flag("use-natural-gradient", True),
-        "RankInOut": natural_gradient_ranks(in_, out, options),
+        "RankInOut": _natural_gradient_ranks(in_, out, options),
         "Alpha": options.number("alpha", 4.0),
         "NumSamplesHistory": options.number("num-samples-history", 2000.0),
         "UpdatePeriod": options.integer("update-period", 4),

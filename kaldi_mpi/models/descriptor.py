@@ -13,6 +13,7 @@ from dataclasses import dataclass
 _SPLIT = re.compile(r"\s*([(),@]|[^\s(),@]+)")
 _NAME = re.compile(r"^[A-Za-z_][-A-Za-z_0-9.]*$")
 _INTEGER = re.compile(r"^[-+]?\d+$")
+_DEEPEST = 50
 _BRACKET = re.compile(r"\[\s*(-?\w*)\s*\]")
 
 # What stands between the parentheses: d = a descriptor, d* = one or more, i = integer, f = number, v = t or x.
@@ -145,7 +146,7 @@ def _bracket(number: str, previous: Sequence[str]) -> str:
 
 class _Parser:
     def __init__(self, tokens: list[str], previous: Sequence[str] | None) -> None:
-        self.tokens, self.previous, self.position = tokens, previous, 0
+        self.tokens, self.previous, self.position, self.depth = tokens, previous, 0, 0
 
     def next(self, wanted: str = "") -> str:
         if self.position == len(self.tokens):
@@ -177,8 +178,12 @@ class _Parser:
         token = self.next()
         if token in _ARGUMENTS and self.at("("):
             self.next("(")
+            self.depth += 1
+            if self.depth > _DEEPEST:
+                raise DescriptorError("descriptor nested too deeply")
             tree = Descriptor(token, tuple(self.arguments(token)))
             self.next(")")
+            self.depth -= 1
             return tree
         if _NAME.match(token):
             leaf = Descriptor("", (token,))

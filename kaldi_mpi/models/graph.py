@@ -26,10 +26,12 @@ EMPTY: Range = (FOREVER, -FOREVER)
 
 
 def intersection(a: Range, b: Range) -> Range:
+    """Frames in both."""
     return max(a[0], b[0]), min(a[1], b[1])
 
 
 def hull(a: Range, b: Range) -> Range:
+    """The smallest range that holds both."""
     return min(a[0], b[0]), max(a[1], b[1])
 
 

@@ -90,7 +90,8 @@ def lstm(
     frames = x.shape[0]
     low = 0 if min_deriv_time is None else min(max(min_deriv_time - first, 0), frames)
     high = frames if max_deriv_time is None else min(max(max_deriv_time - first + 1, low), frames)
-    output: Tensor = _Lstm.apply(x, w_all, bias, peepholes, w_rp, b_rp, settings, first, low, high)
+    arguments = (x, w_all, bias, peepholes, w_rp, b_rp, settings, first, low, high)
+    output: Tensor = _Lstm.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -219,7 +220,7 @@ class _Lstm(torch.autograd.Function):
             return (None,) * 10
         frames, batch, in_dim = ctx.shape
         settings: LstmSettings = ctx.settings
-        x, coefs, to_m, to_old, c, c_old, h_old, m, w_all, w_rp = ctx.saved_tensors
+        x, coefs, to_m, to_old, c, _, h_old, _, w_all, w_rp = ctx.saved_tensors
         cell, rec_dim, scale = c.shape[1], h_old.shape[1], settings.scale
         rows, shift = x.shape[0], abs(settings.delay) * batch
         reverse = settings.delay < 0
@@ -277,7 +278,7 @@ class _Lstm(torch.autograd.Function):
     def _gradients(ctx: Any, d_gates: Tensor, d_rp: Tensor | None, shape: tuple[int, int, int]) -> Any:
         """One large product for each weight matrix, over all frames."""
         frames, batch, in_dim = shape
-        x, _, _, _, c, c_old, h_old, m, w_all, w_rp = ctx.saved_tensors
+        x, _, _, _, c, c_old, h_old, m, w_all, _ = ctx.saved_tensors
         cell, scale = c.shape[1], ctx.settings.scale
         dx = None
         if ctx.needs_input_grad[0]:

@@ -130,7 +130,7 @@ def to_torch(nnet: Nnet) -> AcousticModel:
         lines = ((line, Place(nnet.source)) for line in nnet.config_lines)
         return AcousticModel(parse_config(lines, nnet.source), modules)
     except ConfigError as error:
-        raise DataError(f"this network cannot be used: {error}") from error
+        raise DataError(str(error).removeprefix(f"{nnet.source}: "), file=nnet.source) from error
 
 
 def _array(tensor: Tensor) -> FloatArray:

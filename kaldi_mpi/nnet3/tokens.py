@@ -22,7 +22,7 @@ from kaldi_mpi.errors import DataError
 _SPACES = re.compile(rb"\s*")
 _WORD = re.compile(rb"\s*(\S+)\s?")
 _LONGEST_TOKEN = 200
-_DTYPES = {b"F": np.dtype("<f4"), b"D": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F": np.dtype("<f4"), "D": np.dtype("<f8")}
 
 FloatArray = NDArray[np.float32]
 
@@ -127,11 +127,7 @@ class Reader:
             if size != b"\4":
                 raise self.error(f"int32 expected, found size byte {size[0]}", before)
             return int(struct.unpack("<i", self._take(4))[0])
-        word = self._word()
-        try:
-            return int(word)
-        except ValueError:
-            raise self.error(f"integer expected, found {word[:40]!r}", before) from None
+        return self._int(self._word(), before)
 
     def number(self) -> float:
         """A float or double; binary files may have either."""
@@ -148,6 +144,7 @@ class Reader:
             raise self.error(f"number expected, found {word[:40]!r}", before) from None
 
     def boolean(self) -> bool:
+        """``T`` or ``F``."""
         before = self.position
         word = self._take(1) if self.binary else self._word()
         if word not in (b"T", b"F"):
@@ -168,9 +165,12 @@ class Reader:
 
     def _int(self, word: bytes, before: int) -> int:
         try:
-            return int(word)
+            value = int(word)
         except ValueError:
             raise self.error(f"integer expected, found {word[:40]!r}", before) from None
+        if not -(2**31) <= value < 2**31:
+            raise self.error(f"integer {value} has more than 32 bits", before)
+        return value
 
     def vector(self) -> FloatArray:
         """A vector, as float32."""
@@ -180,7 +180,7 @@ class Reader:
         kind = self.token()
         if kind not in ("FV", "DV"):
             raise self.error(f"vector expected, found {kind[:40]}", before)
-        dtype = _DTYPES[kind[:1].encode()]
+        dtype = _DTYPES[kind[0]]
         dim = self.integer()
         if dim < 0:
             raise self.error(f"vector of {dim} elements", before)
@@ -200,7 +200,7 @@ class Reader:
         kind = self.token()
         if kind not in ("FM", "DM"):
             raise self.error(f"matrix expected, found {kind[:40]}", before)
-        dtype = _DTYPES[kind[:1].encode()]
+        dtype = _DTYPES[kind[0]]
         shape = self.integer(), self.integer()
         if min(shape) < 0:
             raise self.error(f"matrix of shape {shape}", before)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.nnet3.tokens import FloatArray, Reader, Writer
 
 _NO_PDF = -1
+_LARGEST_PHONE = 1_000_000  # a corrupt file must not make a table of 2^31 phones
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def _text_topology(reader: Reader) -> _Topology:
         reader.expect("<ForPhones>")
         while not reader.accept("</ForPhones>"):
             before, phone = reader.position, reader.integer()
-            if phone <= 0 or phone in entry_of:
-                raise reader.error(f"phone {phone} in a topology for the second time, or not positive", before)
+            if not 0 < phone <= _LARGEST_PHONE or phone in entry_of:
+                raise reader.error(f"phone {phone} is impossible or given twice", before)
             entry_of[phone] = len(entries)
         states: list[HmmState] = []
         while reader.expect("<State>", "</TopologyEntry>") == "<State>":
