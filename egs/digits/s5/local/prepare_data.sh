@@ -18,7 +18,7 @@ set -eu -o pipefail
 . parse_options.sh
 
 if [ $# -ne 0 ]; then printf '%b\n' "$help_message" >&2; exit 1; fi
-if [ -n "$train" ] && [ -z "$test" ] || [ -z "$train" ] && [ -n "$test" ]; then
+if [ "${train:+given}" != "${test:+given}" ]; then
   echo "$0: --train and --test belong together" >&2
   exit 1
 fi
