@@ -106,7 +106,7 @@ BINARY = b"key " + int_vector(np.array([3, 4], np.int32))
         ),
         (BINARY[:-5] + b"\x05" + BINARY[-4:], ", key key, byte offset 16", "size byte of a value is 5, not 4"),
         (b"\x1f\x8b" + bytes(10), "", "corrupt gzip data: Unknown compression method"),
-        (gzip.compress(BINARY)[:-1], ", byte offset 37", "truncated: the gzip data ends early"),
+        (gzip.compress(BINARY)[:-1], ", byte offset {size}", "truncated: the gzip data ends early"),
         (gzip.compress(BINARY)[:-8] + bytes(8), "", None),
     ],
 )
@@ -114,10 +114,11 @@ def test_malformed_archives(data: bytes, where: str, cause: str | None, tmp_path
     path = tmp_path / "ali.1.gz"
     path.write_bytes(data)
     said = message(path)
+    place = str(path) + where.format(size=len(data))
     if cause is None:
-        assert said.startswith(f"{path}{where}: corrupt gzip data: CRC check failed")
+        assert said.startswith(f"{place}: corrupt gzip data: CRC check failed")
     else:
-        assert re.sub(r"byte offset 37", f"byte offset {len(data)}", f"{path}{where}: {cause}") == said
+        assert said == f"{place}: {cause}"
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -179,19 +179,31 @@ def permutation(seed: int, stream: int, count: int) -> list[int]:
     return list(out[0:count])
 
 
+def documented_permutation(seed: int, stream: int, count: int) -> tuple[list[int], int]:
+    """Fisher-Yates with xoshiro256**; also how many numbers were rejected to keep all orders equally likely."""
+    mixed = splitmix64(next(splitmix64(seed)) ^ stream)
+    numbers = xoshiro256starstar([next(mixed) for _ in range(4)])
+    order, rejected = list(range(count)), 0
+    for i in range(count, 1, -1):
+        while (product := (next(numbers) >> 32) * i) & 0xFFFFFFFF < 2**32 % i:
+            rejected += 1
+        j = product >> 32
+        order[i - 1], order[j] = order[j], order[i - 1]
+    return order, rejected
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, MASK), stream=st.integers(0, MASK), count=st.integers(0, 40))
 def test_permutation_is_the_documented_algorithm(seed: int, stream: int, count: int) -> None:
-    """Fisher-Yates with xoshiro256**: an order is reproducible from the seed by anybody, for ever."""
-    mixed = splitmix64(next(splitmix64(seed)) ^ stream)
-    numbers = xoshiro256starstar([next(mixed) for _ in range(4)])
-    expected = list(range(count))
-    for i in range(count, 1, -1):
-        while (product := (next(numbers) >> 32) * i) & 0xFFFFFFFF < 2**32 % i:
-            pass
-        j = product >> 32
-        expected[i - 1], expected[j] = expected[j], expected[i - 1]
-    assert permutation(seed, stream, count) == expected
+    """An order can be reproduced from the seed by anybody, for ever."""
+    assert permutation(seed, stream, count) == documented_permutation(seed, stream, count)[0]
+
+
+def test_long_permutation_rejects_as_documented() -> None:
+    """Long enough that some numbers are rejected (about n * n / 4 / 2**32 of them)."""
+    expected, rejected = documented_permutation(3, 1, 200_000)
+    assert rejected > 0
+    assert permutation(3, 1, 200_000) == expected
 
 
 def test_generators_published_values() -> None:
