@@ -69,7 +69,7 @@ case "$num_learners" in
   ''|*[!0-9]*|0) echo "$0: --num-learners $num_learners: expected a number above 0" >&2; exit 1 ;;
 esac
 if [ -z "$cmd" ]; then
-  if command -v run.pl >/dev/null; then cmd=run.pl; else cmd=$here/run.sh; fi
+  if command -v run.pl >/dev/null; then cmd=run.pl; else cmd=$here/run.py; fi
 fi
 if ! "$python" -c 'import kaldi_mpi' 2>/dev/null; then
   echo "$0: $python cannot import kaldi_mpi: install it there, or name another with --python" >&2; exit 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -86,9 +87,9 @@ def load(folder: Path, options: TrainOptions, world: World, learner: HasState) -
                 logger.warning("%s is of another configuration or number of learners; starting anew", place)
             return False
         state = torch.load(place / f"learner.{world.rank}.{saved['step']}.pt", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise DataError(
-            f"damaged checkpoint ({error}); remove the directory or give --resume=false", file=str(place)
+            f"damaged checkpoint ({type(error).__name__}); remove the directory or give --resume=false", file=str(place)
         ) from error
     learner.load_state_dict(state)
     return True

@@ -20,6 +20,11 @@ from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.lda import LdaStats
 from kaldi_mpi.transport.world import World
 
+# LDA statistics are taken of features rounded to this. Their squares and sums are then exact in float64 (up to
+# values of 256 and 2**25 frames), so that the transform has the same bits for any number of learners; without
+# it, directions in which classes do not differ, and which rounding alone decides, would come out at random.
+_LDA_QUANTUM = 2.0**-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -105,7 +110,7 @@ def compute_prob(model: AcousticModel, corpus: Corpus, how: Pass) -> Score:
         sums[0] += right.double().sum().item()
         sums[1] += (output.argmax(dim=2)[labelled] == labels[labelled]).sum().item()
         sums[2] += minibatch.frames
-    objective, correct, frames = how.world.sum_float64(sums)
+    objective, correct, frames = how.world.sum_float64(sums).tolist()
     return Score(objective / max(frames, 1), correct / max(frames, 1), int(frames))
 
 
@@ -150,7 +155,8 @@ def lda_statistics(
         stats = stats or LdaStats(spliced.shape[2], model.output_dim)
         labels = torch.from_numpy(minibatch.labels)
         labelled = labels >= 0
-        stats.accumulate(spliced.cpu()[labelled].numpy(), labels[labelled].numpy())
+        rounded = np.rint(spliced.cpu()[labelled].numpy().astype(np.float64) / _LDA_QUANTUM) * _LDA_QUANTUM
+        stats.accumulate(rounded, labels[labelled].numpy())
     assert stats is not None  # there are no more learners than utterances, so each has chunks in the first step
     for array in stats.arrays():
         array[...] = how.world.sum_float64(array)

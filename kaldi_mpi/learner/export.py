@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.models import AcousticModel
-from kaldi_mpi.nnet3 import AmNnet, TransitionModel, from_torch, write_am
+from kaldi_mpi.nnet3 import TransitionModel, make_am, write_am
 from kaldi_mpi.report.log import logger
 
 
@@ -40,7 +40,6 @@ def write_final_model(
         DataError: it could not be written; an earlier final.mdl is then still whole.
     """
     path = Path(options.dir) / "final.mdl"
-    am = AmNnet(transitions, from_torch(model), priors.astype(np.float32))
-    write_am(am, path, binary=options.binary)
+    write_am(make_am(model, transitions, priors.astype(np.float32)), path, binary=options.binary)
     logger.info("wrote %s", path)
     return path

@@ -157,7 +157,7 @@ class Learner:
         self.flat.gradients.zero_()
         if minibatch.frames:
             objective = self.objective(minibatch)
-            (-objective).backward()  # type: ignore[no-untyped-call]
+            (-objective).backward()
             self._objective += objective.item()
             self._objective_frames += minibatch.frames
         if self.world.size > 1:

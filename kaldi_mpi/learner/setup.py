@@ -16,10 +16,10 @@ from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.learner.transforms import read_matrix, stand_in, write_matrix
 from kaldi_mpi.loader import ChunkShape, Corpus, read_alignments, to_pdfs
-from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig, transform_files
-from kaldi_mpi.nnet3 import TransitionModel, read_transition_model
+from kaldi_mpi.models import AcousticModel, Config, build_model, parse_xconfig, transform_files
+from kaldi_mpi.models.config import ComponentNode, InputNode
+from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
 from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
@@ -146,7 +146,7 @@ def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, d
         ConfigError: the xconfig is malformed, or its dimensions are not those of features and tree.
     """
     config = parse_xconfig(options.xconfig)
-    transforms = {path: stand_in(config, component) for component, path in transform_files(config)}
+    transforms = {path: _stand_in(config, component) for component, path in transform_files(config)}
     model = build_model(config, seed=options.seed, transforms=transforms)
     if model.input_dim != data.train.feat_dim:
         raise ConfigError(
@@ -162,11 +162,27 @@ def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, d
             chunks = options.max_lda_jobs * options.samples_per_iter
             stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
             if world.rank == 0:
-                write_matrix(stats.estimate(), path)
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_matrix(path, stats.estimate())
                 logger.info("estimated %s from %d frames", path, stats.counts.sum())
             world.barrier()
         transforms[path] = read_matrix(path)
     return build_model(config, seed=options.seed, transforms=transforms).to(device)
+
+
+def _stand_in(config: Config, component: str) -> NDArray[np.float32]:
+    """An identity of the right size for a transform that is not known yet, (dim, dim + 1)."""
+    dims = {node.name: node.dim for node in config.nodes if isinstance(node, InputNode)}
+    node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
+    try:
+        dim = node.input.dim(dims.__getitem__)
+    except KeyError as above:
+        # Its statistics would depend on layers that are still to be trained.
+        raise ConfigError(
+            f"{config.source}: layer {component} takes {above} as its input; "
+            "a fixed-affine-layer can only transform the network's input"
+        ) from None
+    return np.eye(dim, dim + 1, dtype=np.float32)
 
 
 def choose_device(options: TrainOptions, world: World) -> torch.device:
