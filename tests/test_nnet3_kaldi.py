@@ -73,8 +73,7 @@ def test_am_info_and_compute(tmp_path: Path, binary: bool) -> None:
     info = run(program("nnet3-am-info"), "final.mdl", cwd=tmp_path)
     assert f"left-context: {model.left_context}\nright-context: {model.right_context}\n" in info
     parameters = sum(p.numel() for c in model.updatable_components() for p in c.parameters)
-    fixed = 200 * 200 + 200  # nnet3-info does not count the fixed transform
-    assert f"num-parameters: {parameters}\n" in info or f"num-parameters: {parameters + fixed}\n" in info
+    assert f"num-parameters: {parameters}\n" in info
     command = [program("nnet3-compute"), "--use-gpu=no", "--use-priors=true", "--frames-per-chunk=10000"]
     run(*command, "final.mdl", f"ark:{golden('net_input.ark')}", "ark:out.ark", cwd=tmp_path)
     from kaldi_native_io import SequentialFloatMatrixReader
@@ -126,7 +125,7 @@ def test_initialisation_is_that_of_nnet3_init(tmp_path: Path) -> None:
                 elif token not in ("BiasParams", "Params"):
                     assert np.array_equal(ours, other), (name, token)
             else:
-                assert ours == pytest.approx(other, rel=1e-6), (name, token)
+                assert ours == other or ours == pytest.approx(other, rel=1e-6), (name, token)
 
 
 def merged_example() -> tuple[torch.Tensor, torch.Tensor]:

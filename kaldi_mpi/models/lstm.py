@@ -131,6 +131,9 @@ class _Lstm(torch.autograd.Function):
         frames, batch, in_dim = x3.shape
         cell, rows = peepholes.shape[1], frames * batch
         rec_dim = w_all.shape[1] - in_dim
+        ctx.empty = high == low or rows == 0
+        if rows == 0:
+            return x3.new_empty(frames, batch, cell if w_rp is None else w_rp.shape[0])
         reverse = settings.delay > 0
         shift = abs(settings.delay) * batch
         x = x3.reshape(rows, in_dim)
@@ -193,7 +196,6 @@ class _Lstm(torch.autograd.Function):
                     torch.addmm(b_rp, m_k, w_proj, out=out)
 
         result = outputs[here].view(frames, batch, -1)
-        ctx.empty = high == low
         if any(ctx.needs_input_grad) and not ctx.empty:
             span = slice(low * batch, high * batch)
             ctx.settings, ctx.first, ctx.low, ctx.high = settings, first, low, high

@@ -1,0 +1,144 @@
+"""xconfig files and descriptors: what is understood, and what the errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.models import parse_xconfig, parse_xconfig_text
+from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
+
+INPUT = "input dim=40 name=input\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Sum(foo,bar)", "Sum(foo, bar)"),
+        ("Append(input@-3, input@0, input@3)", "Append(Offset(input, -3), input, Offset(input, 3))"),
+        ("Append(-3,0,3)", "Append(Offset(last, -3), last, Offset(last, 3))"),
+        ("[-1]", "last"),
+        ("[-2].c@2", "Offset(but-one.c, 2)"),
+        ("Scale(2.0,foo)", "Scale(2.0, foo)"),
+        ("Const(0.5, 500)", "Const(0.5, 500)"),
+        ("Offset(foo, 1, 2)", "Offset(foo, 1, 2)"),
+        ("IfDefined(ReplaceIndex(ivector, t, 0))", "IfDefined(ReplaceIndex(ivector, t, 0))"),
+        ("Failover(a, Round(b, 3))", "Failover(a, Round(b, 3))"),
+        ("Switch(a, Offset(b, 2))", "Switch(a, Offset(b, 2))"),
+    ],
+)
+def test_descriptors(text: str, expected: str) -> None:
+    tree = parse_descriptor(text, ["but-one", "last"])
+    assert str(tree) == expected
+    assert parse_descriptor(expected) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Append(Append(a, b), c)", "Append(a, b, c)"),
+        ("Append(a)", "a"),
+        ("Offset(Append(a, Offset(b, 1)), -1)", "Append(Offset(a, -1), b)"),
+        ("Offset(Offset(a, 2), -3)", "Offset(a, -1)"),
+        ("Offset(Sum(a, b), 2)", "Sum(Offset(a, 2), Offset(b, 2))"),
+    ],
+)
+def test_normal_form(text: str, expected: str) -> None:
+    assert str(parse_descriptor(text).normalized()) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Append(a", "descriptor ends where '\\)'|ends where"),
+        ("Append(a))", r"unexpected '\)' after the end"),
+        ("Offset(a)", "',' expected"),
+        ("Offset(a, b)", "integer expected in descriptor, found 'b'"),
+        ("Scale(a, b)", "number expected"),
+        ("ReplaceIndex(a, y, 0)", "t or x expected"),
+        ("", "descriptor ends where a term is expected"),
+        ("[-3]", r"\[-3\] does not name an earlier layer"),
+        ("(a)", "node name expected"),
+        ("Append(" * 60 + "a" + ")" * 60, "nested too deeply"),
+    ],
+)
+def test_malformed_descriptors(text: str, message: str) -> None:
+    with pytest.raises(DescriptorError, match=message):
+        parse_descriptor(text, ["one", "two"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast-lstm-layer name=l", r"x:2: cell-dim: is missing"),
+        ("fast-lstm-layer name=l cell-dim=128 delay=0", r"x:2: delay: must not be 0"),
+        ("fast-lstm-layer name=l cell-dim=big", r"x:2: cell-dim: integer expected, found 'big'"),
+        ("fast-lstm-layer name=l cell-dim=8 delay=-3 decay-time=2", r"x:2: decay-time: must be more than"),
+        ("fast-lstm-layer name=l cell-dim=8 cell-dims=9", r"x:2: cell-dims: is not an option of fast-lstm-layer"),
+        ("fast-lstm-layer cell-dim=8", r"x:2: name: is missing"),
+        ("fast-lstm-layer name=input cell-dim=8", r"x:2: name: input is the name of an earlier layer"),
+        ("fast-lstm-layer name=l cell-dim=8 cell-dim=8", r"x:2: cell-dim is given twice"),
+        ("fast-lstm-layer name=l cell-dim=8 input=foo", r"x:2: input: there is no earlier layer named foo"),
+        ("fast-lstm-layer name=l cell-dim=8 input=input.c", r"x:2: input: layer input has no output 'input.c'"),
+        ("fast-lstm-layer name=l cell-dim=8 input=Sum(input, Append(-1,0))", r"x:2: input: terms of different dim"),
+        ("fast-lstmp-layer name=l cell-dim=8 recurrent-projection-dim=6", r"x:2: recurrent-projection-dim: the two"),
+        ("fast-lstmp-layer name=l cell-dim=8 dropout-proportion=0.1", r"x:2: dropout-proportion: .* not supported"),
+        ("gru-layer name=l cell-dim=8", r"x:2: layer type 'gru-layer' is not supported \(known: input, fixed"),
+        ("output-layer name=output dim=10 include-log-softmax=maybe", r"x:2: include-log-softmax: true or false"),
+        ("output-layer name=output dim=10 bottleneck-dim=5", r"x:2: bottleneck-dim: is not supported yet"),
+        ("output-layer name=output dim=10 objective-type=mmi", r"x:2: objective-type: linear or quadratic"),
+        ("output-layer name=output dim=0", r"x:2: dim: must be positive, is 0"),
+        ('relu-layer name=r dim=5 ng-affine-options="max-change=1', r"x:2: a double quote is not closed"),
+        ("relu-layer dim=5 and name=r more", r"x:2: dim: integer expected, found '5 and'"),
+        ("relu-layer and name=r", r"x:2: key=value expected, found 'and'"),
+        ("fixed-affine-layer name=lda", r"x:2: affine-transform-file: is missing"),
+    ],
+)
+def test_errors_name_file_line_and_key(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_xconfig_text(INPUT + text + "\n", "x")
+
+
+def test_bad_value_in_passed_on_options_names_the_line() -> None:
+    from kaldi_mpi.models import build_model
+
+    config = parse_xconfig_text(
+        INPUT + 'relu-layer name=r dim=5 ng-affine-options="speed=2"\noutput name=output\n', "x"
+    )
+    with pytest.raises(ConfigError, match=r"x:2: speed: is not an option of NaturalGradientAffineComponent"):
+        build_model(config, seed=1)
+
+
+def test_comments_quotes_and_spaces() -> None:
+    text = (
+        "# a network\n\n  input   name=input dim=3  # features\n"
+        'fast-lstm-layer name=l cell-dim=4 input = Append( -1, 0 ) lstm-nonlinearity-options=" max-change=0.5"\n'
+    )
+    with pytest.raises(ConfigError):
+        parse_xconfig_text(text)  # Kaldi takes no space before '=' either
+    config = parse_xconfig_text(text.replace("input = ", "input="))
+    assert config.components[1].options == {"cell-dim": "4", "max-change": "0.5"}
+    assert config.node_lines()[1].endswith("input=Append(Offset(input, -1), input, IfDefined(Offset(l.m_trunc, -1)))")
+
+
+def test_output_delay_and_nested_append() -> None:
+    text = INPUT + (
+        "fast-lstm-layer name=f cell-dim=4 delay=-1\nfast-lstm-layer name=b cell-dim=4 delay=1 input=input\n"
+        "output-layer name=output dim=9 input=Append(f, b@1) output-delay=3\n"
+    )
+    lines = parse_xconfig_text(text).node_lines()
+    assert lines[-3] == "component-node name=output.affine component=output.affine input=Append(f.m, Offset(b.m, 1))"
+    assert lines[-1] == "output-node name=output input=Offset(output.log-softmax, 3) objective=linear"
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.xconfig: cannot read"):
+        parse_xconfig(tmp_path / "no.xconfig")
+    (tmp_path / "empty.xconfig").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"empty\.xconfig: there is no layer in this file"):
+        parse_xconfig(tmp_path / "empty.xconfig")
+    (tmp_path / "bytes.xconfig").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"bytes\.xconfig: cannot read"):
+        parse_xconfig(tmp_path / "bytes.xconfig")
