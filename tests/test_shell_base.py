@@ -216,6 +216,20 @@ def run_recipe(recipe: Path, *arguments: str, kaldi: str | None = None) -> subpr
     )  # fmt: skip
 
 
+def test_path_sh_runs_under_plain_sh_and_twice(recipe: Path) -> None:
+    # Kaldi's Perl scripts source it with the system's sh.
+    environment = {name: value for name, value in os.environ.items() if name != "KALDI_ROOT"}
+    script = ". ./path.sh && . ./path.sh && command -v run.py && echo $PATH"
+    done = subprocess.run(
+        ["sh", "-eu", "-c", script], cwd=recipe, env=environment, capture_output=True, text=True, check=False
+    )
+    program, path = done.stdout.splitlines()
+    steps = str(recipe.parents[2] / "steps_mpi")
+    assert done.returncode == 0 and program == f"{steps}/run.py" and path.split(":").count(steps) == 1
+    done = run_recipe(recipe, kaldi="/nowhere/kaldi")
+    assert done.returncode == 1 and "KALDI_ROOT=/nowhere/kaldi is no Kaldi" in done.stderr
+
+
 def check_features(recipe: Path) -> None:
     for part, count in (("train", 12), ("test", 6)):
         for kind, dim in (("", 13), ("_hires", 40)):

@@ -1,9 +1,9 @@
-# Sourced by run.sh and by Kaldi's scripts, from this directory.
+# Sourced from this directory by run.sh and by Kaldi's scripts, some of which run under plain sh.
 # With KALDI_ROOT set the recipe runs on Kaldi's scripts and programs, otherwise on the embedded back end.
 
 _add_to_path() { case ":$PATH:" in *":$1:"*) ;; *) PATH=$1:$PATH ;; esac; }
 
-KALDI_MPI_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+KALDI_MPI_ROOT=$(cd ../../.. && pwd)
 export KALDI_MPI_ROOT
 _add_to_path "$KALDI_MPI_ROOT/steps_mpi"
 # The environment that "make" set up, unless another one is active.
