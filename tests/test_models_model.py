@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -101,6 +102,18 @@ def test_whole_utterance_repeats_edges() -> None:
     padded = torch.cat([x[:1].expand(4, -1), x, x[-1:].expand(5, -1)])
     assert torch.equal(model.whole_utterance(x), model(padded[None], -4, 9)[0])
     assert model.whole_utterance(x[:1]).shape == (1, 3)
+    with pytest.raises(ValueError, match="an utterance without frames"):
+        model.whole_utterance(x[:0])
+
+
+def test_copies_are_independent() -> None:
+    model = model_of(LSTM)
+    clone = copy.deepcopy(model)
+    for parameter in clone.parameters():
+        parameter.data.zero_()
+    assert not any(p.any() for c in clone.updatable_components() for p in c.parameters)
+    assert any(p.any() for c in model.updatable_components() for p in c.parameters)
+    assert torch.equal(clone(feats(1, 20, 6), -5, 4), torch.full((1, 4, 7), 1 / 7).log())
 
 
 def test_too_few_frames_is_an_error() -> None:

@@ -137,7 +137,12 @@ class AcousticModel(nn.Module):
 
         As Kaldi evaluates an utterance in one chunk: the first and last frame repeated for the model's own
         contexts, recurrences begun where their input can first be computed.
+
+        Raises:
+            ValueError: no frames.
         """
+        if not len(feats):
+            raise ValueError("an utterance without frames")
         left = feats[:1].expand(self.left_context, -1)
         right = feats[-1:].expand(self.right_context, -1)
         padded = torch.cat([left, feats, right]).unsqueeze(0)
