@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Trains the LSTM on the alignments of a GMM: the network's definition, then steps_mpi/train.sh.
+# This is all that a Kaldi recipe needs in place of its call of steps/nnet3/train_rnn.py.
+
+# Begin configuration section.
+num_learners=2               # MPI learners
+strategy=allreduce           # or periodic, which needs frames_per_average
+frames_per_average=
+num_epochs=6
+chunks_per_minibatch=64      # over all learners: the model does not depend on their number
+initial_lrate=0.002          # effective, as in Kaldi: per learner it is num_learners times this
+final_lrate=0.0002
+seed=0
+mpiexec=                     # default: the one of the Python environment, else the one on PATH
+mpiexec_opts=
+use_gpu=auto
+cmd=run.py
+# End configuration section.
+
+help_message="Usage: $0 [options] <data-dir> <ali-dir> <exp-dir>
+ e.g.: $0 --num-learners 4 data/train_hires exp/mono_ali exp/lstm"
+
+set -eu -o pipefail
+. ./path.sh
+. parse_options.sh
+
+if [ $# -ne 3 ]; then printf '%b\n' "$help_message" >&2; exit 1; fi
+data=$1
+ali=$2
+dir=$3
+
+for file in "$data/feats.scp" "$ali/final.mdl" "$ali/tree" "$ali/num_jobs"; do
+  if [ ! -f "$file" ]; then echo "$0: no such file $file" >&2; exit 1; fi
+done
+
+num_targets=$(python3 -m kaldi_mpi.nnet3.info "$ali/final.mdl" | awk '$1 == "num-pdfs" {print $2}')
+mkdir -p "$dir/configs"
+# An LDA of an older run belongs to older data.
+rm -f "$dir/configs/lda.mat"
+cat > "$dir/configs/network.xconfig" <<EOF
+input dim=40 name=input
+# The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training.
+fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
+fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-1
+fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-1
+output-layer name=output output-delay=3 dim=$num_targets max-change=1.5
+EOF
+
+options=()
+if [ -n "$frames_per_average" ]; then options+=(--frames-per-average "$frames_per_average"); fi
+if [ -n "$mpiexec" ]; then options+=(--mpiexec "$mpiexec"); fi
+if [ -n "$mpiexec_opts" ]; then options+=("--mpiexec-opts=$mpiexec_opts"); fi
+per_learner=$((chunks_per_minibatch / num_learners))
+if [ "$per_learner" -lt 1 ]; then per_learner=1; fi
+
+train.sh --num-learners "$num_learners" --cmd "$cmd" --strategy "$strategy" \
+  ${options[@]+"${options[@]}"} \
+  --feat.cmvn-opts="--norm-means=false --norm-vars=false" \
+  --egs.chunk-width=40 \
+  --egs.chunk-left-context=20 \
+  --trainer.srand="$seed" \
+  --trainer.num-epochs="$num_epochs" \
+  --trainer.rnn.num-chunk-per-minibatch="$per_learner" \
+  --trainer.samples-per-iter=$((6000 / num_learners)) \
+  --trainer.optimization.initial-effective-lrate="$initial_lrate" \
+  --trainer.optimization.final-effective-lrate="$final_lrate" \
+  --use-gpu="$use_gpu" \
+  "$data" "$ali" "$dir"
