@@ -34,3 +34,20 @@ if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   echo "$0: stage 2: features"
   local/make_features.sh --nj "$nj" --cmd "$train_cmd"
 fi
+
+# The system that gives alignments and the decoding graph: triphones with Kaldi, monophones without.
+gmm=mono
+if [ -n "${KALDI_ROOT:-}" ]; then gmm=tri1; fi
+
+if [ "$stage" -le 3 ] && [ "$stop_stage" -ge 3 ]; then
+  echo "$0: stage 3: GMM, alignments, decoding graph"
+  local/train_gmm.sh --nj "$nj" --cmd "$train_cmd"
+fi
+
+if [ "$stage" -le 5 ] && [ "$stop_stage" -ge 5 ]; then
+  echo "$0: stage 5: decoding and scoring"
+  decode.sh --nj "$nj" --cmd "$decode_cmd" exp/$gmm/graph data/test exp/$gmm/decode_test
+  decode.sh --nj "$nj" --cmd "$decode_cmd" exp/$gmm/graph data/test_hires exp/lstm/decode_test
+  echo "$0: word error rates, lattices in the same directories:"
+  python3 -m kaldi_mpi.kaldi.best_wer exp/$gmm/decode_test exp/lstm/decode_test
+fi
