@@ -94,6 +94,9 @@ def learner_environment(
     """The environment of mpiexec and of the learners: one thread a rank, and the vendor's settings."""
     environment = dict(os.environ if base is None else base)
     environment.setdefault("OMP_NUM_THREADS", "1")
+    # glibc otherwise maps each large tensor anew, and the page faults cost a small LSTM about 7 % of its speed.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
     environment[NUM_LEARNERS_ENV] = str(num_learners)
     environment[STATUS_DIR_ENV] = str(status_dir)
     environment[TERMINAL_ENV] = "1" if sys.stderr.isatty() else "0"
