@@ -5,13 +5,13 @@ Everything here is a thin door to a module that does the work (``python -m MODUL
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 from collections.abc import Sequence
 
 import kaldi_mpi
 
-# name -> (module with main(arguments) -> exit status, what it does)
+# name -> (module that runs as a script, what it does)
 _COMMANDS = {
     "train": ("kaldi_mpi.train", "one learner of a training (inside mpiexec)"),
     "launch": ("kaldi_mpi.transport.launch", "start N learners under mpiexec and watch over them"),
@@ -38,7 +38,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command named first; returns its exit status."""
+    """Run the command named first; returns its exit status, or leaves with it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in _COMMANDS:
         print(f"kaldi-mpi: no command {words[0]!r}\n{usage()}", file=sys.stderr)
         return 1
-    module = importlib.import_module(_COMMANDS[words[0]][0])
-    status: int = module.main(words[1:])
-    return status
+    sys.argv = [f"kaldi-mpi {words[0]}", *words[1:]]
+    runpy.run_module(_COMMANDS[words[0]][0], run_name="__main__", alter_sys=False)
+    return 0
 
 
 if __name__ == "__main__":
