@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,15 @@ from kaldi_mpi.kaldi.dictionary import Dictionary, Pronunciation, read_dictionar
 from kaldi_mpi.kaldi.fst import write_fst
 from kaldi_mpi.kaldi.symbols import SymbolTable
 from kaldi_mpi.report.log import logger
+
+_ARPA_TO_FST = """
+import sys
+from kaldi_mpi.kaldi import wheels
+text = wheels.load().kaldilm.arpa2fst(
+    input_arpa=sys.argv[1], disambig_symbol="#0", read_symbol_table=sys.argv[2]
+)
+sys.stdout.write(text)
+"""
 
 _LISTS_WITH_CSL = ("silence", "nonsilence", "optional_silence", "disambig", "context_indep")
 
@@ -100,20 +112,24 @@ def make_grammar(arpa: str | Path, lang_dir: str | Path) -> None:
     lang = Path(lang_dir)
     if not Path(arpa).is_file():
         raise DataError("no such language model", file=str(arpa))
-    loaded = wheels.load()
-    try:
-        text = loaded.kaldilm.arpa2fst(
-            input_arpa=str(arpa),
-            disambig_symbol="#0",
-            read_symbol_table=str(lang / "words.txt"),
-            max_arpa_warnings=0,
-        )
-    except RuntimeError as error:
-        raise DataError(f"not an ARPA language model: {error}", file=str(arpa)) from error
-    fst = loaded.kaldifst.compile(text)
+    kaldifst = wheels.load().kaldifst
+    # In a process of its own: at a malformed line kaldilm does not raise but aborts.
+    done = subprocess.run(
+        [sys.executable, "-c", _ARPA_TO_FST, str(arpa), str(lang / "words.txt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    if done.returncode != 0:
+        cause = done.stderr.rpartition("[E] ")[2].strip().splitlines()
+        raise DataError(f"not an ARPA language model: {cause[0] if cause else 'unknown'}", file=str(arpa))
+    for warning in (part.splitlines()[0] for part in done.stderr.split("[W] ")[1:]):
+        logger.warning("%s: %s", arpa, warning)
+    fst = kaldifst.compile(done.stdout)
     if fst.num_states == 0:
         raise DataError("the language model accepts nothing", file=str(arpa))
-    loaded.kaldifst.arcsort(fst, sort_type="ilabel")
+    kaldifst.arcsort(fst, sort_type="ilabel")
     write_fst(fst, lang / "G.fst")
 
 
