@@ -164,6 +164,7 @@ def test_same_as_prepare_lang(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    (tmp_path / "path.sh").write_text("")  # the scripts source it
     write_dict(tmp_path / "dict")
     write_arpa(tmp_path / "lm.arpa", WORDS)
     main(
