@@ -88,13 +88,13 @@ def make_graph(
     kaldifst.arcsort(h_transducer, sort_type="olabel")
     fst = kaldifst.compose(h_transducer, fst)
     _determinize(fst, str(lang))
+    if fst.num_states == 0:
+        raise DataError("the graph is empty: do lexicon and grammar share words?", file=str(lang / "G.fst"))
     fst = _without_input_labels(fst, set(disambig_tids))
     kaldifst.minimize_encoded(fst)
     fst = khg.add_self_loops(
         self_loop_scale=self_loop_scale, disambig_syms=[], reorder=True, trans_model=transitions, ifst=fst
     )
-    if fst.num_states == 0:
-        raise DataError("the graph is empty: do lexicon and grammar share words?", file=str(lang / "G.fst"))
 
     (graph / "phones").mkdir(parents=True, exist_ok=True)
     for name in _COPIED:

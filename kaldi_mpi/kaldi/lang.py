@@ -25,17 +25,16 @@ from kaldi_mpi.errors import DataError
 from kaldi_mpi.kaldi import wheels
 from kaldi_mpi.kaldi.command import run_command
 from kaldi_mpi.kaldi.dictionary import Dictionary, Pronunciation, read_dictionary, with_disambiguation
-from kaldi_mpi.kaldi.fst import write_fst
+from kaldi_mpi.kaldi.fst import read_fst, write_fst
 from kaldi_mpi.kaldi.symbols import SymbolTable
 from kaldi_mpi.report.log import logger
 
 _ARPA_TO_FST = """
 import sys
 from kaldi_mpi.kaldi import wheels
-text = wheels.load().kaldilm.arpa2fst(
-    input_arpa=sys.argv[1], disambig_symbol="#0", read_symbol_table=sys.argv[2]
+wheels.load().kaldilm.arpa2fst(
+    input_arpa=sys.argv[1], disambig_symbol="#0", read_symbol_table=sys.argv[2], output_fst=sys.argv[3]
 )
-sys.stdout.write(text)
 """
 
 _LISTS_WITH_CSL = ("silence", "nonsilence", "optional_silence", "disambig", "context_indep")
@@ -112,25 +111,27 @@ def make_grammar(arpa: str | Path, lang_dir: str | Path) -> None:
     lang = Path(lang_dir)
     if not Path(arpa).is_file():
         raise DataError("no such language model", file=str(arpa))
-    kaldifst = wheels.load().kaldifst
+    wheels.check_versions()
+    temporary = lang / ".G.fst.tmp"
     # In a process of its own: at a malformed line kaldilm does not raise but aborts.
     done = subprocess.run(
-        [sys.executable, "-c", _ARPA_TO_FST, str(arpa), str(lang / "words.txt")],
+        [sys.executable, "-c", _ARPA_TO_FST, str(arpa), str(lang / "words.txt"), str(temporary)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
-    if done.returncode != 0:
-        cause = done.stderr.rpartition("[E] ")[2].strip().splitlines()
-        raise DataError(f"not an ARPA language model: {cause[0] if cause else 'unknown'}", file=str(arpa))
-    for warning in (part.splitlines()[0] for part in done.stderr.split("[W] ")[1:]):
-        logger.warning("%s: %s", arpa, warning)
-    fst = kaldifst.compile(done.stdout)
-    if fst.num_states == 0:
-        raise DataError("the language model accepts nothing", file=str(arpa))
-    kaldifst.arcsort(fst, sort_type="ilabel")
-    write_fst(fst, lang / "G.fst")
+    try:
+        if done.returncode != 0:
+            cause = done.stderr.rpartition("[E] ")[2].strip().splitlines()
+            raise DataError(f"not an ARPA language model: {cause[0] if cause else 'unknown'}", file=str(arpa))
+        for warning in (part.splitlines()[0] for part in done.stderr.split("[W] ")[1:]):
+            logger.warning("%s: %s", arpa, warning)
+        if read_fst(temporary).num_states == 0:
+            raise DataError("the language model accepts nothing", file=str(arpa))
+        temporary.replace(lang / "G.fst")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def topology(num_nonsil: int, num_sil: int, nonsilence: Sequence[int], silence: Sequence[int]) -> str:
