@@ -6,10 +6,10 @@
 num_learners=2               # MPI learners
 strategy=allreduce           # or periodic, which needs frames_per_average
 frames_per_average=
-num_epochs=                  # default 6
-chunks_per_minibatch=64      # over all learners: the model does not depend on their number
-initial_lrate=0.002          # effective, as in Kaldi: per learner it is num_learners times this
-final_lrate=0.0002
+num_epochs=                  # default 5
+chunks_per_minibatch=32      # over all learners: the model does not depend on their number
+initial_lrate=0.01           # effective, as in Kaldi: per learner it is num_learners times this
+final_lrate=0.0005
 seed=0
 mpiexec=                     # default: the one of the Python environment, else the one on PATH
 mpiexec_opts=
@@ -25,7 +25,7 @@ set -eu -o pipefail
 . parse_options.sh
 
 if [ $# -ne 3 ]; then printf '%b\n' "$help_message" >&2; exit 1; fi
-: "${num_epochs:=6}"
+: "${num_epochs:=5}"
 data=$1
 ali=$2
 dir=$3
