@@ -235,7 +235,7 @@ def resample(
     return result
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _resampling_matrix(rate_in: int, rate_out: int, num_zeros: int) -> tuple[int, int, NDArray[np.float64]]:
     """One period of the polyphase filter.
 
