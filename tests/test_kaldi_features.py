@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from kaldi_mpi.kaldi.feature_io import (
 )
 from kaldi_mpi.kaldi.features import compute_mfcc, make_mfcc, split_jobs
 from kaldi_mpi.kaldi.mfcc_config import MfccConfig
-from kaldi_mpi.kaldi.wave import read_wave
+from kaldi_mpi.kaldi.wave import read_utterances, read_wave
 from tests.paths import REPO, golden, kaldi_root
 from tests.speech import digit_strings, tone, tone_dir
 
@@ -151,6 +152,25 @@ def test_a_failing_command_stops_the_extraction(tmp_path: Path) -> None:
     assert "key spk1-02" in (data_dir / "log" / "make_mfcc_data.2.log").read_text()
     with pytest.raises(ConfigError, match="--nj 9: there are 4 utterances to share out"):
         make_mfcc(data_dir, CONFIGS[0], jobs=9)
+
+
+def test_an_archive_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    data_dir = tone_dir(tmp_path)
+    (data_dir / "data").write_text("in the way\n")
+    with pytest.raises(DataError, match="data/data: cannot make the directory: File exists"):
+        make_mfcc(data_dir, CONFIGS[0], jobs=1)
+    # A limit on the size of files fails as a full disk does.
+    script = (
+        "import resource, sys; from kaldi_mpi.kaldi.features import make_mfcc\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+        "make_mfcc(sys.argv[1], sys.argv[2], jobs=1, mfcc_dir=sys.argv[3])\n"
+    )
+    command = [sys.executable, "-c", script, str(data_dir), str(CONFIGS[0]), str(tmp_path / "mfcc")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not (data_dir / "feats.scp").exists()
+    assert done.stderr.endswith(
+        f"DataError: {tmp_path}/mfcc/raw_mfcc_data.1.ark: cannot write the archive (disk full, or not allowed)\n"
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
@@ -299,6 +319,25 @@ def test_options_mean_what_they_mean_in_kaldi(
     for key, entry in DataDir(data).wav_scp.items():
         wave = read_wave(entry)
         np.testing.assert_allclose(compute_mfcc(wave.channel(-1), wave.rate, config), theirs[key], atol=1e-2)
+
+
+@pytest.mark.kaldi
+def test_segments_are_cut_as_kaldi_cuts_them(kaldi_digits: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    data, environment = kaldi_digits
+    corpus = DataDir(data)
+    recording = corpus.utterances[0]
+    length = corpus.utt2dur[recording]
+    segments = {"a": (0.0, 0.5), "b": (0.12345, 1.0), "c": (length - 0.5, length + 0.3)}
+    (tmp_path / "segments").write_text("".join(f"{k} {recording} {s} {e}\n" for k, (s, e) in segments.items()))
+    (tmp_path / "wav.scp").write_text((data / "wav.scp").read_text())
+    command = (
+        f"extract-segments scp:{tmp_path}/wav.scp {tmp_path}/segments ark:- |"
+        f" compute-mfcc-feats --config={CONFIGS[0]} ark:-"
+    )
+    theirs = run_kaldi(command, environment, tmp_path / "k")
+    config = MfccConfig.read(CONFIGS[0])
+    for key, samples, rate in read_utterances(DataDir(tmp_path), list(segments)):
+        np.testing.assert_allclose(compute_mfcc(samples, rate, config), theirs[key], atol=2e-3)
 
 
 @pytest.mark.kaldi

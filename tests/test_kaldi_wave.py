@@ -109,14 +109,14 @@ def test_a_failing_command_is_named_with_its_status_and_its_words() -> None:
 
 def test_segments_cut_the_recordings(tmp_path: Path) -> None:
     directory = tone_dir(tmp_path)
-    (directory / "segments").write_text("a-1 spk0-00 0.05 0.2501\na-2 spk0-00 0.2 0.6\n")
+    (directory / "segments").write_text("a-1 spk0-00 0.05 0.25007\na-2 spk0-00 0.2 0.6\n")
     data = DataDir(directory)
     whole = tone(0.4, 300)
     cut = {name: samples for name, samples, _ in read_utterances(data, ["a-1", "a-2"])}
-    np.testing.assert_array_equal(cut["a-1"], whole[400:2000])
+    np.testing.assert_array_equal(cut["a-1"], whole[400:2001])
     np.testing.assert_array_equal(cut["a-2"], whole[1600:])
     for line, message in (
-        ("a-1 spk0-00 0.1 0.9\n", "the segment 0.1 to 0.9 s lies outside spk0-00, which has 0.40 s"),
+        ("a-1 spk0-00 0.1 0.95\n", "the segment 0.1 to 0.95 s lies outside spk0-00, which has 0.40 s"),
         ("a-1 spk0-00 0.1 0.15\n", "the segment is shorter than 0.1 s"),
     ):
         (directory / "segments").write_text(line)

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.atomic import atomic_write
-from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.errors import DataError
 from kaldi_mpi.kaldi.command import run_command
-from kaldi_mpi.kaldi.datadir import DataDir, PathLike
-from kaldi_mpi.kaldi.feature_io import read_features
+from kaldi_mpi.kaldi.datadir import DataDir, PathLike, make_directories
+from kaldi_mpi.kaldi.feature_io import archive_writer, read_features
 from kaldi_mpi.report.log import logger
 
 
@@ -65,14 +65,11 @@ def make_cmvn(data_dir: PathLike, *, log_dir: PathLike | None = None, cmvn_dir: 
 
     data = DataDir(data_dir)
     logs, archives = Path(log_dir or data.path / "log"), Path(cmvn_dir or data.path / "data").resolve()
-    if "," in str(archives):
-        raise ConfigError(f"{archives}: Kaldi's table names cannot hold a comma")
-    logs.mkdir(parents=True, exist_ok=True)
-    archives.mkdir(parents=True, exist_ok=True)
+    make_directories(logs, archives)
     (data.path / "cmvn.scp").unlink(missing_ok=True)
     name, scp = data.path.resolve().name, data.path / "feats.scp"
     stem = archives / f"cmvn_{name}"
-    with kaldi_native_io.DoubleMatrixWriter(f"ark,scp:{stem}.ark,{stem}.scp") as writer:
+    with archive_writer(kaldi_native_io.DoubleMatrixWriter, stem) as writer:
         for speaker, utterances in data.spk2utt.items():
             writer.write(speaker, cmvn_stats(feats for _, feats in read_features(scp, utterances)))
     speakers, count = len(data.spk2utt), len(data.utterances)

@@ -282,6 +282,15 @@ _TABLES = (
 )
 
 
+def make_directories(*paths: PathLike) -> None:
+    """Make directories with their parents; a DataError where that is not possible."""
+    for path in paths:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the directory: {error.strerror}", file=str(path)) from error
+
+
 def write_data_dir(
     path: PathLike,
     *,
@@ -292,7 +301,7 @@ def write_data_dir(
 ) -> None:
     """Write the files a corpus consists of, ``spk2utt`` included; creates the directory."""
     directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     write_table(directory / "wav.scp", wav_scp)
     write_table(directory / "text", text)
     write_table(directory / "utt2spk", utt2spk)
@@ -327,7 +336,7 @@ def copy_data_dir(source: PathLike, target: PathLike) -> DataDir:
     wav_scp = {key: _absolute_entry(entry, data.file("wav.scp"), key) for key, entry in data.wav_scp.items()}
     data._check_utterance_keys()
     directory = Path(target)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     for name in _TABLES:
         (directory / name).unlink(missing_ok=True)
     write_data_dir(

@@ -5,6 +5,7 @@ This is the convenient path, for the GMM and for decoding; training reads throug
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import kaldi_native_io
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import DataError
+from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.kaldi.datadir import PathLike, read_table
 
 
@@ -34,9 +35,7 @@ def read_matrix(rxfilename: str, *, file: str | None = None, key: str | None = N
     return np.array(_read(kaldi_native_io.FloatMatrix, rxfilename, file, key), dtype=np.float32)
 
 
-def read_double_matrix(
-    rxfilename: str, *, file: str | None = None, key: str | None = None
-) -> NDArray[np.float64]:
+def read_double_matrix(rxfilename: str, *, file: str | None = None, key: str | None = None) -> NDArray[np.float64]:
     """As `read_matrix`, in double precision: CMVN statistics, for example."""
     return np.array(_read(kaldi_native_io.DoubleMatrix, rxfilename, file, key), dtype=np.float64)
 
@@ -72,6 +71,28 @@ def read_features(
         if utterance not in table:
             raise DataError("no features for the utterance", file=scp, key=utterance)
         yield utterance, read_matrix(table[utterance], file=scp, key=utterance)
+
+
+@contextlib.contextmanager
+def archive_writer(kind: Any, stem: PathLike) -> Iterator[Any]:
+    """Open ``STEM.ark`` and ``STEM.scp`` for writing, with errors that name the archive.
+
+    Args:
+        kind: one of kaldi_native_io's writer classes.
+        stem: an absolute path, which the scp will hold.
+
+    Raises:
+        ConfigError: the path cannot stand in a Kaldi wspecifier.
+        DataError: the archive cannot be made or, a full disk for example, not be written.
+    """
+    if "," in str(stem):
+        raise ConfigError(f"{stem}: Kaldi's table names cannot hold a comma")
+    try:
+        # "f": flushed at each matrix, so that the last failure is not lost at the end.
+        with kind(f"ark,scp,f:{stem}.ark,{stem}.scp") as writer:
+            yield writer
+    except RuntimeError as error:
+        raise DataError("cannot write the archive (disk full, or not allowed)", file=f"{stem}.ark") from error
 
 
 def apply_cmvn(

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError, KaldiMpiError
 from kaldi_mpi.kaldi.command import run_command
-from kaldi_mpi.kaldi.datadir import DataDir, PathLike, write_table
-from kaldi_mpi.kaldi.feature_io import add_deltas, apply_cmvn, read_features
+from kaldi_mpi.kaldi.datadir import DataDir, PathLike, make_directories, write_table
+from kaldi_mpi.kaldi.feature_io import add_deltas, apply_cmvn, archive_writer, read_features
 from kaldi_mpi.kaldi.mfcc_config import MfccConfig
 from kaldi_mpi.kaldi.wave import read_utterances, resample
 from kaldi_mpi.report.log import logger
@@ -109,9 +109,8 @@ def _run_job(job: _Job) -> list[tuple[str, int, float]]:
 
     data, done = DataDir(job.data), []
     with open(job.log, "w", encoding="utf-8") as log:
-        writer = kaldi_native_io.CompressedMatrixWriter(f"ark,scp:{job.archive}.ark,{job.archive}.scp")
         try:
-            with writer:
+            with archive_writer(kaldi_native_io.CompressedMatrixWriter, job.archive) as writer:
                 for utterance, samples, rate in read_utterances(data, job.utterances, channel=job.config.channel):
                     feats = compute_mfcc(samples, rate, job.config, file=data.file("wav.scp"), key=utterance)
                     writer.write(utterance, feats, kaldi_native_io.CompressionMethod.kSpeechFeature)
@@ -150,10 +149,7 @@ def make_mfcc(
     data.validate(text=False)
     config = MfccConfig.read(config_file)
     logs, archives = Path(log_dir or data.path / "log"), Path(mfcc_dir or data.path / "data").resolve()
-    if "," in str(archives):
-        raise ConfigError(f"{archives}: Kaldi's table names cannot hold a comma")
-    logs.mkdir(parents=True, exist_ok=True)
-    archives.mkdir(parents=True, exist_ok=True)
+    make_directories(logs, archives)
     for stale in ("feats.scp", "cmvn.scp", "utt2num_frames", "utt2dur"):
         (data.path / stale).unlink(missing_ok=True)
 

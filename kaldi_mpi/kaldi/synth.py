@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.kaldi.command import run_command
-from kaldi_mpi.kaldi.datadir import PathLike, write_data_dir
+from kaldi_mpi.kaldi.datadir import PathLike, make_directories, write_data_dir
 from kaldi_mpi.kaldi.wave import Samples, encode_wave, resample
 from kaldi_mpi.report.log import logger
 
@@ -264,7 +264,7 @@ def make_corpus(
     if hours <= 0 or test_hours <= 0 or jobs < 1:
         raise ConfigError("hours and the number of jobs must be positive")
     folder = Path(out).resolve() / "wav"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directories(folder)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # for the processes below: they fork, so they have no threads
     lengths = {}

@@ -105,9 +105,7 @@ def decode_wave(data: bytes, *, file: str | None = None, key: str | None = None)
     streamed = size in _STREAM_SIZES or riff_size in (0, 0xFFFFFFFF)
     available = len(data) - body
     if not streamed and available < size:
-        logger.warning(
-            "%s, key %s: the header announces %d bytes of samples, there are %d", file, key, size, available
-        )
+        logger.warning("%s, key %s: the header announces %d bytes of samples, there are %d", file, key, size, available)
     length = (available if streamed else min(size, available)) // (2 * channels)
     if not length:
         raise fail("the audio has no samples", body)
@@ -145,15 +143,11 @@ def _run(command: str, scp: str | None, key: str | None) -> bytes:
     if done.returncode:
         how = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
         last = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
-        raise DataError(
-            f"the command failed with {how}: {command}" + (f": {last}" if last else ""), file=scp, key=key
-        )
+        raise DataError(f"the command failed with {how}: {command}" + (f": {last}" if last else ""), file=scp, key=key)
     return done.stdout
 
 
-def read_utterances(
-    data: DataDir, utterances: list[str], *, channel: int = -1
-) -> Iterator[tuple[str, Samples, int]]:
+def read_utterances(data: DataDir, utterances: list[str], *, channel: int = -1) -> Iterator[tuple[str, Samples, int]]:
     """Yield (utterance, samples (n,) int16, rate in Hz) of a data directory, cutting out its segments.
 
     Args:
@@ -178,16 +172,17 @@ def read_utterances(
             latest = recording, read_wave(data.wav_scp[recording], scp=scp, key=recording)
         wave = latest[1]
         samples = wave.channel(channel, file=scp, key=recording)
-        first, last = int(start * wave.rate), int(end * wave.rate)
-        if first >= len(samples) or last >= len(samples) + wave.rate // 2:
+        if start > wave.duration or end > wave.duration + 0.5:
             raise DataError(
                 f"the segment {start} to {end} s lies outside {recording}, which has {wave.duration:.2f} s",
                 file=data.file("segments"),
                 key=utterance,
             )
-        if last < first + 0.1 * wave.rate:
+        end = min(end, wave.duration)
+        if end - start < 0.1:
             raise DataError("the segment is shorter than 0.1 s", file=data.file("segments"), key=utterance)
-        yield utterance, samples[first : min(last, len(samples))], wave.rate
+        # Rounded as extract-segments rounds.
+        yield utterance, samples[int(start * wave.rate + 0.5) : int(end * wave.rate + 0.5)], wave.rate
 
 
 def encode_wave(samples: Samples, rate: int) -> bytes:
@@ -207,9 +202,7 @@ def write_wave(path: str | Path, samples: Samples, rate: int) -> None:
         stream.write(encode_wave(samples, rate))
 
 
-def resample(
-    samples: NDArray[Any], rate_in: int, rate_out: int, *, num_zeros: int = 6
-) -> NDArray[np.float64]:
+def resample(samples: NDArray[Any], rate_in: int, rate_out: int, *, num_zeros: int = 6) -> NDArray[np.float64]:
     """Change the sampling rate with a Hann-windowed sinc, the filter that Kaldi's LinearResample defines.
 
     Args:
@@ -249,8 +242,6 @@ def _resampling_matrix(rate_in: int, rate_out: int, num_zeros: int) -> tuple[int
     first = math.ceil(-width * rate_in)
     last = math.floor((block - block / outputs) + width * rate_in)
     offsets = np.arange(first, last + 1)[:, None] / rate_in - np.arange(outputs)[None, :] / rate_out
-    window = np.where(
-        np.abs(offsets) < width, 0.5 * (1 + np.cos(2 * np.pi * cutoff / num_zeros * offsets)), 0.0
-    )
+    window = np.where(np.abs(offsets) < width, 0.5 * (1 + np.cos(2 * np.pi * cutoff / num_zeros * offsets)), 0.0)
     matrix = window * np.sinc(2 * cutoff * offsets) * 2 * cutoff / rate_in
     return first, block, matrix
