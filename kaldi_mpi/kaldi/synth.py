@@ -200,7 +200,7 @@ def _record(speech: Samples, sampling_rate: int, rng: np.random.Generator) -> Sa
     before, after = rng.integers(int(0.15 * RATE), int(0.45 * RATE), size=2)
     signal = np.pad(clean / level, (int(before), int(after)))
     signal[1:] -= rng.uniform(0.0, 0.3) * signal[:-1]
-    pink, decibels = rng.random() < 0.5, rng.uniform(10.0, 30.0)
+    pink, decibels = rng.random() < 0.5, rng.uniform(15.0, 35.0)
     signal += _noise(len(signal), pink, rng) * 10.0 ** (-decibels / 20)
     target = 32768 * 10.0 ** (rng.uniform(-32.0, -20.0) / 20)  # dB below full scale, of the speech
     samples: Samples = np.clip(np.rint(signal * target), -32768, 32767).astype(np.int16)
