@@ -19,6 +19,9 @@ import pytest
 
 from kaldi_mpi.transport import launch
 from tests.paths import REPO
+from tests.recipe import digits
+
+__all__ = ["digits"]  # a fixture of all test files
 
 REPORT_DIR_ENV = "KALDI_MPI_TEST_REPORTS"
 

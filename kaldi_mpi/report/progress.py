@@ -122,8 +122,8 @@ class Progress:
         if now - self._last_shown < period and not last:
             return
         self._last_shown = now
-        # Speed over the last ten seconds at least: long enough to be calm, short enough to show a change.
-        while len(self._marks) > 2 and now - self._marks[1][0] > 10.0:
+        # Speed over the last minute: long enough to be calm through a validation, short enough to show a change.
+        while len(self._marks) > 2 and now - self._marks[1][0] > 60.0:
             del self._marks[0]
         elapsed, done = now - self._marks[0][0], frames - self._marks[0][1]
         snapshot = Snapshot(

@@ -59,6 +59,7 @@ train.sh --num-learners "$num_learners" --cmd "$cmd" --strategy "$strategy" \
   --feat.cmvn-opts="--norm-means=false --norm-vars=false" \
   --egs.chunk-width=40 \
   --egs.chunk-left-context=20 \
+  --egs.opts="--num-utts-subset 100" \
   --trainer.srand="$seed" \
   --trainer.num-epochs="$num_epochs" \
   --trainer.rnn.num-chunk-per-minibatch="$per_learner" \
