@@ -61,9 +61,7 @@ def read_dictionary(directory: str | Path) -> Dictionary:
     if len(optional) != 1 or len(optional[0]) != 1:
         raise DataError("must hold exactly one phone", file=str(folder / "optional_silence.txt"))
     if optional[0][0] not in {phone for line in silence for phone in line}:
-        raise DataError(
-            f"{optional[0][0]} is not in silence_phones.txt", file=str(folder / "optional_silence.txt")
-        )
+        raise DataError(f"{optional[0][0]} is not in silence_phones.txt", file=str(folder / "optional_silence.txt"))
     questions = folder / "extra_questions.txt"
     extra = _lines(questions) if questions.exists() else []
     lexicon = _lexicon(folder, set(counts))

@@ -101,9 +101,7 @@ def const_to_vector(data: bytes, *, file: str) -> bytes:
     if len(data) < arcs_at + header.num_arcs * _STANDARD_ARC_BYTES:
         raise DataError(f"truncated: {len(data)} bytes", file=file, offset=len(data))
     states = np.frombuffer(data, _CONST_STATE, header.num_states, states_at)
-    pieces = [
-        vector_header("standard", header.properties | _EXPANDED_AND_MUTABLE, header.start, header.num_states)
-    ]
+    pieces = [vector_header("standard", header.properties | _EXPANDED_AND_MUTABLE, header.start, header.num_states)]
     for final, first, count in zip(
         states["final"].tolist(), states["first_arc"].tolist(), states["num_arcs"].tolist(), strict=True
     ):
