@@ -76,7 +76,11 @@ def test_training_again_gives_the_same_bytes(digits: Recipe) -> None:
         (None, r"/nowhere.*"),
         ({}, r"wav\.scp"),
         (
-            {"wav.scp": "a-1 false |\n", "text": "a-1 ONE\n", "utt2spk": "a-1 a\n"},
+            {
+                "wav.scp": "a-1 false |\na-2 false |\n",
+                "text": "a-1 ONE\na-2 TWO\n",
+                "utt2spk": "a-1 a\na-2 a\n",
+            },
             r"wav\.scp, key a-1: .*`?false.*status 1",
         ),
         ({"wav.scp": "a-1 a.wav\n", "text": "a-2 ONE\n", "utt2spk": "a-1 a\n"}, r"text.*|.*a-[12]"),

@@ -37,6 +37,10 @@ def test_dictionary_of_digits(s5: Path) -> None:
     arpa = (s5 / "data" / "local" / "lm" / "digits.arpa").read_text()
     assert "ngram 1=13\n" in arpa  # eleven words, <s> and </s>
     assert "-1.0791812 OH\n" in arpa and "-1.0791812 </s>\n" in arpa
+    (s5 / "data" / "train" / "text").write_text("a ONE NINE ZERO\n")
+    assert run(s5, "local/prepare_dict.sh").returncode == 0
+    arpa = (s5 / "data" / "local" / "lm" / "digits.arpa").read_text()
+    assert "ngram 1=12\n" in arpa and " OH\n" not in arpa and " TWO\n" in arpa
 
 
 def test_transcripts_of_other_words_end_the_recipe(s5: Path) -> None:

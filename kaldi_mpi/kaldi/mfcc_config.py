@@ -92,9 +92,7 @@ class MfccConfig:
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
         if config.dither:
-            logger.warning(
-                "%s: --dither=%g is not applied; features are computed without", path, config.dither
-            )
+            logger.warning("%s: --dither=%g is not applied; features are computed without", path, config.dither)
         return config
 
     def _check(self) -> None:

@@ -37,6 +37,8 @@ echo SIL >$dict/optional_silence.txt
 echo SIL SPN >$dict/extra_questions.txt
 
 words=$(awk '$1 !~ /^[!<]/ {print $1}' $dict/lexicon.txt | sort -u)
+# OH is another word for ZERO that many corpora do not have: there it would only be mistaken for FOUR.
+if [ -f "$data/text" ] && ! grep -q -w OH "$data/text"; then words=$(grep -v -w OH <<<"$words"); fi
 awk '$1 !~ /^[!<]/ {for (n = 2; n <= NF; n++) print $n}' $dict/lexicon.txt | sort -u >$dict/nonsilence_phones.txt
 
 # shellcheck disable=SC2086 # one argument per word
