@@ -31,6 +31,12 @@ def start() -> NDArray[np.float64]:
     return np.random.default_rng(99).standard_normal(DIM)
 
 
+def after_step(strategy: Strategy, w: NDArray[np.float32], step: Step) -> None:
+    """What the learner's loop does after the optimiser."""
+    if strategy.note(step):
+        strategy.mix_parameters(w)
+
+
 def train(world: World, strategy: Strategy, momentum: float, limits: bool) -> NDArray[np.float32]:
     """The learner's step with its real optimiser, around a problem small enough to repeat in float64."""
     import torch
@@ -55,7 +61,7 @@ def train(world: World, strategy: Strategy, momentum: float, limits: bool) -> ND
         strategy.combine_gradients(g, step)
         if frames or strategy.moves_together:
             optimiser.step(world.size * rate, 1)
-        strategy.after_step(w, step)
+        after_step(strategy, w, step)
     strategy.finish(w)
     return w
 
@@ -132,11 +138,12 @@ def test_one_learner_is_plain_sgd_bit_for_bit(name: str, frames_per_average: int
     strategy = make_strategy(name, SoloWorld(), frames_per_average=frames_per_average)
     for index in range(NUM_STEPS):
         step = Step(index, 7, 7)
-        for rule in (strategy.combine_gradients, strategy.after_step):
-            values = np.random.default_rng(index).standard_normal(DIM).astype(np.float32)
-            before = values.tobytes()
-            rule(values, step)
-            assert values.tobytes() == before
+        values = np.random.default_rng(index).standard_normal(DIM).astype(np.float32)
+        before = values.tobytes()
+        strategy.combine_gradients(values, step)
+        assert values.tobytes() == before
+        after_step(strategy, values, step)
+        assert values.tobytes() == before
     assert strategy.mean_model(values).tobytes() == values.tobytes()
     strategy.finish(values)
     assert values.tobytes() == before
@@ -151,7 +158,7 @@ def test_periodic_weighs_by_frames_and_counts_over_all_learners() -> None:
         seen = []
         for index, frames in enumerate((30, 10)):
             own = frames * (1 + world.rank)  # 30 and 60, then 10 and 20
-            strategy.after_step(w, Step(index, own, 3 * frames))
+            after_step(strategy, w, Step(index, own, 3 * frames))
             seen.append(float(w[0]))
         return [*seen, strategy.num_averages]
 
@@ -165,7 +172,7 @@ def test_validation_of_the_mean_leaves_the_learners_alone() -> None:
     def learner(world: World) -> tuple[float, float]:
         strategy = make_strategy("periodic", world, frames_per_average=10**9)
         w = np.full(3, float(world.rank), np.float32)
-        strategy.after_step(w, Step(0, 10 * world.rank, 30))
+        after_step(strategy, w, Step(0, 10 * world.rank, 30))
         return float(strategy.mean_model(w)[0]), float(w[0])
 
     assert run_world(3, learner) == [
@@ -186,7 +193,7 @@ def test_a_strategy_goes_on_from_its_state(at: int) -> None:
                 strategy = make_strategy("periodic", world, frames_per_average=25)
                 strategy.load_state_dict(state)
             w += np.float32(world.rank + index)
-            strategy.after_step(w, Step(index, 3 + world.rank, 9))
+            after_step(strategy, w, Step(index, 3 + world.rank, 9))
         return w
 
     whole: Callable[[World], NDArray[np.float32]] = lambda world: learner(world, False)  # noqa: E731

@@ -40,17 +40,23 @@ class Periodic(Strategy):
         self._own_frames = 0
         self._global_frames = 0
 
-    def after_step(self, parameters: Flat, step: Step) -> None:
-        """Count the step's frames, and average as in (2) when K have gone by."""
+    def note(self, step: Step) -> bool:
+        """Count the step's frames; an averaging is due when K have gone by."""
         self._own_frames += step.frames
         self._global_frames += step.global_frames
-        if self._global_frames >= self.frames_per_average:
-            self._average(parameters)
+        return self._global_frames >= self.frames_per_average
+
+    def mix_parameters(self, parameters: Flat) -> None:
+        """Average as in (2)."""
+        if self.world.size > 1:
+            parameters[:] = self.mean_model(parameters)
+            self._count(parameters)
+        self._own_frames = self._global_frames = 0
 
     def finish(self, parameters: Flat) -> None:
         """Average what has been trained since the last averaging."""
         if self._global_frames:
-            self._average(parameters)
+            self.mix_parameters(parameters)
 
     def mean_model(self, parameters: Flat) -> Flat:
         """The model that an averaging now would give, by (2), as a new array."""
@@ -68,9 +74,3 @@ class Periodic(Strategy):
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._own_frames, self._global_frames = state["own_frames"], state["global_frames"]
-
-    def _average(self, parameters: Flat) -> None:
-        if self.world.size > 1:
-            parameters[:] = self.mean_model(parameters)
-            self._count(parameters)
-        self._own_frames = self._global_frames = 0

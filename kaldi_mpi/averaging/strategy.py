@@ -2,7 +2,7 @@
 
 A learner calls its strategy at two points of each step, in the same order on all ranks:
 
-    backward pass -> ``combine_gradients`` -> optimiser step -> ``after_step``
+    backward pass -> ``combine_gradients`` -> optimiser step -> ``note``, and if due ``mix_parameters``
 
 and once more at the end (``finish``), after which the models of all learners are the same. A strategy
 sees flat buffers, never a model, and talks through a `Collective`, never through MPI, so that the same
@@ -74,13 +74,12 @@ class Strategy:
             step: the step that they belong to.
         """
 
-    def after_step(self, parameters: Flat, step: Step) -> None:
-        """Mix the learners' parameters in place, after the optimiser has moved them.
+    def note(self, step: Step) -> bool:
+        """Take note of a step that the optimiser has taken; returns whether to mix parameters now."""
+        return False
 
-        Args:
-            parameters: (P,) float32.
-            step: the step that was just taken.
-        """
+    def mix_parameters(self, parameters: Flat) -> None:
+        """Mix the learners' parameters, (P,) float32, in place; called when `note` says so."""
 
     def finish(self, parameters: Flat) -> None:
         """Make the models of all learners equal in place, after the last step."""

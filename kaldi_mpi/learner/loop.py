@@ -167,7 +167,8 @@ class Learner:
             chunks = global_chunks if together else len(minibatch.labels)
             rate = self.rate.actual(self.frames, self.world.size)
             self.optimiser.step(rate, chunks / self.world.size)
-        self.flat.mix(self.flat.values, lambda w: self.strategy.after_step(w, step))
+        if self.strategy.note(step):
+            self.flat.mix(self.flat.values, self.strategy.mix_parameters)
         self.step += 1
         self.frames += step.global_frames
         if self._progress is not None:
