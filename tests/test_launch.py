@@ -48,7 +48,10 @@ def test_all_learners_run_and_end(tmp_path: Path) -> None:
     [
         ("if rank == 1: os._exit(3)\ntime.sleep(60)", "learner rank 1 "),
         ("if rank == 2: os.abort()\ntime.sleep(60)", "learner rank 2 "),
-        ("if rank == 1: status.write('failed', 'why'); MPI.COMM_WORLD.Abort(1)\ntime.sleep(60)", "learner rank 1 failed: why"),
+        (
+            "if rank == 1: status.write('failed', 'why'); MPI.COMM_WORLD.Abort(1)\ntime.sleep(60)",
+            "learner rank 1 failed: why",
+        ),
     ],
     ids=["left", "crashed", "failed"],
 )  # fmt: skip

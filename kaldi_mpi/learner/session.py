@@ -43,7 +43,7 @@ def make_plan(
         steps_per_iteration=max(1, options.samples_per_iter // options.chunks_per_minibatch),
         num_epochs=options.num_epochs,
         chunks_per_minibatch=options.chunks_per_minibatch,
-        # As train_rnn.py derives them from the margin (--optimization.min-deriv-time and max-deriv-time-relative of nnet3-train).
+        # As train_rnn.py derives nnet3-train's --optimization.*-deriv-time from the margin.
         min_deriv_time=-(options.deriv_truncate_margin + model.left_context),
         max_deriv_time=shape.width - 1 + options.deriv_truncate_margin + model.right_context,
     )
