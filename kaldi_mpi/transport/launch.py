@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, KaldiMpiError
@@ -181,9 +181,10 @@ def explain_failure(statuses: Sequence[Mapping[str, Any]], num_learners: int, go
 
 
 def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None, options: Sequence[str] = ()) -> int:
-    """Run `command` in `num_learners` ranks until all end; returns the exit status (0 only if all succeeded).
+    """Run `command` in `num_learners` ranks until all end; returns the exit status.
 
-    SIGTERM and SIGINT end the run. When a learner fails, dies or is killed, all end, and the log names it.
+    It is 0 if all succeeded, 128 + the signal if SIGTERM or SIGINT ended the run, else 1. When a learner fails, dies or
+    is killed, all end, and the log names it.
 
     Args:
         command: the program of one rank and its arguments.
@@ -206,6 +207,7 @@ def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None
             [*mpiexec_command(program, vendor, num_learners, options), *command],
             env=learner_environment(vendor, num_learners, status_dir),
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
@@ -216,31 +218,43 @@ def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None
 
 
 class _Ears:
-    """Passes mpiexec's standard error on, byte by byte as it comes, and remembers its last words."""
+    """Passes on what mpiexec prints, as it comes, and remembers its last words.
+
+    Open MPI tells of a dead process on standard error, MPICH on standard output.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stderr is not None
-        self._stream = process.stderr
-        self._tail = b""
-        self._thread = threading.Thread(target=self._listen, name="mpiexec-stderr", daemon=True)
+        self._tails = [b"", b""]
+        assert process.stdout is not None and process.stderr is not None
+        self._threads = [
+            threading.Thread(target=self._listen, args=(number, *pair), name=f"mpiexec-{number}", daemon=True)
+            for number, pair in enumerate(
+                [(process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)], start=1
+            )
+        ]
 
     def __enter__(self) -> _Ears:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(timeout=2.0)
+        self._join()
 
-    def _listen(self) -> None:
-        while piece := os.read(self._stream.fileno(), 65536):
-            sys.stderr.buffer.write(piece)
-            sys.stderr.buffer.flush()
-            self._tail = (self._tail + piece)[-16384:]
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    def _listen(self, number: int, stream: IO[bytes], sink: IO[bytes]) -> None:
+        while piece := os.read(stream.fileno(), 65536):
+            sink.write(piece)
+            sink.flush()
+            self._tails[number - 1] = (self._tails[number - 1] + piece)[-16384:]
 
     def ranks_named(self, statuses: Sequence[Mapping[str, Any]]) -> set[int]:
         """The ranks whose process mpiexec's last words name (Open MPI and MPICH both say ``PID n``)."""
-        self._thread.join(timeout=2.0)
-        said = {int(number) for number in re.findall(rb"\bPID (\d+)", self._tail)}
+        self._join()
+        said = {int(number) for tail in self._tails for number in re.findall(rb"\bPID (\d+)", tail)}
         return {int(s["rank"]) for s in statuses if s["pid"] in said}
 
 
@@ -282,7 +296,7 @@ def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int
     # mpiexec has often ended everybody before the next poll; then only its own words tell who went first.
     for line in explain_failure(statuses, num_learners, gone or ears.ranks_named(statuses)):
         logger.error("%s", line)
-    return status if 0 < status < 128 else 1
+    return 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
