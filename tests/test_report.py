@@ -83,7 +83,7 @@ def test_those_who_watch_see_what_the_file_says(tmp_path: Path, terminal: bool) 
             train(writer, clock, 15)
         return step < 3
 
-    follow(path, running, stream, sleep=lambda _: None)
+    follow(path, running, stream, sleep=lambda _: None, clock=clock)
     text = stream.getvalue()
     assert text.count("150k/3M frames") == 1
     assert ("[#" in text) == terminal and ("\x1b" in text) == terminal

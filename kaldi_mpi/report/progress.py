@@ -6,6 +6,7 @@ to a log, or to another machine, still shows its user a bar.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import sys
@@ -18,7 +19,7 @@ from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.report.log import logger
 
 _BAR_CELLS = 24
-_BAR_SECONDS = 0.5  # between two drawings of the bar
+_BAR_SECONDS = 0.5  # between two drawings of the bar, and two writings of the file
 _LINE_SECONDS = 15.0  # between two plain lines
 
 
@@ -102,8 +103,8 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._start = clock()
-        self._last_shown = self._start
-        self._marks: list[tuple[float, int]] = []
+        self._last_drawn = self._last_logged = self._start
+        self._marks: collections.deque[tuple[float, int]] = collections.deque()
 
     def update(
         self,
@@ -118,13 +119,12 @@ class Progress:
         """Take note of where the training is; show it if it is time, or if this is the `last` call."""
         now = self._clock()
         self._marks.append((now, frames))
-        period = _BAR_SECONDS if self._terminal else _LINE_SECONDS
-        if now - self._last_shown < period and not last:
-            return
-        self._last_shown = now
         # Speed over the last minute: long enough to be calm through a validation, short enough to show a change.
         while len(self._marks) > 2 and now - self._marks[1][0] > 60.0:
-            del self._marks[0]
+            self._marks.popleft()
+        if now - self._last_drawn < _BAR_SECONDS and not last:
+            return
+        self._last_drawn = now
         elapsed, done = now - self._marks[0][0], frames - self._marks[0][1]
         snapshot = Snapshot(
             frames, total_frames, num_epochs, now - self._start,
@@ -136,7 +136,8 @@ class Progress:
         if self._terminal:
             self._stream.write(f"\r\x1b[K{snapshot.bar()}" + ("\n" if last else ""))
             self._stream.flush()
-        else:
+        elif now - self._last_logged >= _LINE_SECONDS or last:
+            self._last_logged = now
             logger.info("%s", snapshot.words())
 
 
@@ -145,23 +146,26 @@ def follow(
     running: Callable[[], bool],
     stream: TextIO | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Show the progress that another process writes to `path`, until `running` says no.
 
-    A bar where `stream` (standard error by default) is a terminal; elsewhere a plain line for each change,
-    which the writer makes every 15 seconds.
+    A bar where `stream` (standard error by default) is a terminal; elsewhere a plain line each 15 seconds, and
+    one at the end.
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
     shown: Snapshot | None = None
+    last_shown = clock()
     while True:
         still_running = running()
         try:
             snapshot = Snapshot(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             snapshot = None
-        if snapshot is not None and snapshot != shown:
-            shown = snapshot
+        due = terminal or not still_running or clock() - last_shown >= _LINE_SECONDS
+        if snapshot is not None and snapshot != shown and due:
+            shown, last_shown = snapshot, clock()
             stream.write(f"\r\x1b[K{snapshot.bar()}" if terminal else f"{snapshot.words()}\n")
             stream.flush()
         if not still_running:
