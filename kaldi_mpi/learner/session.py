@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from kaldi_mpi.averaging import make_strategy
-from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import checkpoint, export, setup
 from kaldi_mpi.learner.evaluate import Pass, mean_posterior
 from kaldi_mpi.learner.flat import FlatParameters
@@ -98,8 +97,6 @@ def train(options: TrainOptions, world: World) -> None:
             world.size, device, strategy.name, flat.values.numel(), model.left_context, model.right_context,
             plan.num_steps, total_frames, f", going on at step {learner.step}" if resumed else "",
         )  # fmt: skip
-    if total_frames <= 0:
-        raise ConfigError(f"--trainer.num-epochs {options.num_epochs}: gives no frames to train on")
     learner.run()
     how = Pass(shape, plan.chunks_per_minibatch, world, device)
     model.eval()
