@@ -133,6 +133,8 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
         (["--binary=yes"], "argument --binary: expected true or false, got 'yes'"),
         (["--strategy=gossip"], "--strategy gossip: unknown"),
         (["--feat.cmvn-opts=--norm-meens=true"], "--feat.cmvn-opts: '--norm-meens=true' is not one of"),
+        (["--feat.cmvn-opts=--norm-means=maybe"], "--norm-means: expected true or false, got 'maybe'"),
+        (["--egs.opts=--num-utts-subset few"], "--egs.opts: --num-utts-subset: expected a number, got 'few'"),
         (["--trainer.dropout-schedule=0,0.2"], "--trainer.dropout-schedule 0,0.2: not supported yet"),
         (["--trainer.rnn.num-chunk-per-minibatch=128=64"], "expected sizes as in '128' or '128,64'"),
         (["--use-gpu=yes"], "--use-gpu yes: learner rank 0 sees no CUDA device"),

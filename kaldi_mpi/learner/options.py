@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
@@ -194,11 +195,20 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     cmvn = kaldi_options(given.pop("cmvn_opts"), ("norm-means", "norm-vars"), "--feat.cmvn-opts")
     egs = _words_to_options(given.pop("egs_opts"))
     # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
-    given["norm_means"] = boolean(cmvn.get("norm-means", "true"))
-    given["norm_vars"] = boolean(cmvn.get("norm-vars", "false"))
-    given["num_utts_subset"] = int(egs.get("num-utts-subset", 300))
+    given["norm_means"] = _converted(boolean, cmvn.get("norm-means", "true"), "--feat.cmvn-opts: --norm-means")
+    given["norm_vars"] = _converted(boolean, cmvn.get("norm-vars", "false"), "--feat.cmvn-opts: --norm-vars")
+    subset = egs.get("num-utts-subset", "300")
+    given["num_utts_subset"] = _converted(at_least(1), subset, "--egs.opts: --num-utts-subset")
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
     return TrainOptions(**given)
+
+
+def _converted(kind: Callable[[str], Any], text: str, where: str) -> Any:
+    """A value inside a string of options, with the error that argparse gives for options of its own."""
+    try:
+        return kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _words_to_options(text: str) -> dict[str, str]:
