@@ -57,8 +57,15 @@ class Pass:
     world: World
     device: torch.device
 
-    def minibatches(self, corpus: Corpus, seed: int | None = None) -> Iterator[Minibatch]:
-        """This learner's minibatches of one epoch: in the corpus's order, or shuffled by `seed`."""
+    def minibatches(
+        self, corpus: Corpus, seed: int | None = None, max_chunks: int | None = None
+    ) -> Iterator[Minibatch]:
+        """This learner's minibatches of one epoch, but for those without frames.
+
+        They come in the corpus's order, or shuffled by `seed`; after `max_chunks` chunks, over all learners and
+        rounded up to whole steps, there are no more.
+        """
+        per_step = self.chunks_per_minibatch * self.world.size
         with MinibatchReader(
             corpus,
             self.shape,
@@ -69,7 +76,11 @@ class Pass:
             shuffle=seed is not None,
             num_epochs=1,
         ) as reader:
-            yield from reader
+            for minibatch in reader:
+                if max_chunks is not None and minibatch.step * per_step >= max_chunks:
+                    break
+                if minibatch.frames:
+                    yield minibatch
 
     def features(self, minibatch: Minibatch) -> torch.Tensor:
         """The minibatch's features on the device, (B, T, D)."""
@@ -101,8 +112,6 @@ def compute_prob(model: AcousticModel, corpus: Corpus, how: Pass) -> Score:
     """
     sums = np.zeros(3)
     for minibatch in how.minibatches(corpus):
-        if not minibatch.frames:
-            continue
         output = model(how.features(minibatch), how.first(), how.shape.width)
         labels = torch.from_numpy(minibatch.labels).to(how.device)
         labelled = labels >= 0
@@ -121,11 +130,7 @@ def mean_posterior(model: AcousticModel, corpus: Corpus, how: Pass, max_chunks: 
     As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1.
     """
     total = np.zeros(model.output_dim)
-    for number, minibatch in enumerate(how.minibatches(corpus, seed)):
-        if number * how.chunks_per_minibatch * how.world.size >= max_chunks:
-            break
-        if not minibatch.frames:
-            continue
+    for minibatch in how.minibatches(corpus, seed, max_chunks):
         output = model(how.features(minibatch), how.first(), how.shape.width)
         labelled = torch.from_numpy(minibatch.labels).to(how.device) >= 0
         total += output[labelled].double().exp().sum(dim=0).cpu().numpy()
@@ -146,11 +151,7 @@ def lda_statistics(
         component: name of the fixed-affine component.
     """
     stats: LdaStats | None = None
-    for number, minibatch in enumerate(how.minibatches(corpus, seed)):
-        if number * how.chunks_per_minibatch * how.world.size >= max_chunks:
-            break
-        if not minibatch.frames:
-            continue
+    for minibatch in how.minibatches(corpus, seed, max_chunks):
         spliced = model.node_input(component, how.features(minibatch), how.first(), how.shape.width)
         stats = stats or LdaStats(spliced.shape[2], model.output_dim)
         labels = torch.from_numpy(minibatch.labels)

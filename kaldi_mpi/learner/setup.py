@@ -17,7 +17,8 @@ from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.loader import ChunkShape, Corpus, read_alignments, to_pdfs
-from kaldi_mpi.models import AcousticModel, Config, build_model, parse_xconfig, transform_files
+from kaldi_mpi.loader.scp import read_table
+from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
 from kaldi_mpi.report.log import logger
@@ -73,11 +74,6 @@ def load_labels(options: TrainOptions) -> tuple[dict[str, NDArray[np.int32]], Tr
     return labels, transitions
 
 
-def _keys(scp: Path) -> list[str]:
-    with open(scp, encoding="utf-8") as lines:
-        return [line.split(maxsplit=1)[0] for line in lines if line.strip()]
-
-
 def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world: World) -> Data:
     """Split the aligned utterances by the seed and open each part.
 
@@ -86,7 +82,8 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
         ConfigError: there are more learners than utterances to train on.
     """
     scp = Path(options.feat_dir) / "feats.scp"
-    keys = sorted(key for key in _keys(scp) if key in labels)
+    table = read_table(scp)
+    keys = sorted(key for key in table if key in labels)
     if len(keys) < 2:
         raise DataError(
             f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=str(scp)
@@ -122,7 +119,7 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
                 stream.writelines(f"{key}\n" for key in part)
         logger.info(
             "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
-            len(train), data.train.total_frames, len(valid), data.valid.total_frames, len(set(_keys(scp))) - len(keys),
+            len(train), data.train.total_frames, len(valid), data.valid.total_frames, len(table) - len(keys),
         )  # fmt: skip
     return data
 
@@ -157,16 +154,15 @@ def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, d
             f"{options.xconfig}: the output has dim={model.output_dim}, but the tree has {num_pdfs} pdf-ids"
         )
     how = Pass(chunk_shape(options, model), options.chunks_per_minibatch, world, torch.device("cpu"))
-    for component, path in transform_files(config):
-        if not world.broadcast(Path(path).exists()):
-            chunks = options.max_lda_jobs * options.samples_per_iter
-            stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
-            if world.rank == 0:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                write_matrix(path, stats.estimate())
-                logger.info("estimated %s from %d frames", path, stats.counts.sum())
-            world.barrier()
-        transforms[path] = read_matrix(path)
+    for component, path in world.broadcast(missing_transforms(config)):
+        chunks = options.max_lda_jobs * options.samples_per_iter
+        stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
+        if world.rank == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_matrix(path, stats.estimate())
+            logger.info("estimated %s from %d frames", path, stats.counts.sum())
+        world.barrier()
+    transforms = {path: read_matrix(path) for path in transforms}
     return build_model(config, seed=options.seed, transforms=transforms).to(device)
 
 

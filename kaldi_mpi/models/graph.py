@@ -46,7 +46,6 @@ class LstmGroup:
         inputs: the non-recurrent terms of its input.
         delay: frames to the frame that it recurs to.
         w_all, nonlinearity, truncation, projection: names of components.
-        recurrent_dim: columns of the projection that recur (0: no projection).
     """
 
     members: frozenset[str]
@@ -57,7 +56,6 @@ class LstmGroup:
     nonlinearity: str
     truncation: str
     projection: str | None
-    recurrent_dim: int
 
 
 Unit = Node | LstmGroup
@@ -379,5 +377,4 @@ class _Recogniser:
             nonlinearity=nonlinearity.component,
             truncation=truncation.component,
             projection=projection.component if projection else None,
-            recurrent_dim=rec if projection else 0,
         )

@@ -31,7 +31,6 @@ class LstmSettings:
         clipping_threshold: largest norm of the recurrent gradient of a frame; not positive: no limit.
         zeroing_threshold: norm above which it becomes 0 at a frame on a boundary; not positive: never.
         zeroing_interval: frames between boundaries.
-        recurrent_dim: columns of the projection that recur; 0 without a projection.
     """
 
     delay: int = -1
@@ -40,7 +39,6 @@ class LstmSettings:
     zeroing_threshold: float = 15.0
     zeroing_interval: int = 20
     recurrence_interval: int = 1
-    recurrent_dim: int = 0
 
     def boundaries(self, first: int, frames: int, sequences: int) -> Tensor:
         """(frames * sequences,) bool: where a large recurrent gradient is zeroed.

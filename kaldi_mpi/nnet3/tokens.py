@@ -52,11 +52,6 @@ class Reader:
     def error(self, cause: str, offset: int | None = None) -> DataError:
         return DataError(cause, file=self.file, key=self.key, offset=self.position if offset is None else offset)
 
-    def at_end(self) -> bool:
-        """Whether only white space (in text) or nothing is left."""
-        rest = _SPACES.match(self.data, self.position) if not self.binary else None
-        return (rest.end() if rest else self.position) >= len(self.data)
-
     def token(self) -> str:
         """The next token."""
         match = _WORD.match(self.data, self.position, self.position + 4 * _LONGEST_TOKEN)

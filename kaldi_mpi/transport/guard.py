@@ -8,11 +8,9 @@ the whole run.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.report.log import logger
@@ -61,11 +59,3 @@ def guarded(world: World) -> Iterator[None]:
     except BaseException as error:  # noqa: BLE001 - logged, and ends the run
         fail(error)
     status.write("finished", "")
-
-
-def no_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook for thin command lines: one line for user errors, the usual for all others."""
-    if isinstance(error, KaldiMpiError):
-        logger.error("%s", error)
-    else:
-        sys.__excepthook__(kind, error, trace)

@@ -228,9 +228,7 @@ class _Ears:
         assert process.stdout is not None and process.stderr is not None
         self._threads = [
             threading.Thread(target=self._listen, args=(number, *pair), name=f"mpiexec-{number}", daemon=True)
-            for number, pair in enumerate(
-                [(process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)], start=1
-            )
+            for number, pair in enumerate([(process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)])
         ]
 
     def __enter__(self) -> _Ears:
@@ -249,7 +247,7 @@ class _Ears:
         while piece := os.read(stream.fileno(), 65536):
             sink.write(piece)
             sink.flush()
-            self._tails[number - 1] = (self._tails[number - 1] + piece)[-16384:]
+            self._tails[number] = (self._tails[number] + piece)[-16384:]
 
     def ranks_named(self, statuses: Sequence[Mapping[str, Any]]) -> set[int]:
         """The ranks whose process mpiexec's last words name (Open MPI and MPICH both say ``PID n``)."""
