@@ -97,7 +97,6 @@ class Learner:
         self._seed, self._logs, self._progress = seed, logs, progress
         self._on_iteration = on_iteration
         self._loader_threads = loader_threads
-        self._whole_step = plan.chunks_per_minibatch * world.size  # chunks
         self._pass = Pass(shape, plan.chunks_per_minibatch, world, flat.values.device)
         self._objective = 0.0  # own sum of log-probabilities in this iteration
         self._objective_frames = 0
@@ -119,7 +118,7 @@ class Learner:
             first_step=self.step,
         ) as reader:
             while self.step < self.plan.num_steps:
-                self._take(next(reader), _chunks_of_step(reader, self.step, self._whole_step))
+                self._take(next(reader), reader.plan.chunks_of_step(self.step))
                 last = self.step == self.plan.num_steps
                 if last:
                     self.flat.mix(self.flat.values, self.strategy.finish)
@@ -221,8 +220,3 @@ class Learner:
         self.flat.load(state["parameters"].numpy())
         self.optimiser.load_state_dict(state["optimiser"])
         self.strategy.load_state_dict(state["strategy"])
-
-
-def _chunks_of_step(reader: MinibatchReader, step: int, whole: int) -> int:
-    """Chunks of a global step over all learners: `whole`, or what an epoch's last step has left."""
-    return min(whole, reader.num_chunks - step % reader.steps_per_epoch * whole)

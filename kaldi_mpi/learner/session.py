@@ -15,7 +15,7 @@ from kaldi_mpi.learner.loop import Learner, Plan
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.schedule import ExponentialRate
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
+from kaldi_mpi.loader import ChunkPlan, ChunkShape, Corpus
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.iteration import IterationLogs
 from kaldi_mpi.report.log import logger
@@ -28,15 +28,12 @@ def make_plan(
     options: TrainOptions, model: AcousticModel, shape: ChunkShape, data: Corpus, world: World
 ) -> tuple[Plan, int]:
     """How many steps the training has, and how many labelled frames they are over all learners."""
-    with MinibatchReader(
-        data, shape, options.chunks_per_minibatch, seed=options.seed, rank=world.rank, size=world.size
-    ) as reader:
-        per_epoch = reader.steps_per_epoch
-        num_steps = max(1, round(options.num_epochs * per_epoch))
-        whole, rest = divmod(num_steps, per_epoch)
-        total_frames = whole * data.total_frames + sum(
-            reader.frames_of_step(whole * per_epoch + step) for step in range(rest)
-        )
+    chunks = ChunkPlan(data.num_frames, shape.width, options.chunks_per_minibatch, size=world.size, seed=options.seed)
+    num_steps = max(1, round(options.num_epochs * chunks.steps_per_epoch))
+    whole, rest = divmod(num_steps, chunks.steps_per_epoch)
+    total_frames = whole * data.total_frames + sum(
+        chunks.frames_of_step(whole * chunks.steps_per_epoch + step) for step in range(rest)
+    )
     plan = Plan(
         num_steps=num_steps,
         steps_per_iteration=max(1, options.samples_per_iter // options.chunks_per_minibatch),

@@ -12,9 +12,11 @@ readers take minibatches from it::
 
 from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, to_pdfs
 from kaldi_mpi.loader.corpus import Corpus
+from kaldi_mpi.loader.plan import ChunkPlan
 from kaldi_mpi.loader.reader import ChunkShape, Counters, Minibatch, MinibatchReader
 
 __all__ = [
+    "ChunkPlan",
     "ChunkShape",
     "Corpus",
     "Counters",

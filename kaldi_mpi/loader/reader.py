@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
+from kaldi_mpi.loader.plan import ENDLESS, ChunkPlan, check_range
 
 # How long one wait in C lasts before Python may look at its signals (Ctrl-C), in milliseconds.
 _POLL_MS = 200
-_ENDLESS = 2**62
 
 Buffers = Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
@@ -121,6 +121,7 @@ class MinibatchReader(Iterator[Minibatch]):
         DataError: memory or threads cannot be had.
 
     Attributes:
+        plan: which chunks make up each step.
         steps_per_epoch: the same on every rank.
         num_chunks: chunks of an epoch, over all ranks.
     """
@@ -141,37 +142,31 @@ class MinibatchReader(Iterator[Minibatch]):
         num_epochs: int | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        _check("chunks per minibatch", chunks_per_minibatch, 1, 2**24)
-        _check("seed", seed, 0, 2**64)
-        _check("number of ranks", size, 1, 2**24)
-        _check("rank", rank, 0, size)
-        _check("number of reader threads", threads, 1, 1024)
-        _check("depth of the reader's ring", depth, 1, 2**16)
-        _check("first step", first_step, 0, _ENDLESS)
-        _check("number of epochs", num_epochs or 0, 0, 2**32)
+        self.plan = ChunkPlan(
+            corpus.num_frames, shape.width, chunks_per_minibatch, size=size, seed=seed, shuffle=shuffle
+        )
+        self.steps_per_epoch, self.num_chunks = self.plan.steps_per_epoch, self.plan.num_chunks
+        check_range("rank", rank, 0, size)
+        check_range("number of reader threads", threads, 1, 1024)
+        check_range("depth of the reader's ring", depth, 1, 2**16)
+        check_range("first step", first_step, 0, ENDLESS)
+        check_range("number of epochs", num_epochs or 0, 0, 2**32)
         self._corpus = corpus
         self._shape = shape
         self._chunks_per_minibatch = chunks_per_minibatch
         if buffers is None:
             buffers = [self._new_buffer() for _ in range(depth)]
         self._buffers = [self._checked_buffer(*pair) for pair in buffers]
-        _check("number of buffers", len(self._buffers), 1, 2**16)
+        check_range("number of buffers", len(self._buffers), 1, 2**16)
 
-        error = new_error()
-        frames = borrow(corpus.num_frames, "int32_t", np.int32)
-        plan = lib.km_plan_new(frames, len(frames), shape.width, chunks_per_minibatch, size, seed, shuffle, error)
-        if plan == ffi.NULL:
-            raise_data_error(error)
-        self._plan = ffi.gc(plan, lib.km_plan_free)
-        self.steps_per_epoch = int(lib.km_plan_steps_per_epoch(plan))
-        self.num_chunks = int(lib.km_plan_num_chunks(plan))
-        end = _ENDLESS if num_epochs is None else num_epochs * self.steps_per_epoch
+        end = ENDLESS if num_epochs is None else num_epochs * self.steps_per_epoch
 
         feats = [borrow(pair[0].reshape(-1), "float", np.float32) for pair in self._buffers]
         labels = [borrow(pair[1].reshape(-1), "int64_t", np.int64) for pair in self._buffers]
+        error = new_error()
         self._ring = lib.km_ring_new(
             corpus.c_corpus,
-            self._plan,
+            self.plan.c_plan,
             ffi.new("km_shape *", (shape.width, shape.left, shape.right, shape.label_delay)),
             rank,
             threads,
@@ -189,7 +184,7 @@ class MinibatchReader(Iterator[Minibatch]):
         self._lock = threading.Lock()
         # The threads write into the buffers and read the corpus until they are joined: the finalizer keeps
         # both, and the plan, alive until then, in whatever order this object's parts are collected.
-        lent = (corpus, self._plan, frames, feats, labels)
+        lent = (corpus, self.plan, feats, labels)
         self._stop = weakref.finalize(self, _stop, self._ring, self._lock, os.getpid(), lent)
 
     def _new_buffer(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -212,16 +207,8 @@ class MinibatchReader(Iterator[Minibatch]):
         return feats, labels
 
     def frames_of_step(self, step: int) -> int:
-        """Labelled frames of a global step over all ranks; nothing is read.
-
-        Steps of the same epoch are cheap one after the other; another epoch's order is drawn first.
-        """
-        _check("step", step, 0, _ENDLESS)
-        error = new_error()
-        frames = int(lib.km_plan_frames_of_step(self._plan, step, error))
-        if frames < 0:
-            raise_data_error(error)
-        return frames
+        """See `ChunkPlan.frames_of_step`."""
+        return self.plan.frames_of_step(step)
 
     def __iter__(self) -> MinibatchReader:
         return self
@@ -302,8 +289,3 @@ def _stop(ring: Any, lock: threading.Lock, pid: int, lent: object) -> None:
         return  # a forked child has the memory but not the threads: there is nobody to join
     with lock:
         lib.km_ring_free(ring)
-
-
-def _check(what: str, value: int, least: int, limit: int) -> None:
-    if not least <= value < limit:
-        raise ConfigError(f"{what} is {value}, and must be at least {least} and below {limit}")
