@@ -46,12 +46,13 @@ class Periodic(Strategy):
         self._global_frames += step.global_frames
         return self._global_frames >= self.frames_per_average
 
-    def mix_parameters(self, parameters: Flat) -> None:
+    def mix_parameters(self, parameters: Flat) -> bool:
         """Average as in (2)."""
         if self.world.size > 1:
             parameters[:] = self.mean_model(parameters)
             self._count(parameters)
         self._own_frames = self._global_frames = 0
+        return False
 
     def finish(self, parameters: Flat) -> None:
         """Average what has been trained since the last averaging."""

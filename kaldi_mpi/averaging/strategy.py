@@ -1,12 +1,25 @@
 """What every strategy is: a rule that mixes the models (or the gradients) of N learners.
 
-A learner calls its strategy at two points of each step, in the same order on all ranks:
+All of them fit one equation. With X = [x_1 .. x_N] the learners' models, one column each,
 
-    backward pass -> ``combine_gradients`` -> optimiser step -> ``note``, and if due ``mix_parameters``
+    X <- X W + D                                                                                    (X)
 
-and once more at the end (``finish``), after which the models of all learners are the same. A strategy
-sees flat buffers, never a model, and talks through a `Collective`, never through MPI, so that the same
-code runs over real ranks, over threads in a test, and alone.
+W is a doubly stochastic mixing matrix (each rule names its own), D holds each learner's own step, and what
+is mixed may be some steps old. Block momentum and elastic averaging put a filter behind the mean.
+
+Two families differ in who waits for whom:
+
+*Synchronous* strategies (`Strategy`) are called by the learner's thread, at the same steps on all ranks:
+
+    start_step -> forward, backward -> combine_gradients -> before_update -> optimiser -> note,
+    and if due mix_parameters;   finish once at the end
+
+*Asynchronous* strategies (`kaldi_mpi.averaging.exchange.Exchanging`) mix a published model, of which the
+learner takes a copy for each step and to which it adds its change; they are driven by events, on a
+communication thread, and never wait.
+
+A strategy sees flat buffers, never a model, and talks through the protocols below, never through MPI, so that
+the same code runs over real ranks, over threads in a test, in a simulation, and alone.
 
 The learning rate that a learner applies is Kaldi's actual one, N times the effective one: the average of
 N models that each moved with N times the rate moves as one model with the rate does (Kaldi's
@@ -21,9 +34,14 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import ConfigError
-
 Flat = NDArray[np.float32]
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Return when it is done; the buffer then holds the result."""
 
 
 class Collective(Protocol):
@@ -44,6 +62,9 @@ class Collective(Protocol):
         every rank and in every run.
         """
 
+    def start_sum(self, buffer: Flat) -> Pending:
+        """The same, in the background: `buffer` is lent until `Pending.wait` returns."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -55,16 +76,21 @@ class Step:
 
 
 class Strategy:
-    """A rule of averaging. Subclasses override what they need; the base class leaves learners alone."""
+    """A synchronous rule of averaging. Subclasses override what they need; the base leaves learners alone."""
 
     name: ClassVar[str]
     # Whether all learners take each step with one gradient, also those that had no frames of their own in it.
     moves_together: ClassVar[bool] = False
+    # Whether it is one of the asynchronous family, `exchange.Exchanging`.
+    asynchronous: ClassVar[bool] = False
 
     def __init__(self, world: Collective) -> None:
         self.world = world
         self.num_averages = 0
         self.bytes_sent = 0
+
+    def start_step(self, parameters: Flat, step: Step) -> None:
+        """Called before the gradient is computed; may start communication on a copy of `parameters`."""
 
     def combine_gradients(self, gradients: Flat, step: Step) -> None:
         """Mix the learners' gradients in place, before the optimiser uses them.
@@ -74,12 +100,19 @@ class Strategy:
             step: the step that they belong to.
         """
 
+    def before_update(self, parameters: Flat, step: Step) -> None:
+        """Called when the gradient is there, before the optimiser's change is added to `parameters`."""
+
     def note(self, step: Step) -> bool:
         """Take note of a step that the optimiser has taken; returns whether to mix parameters now."""
         return False
 
-    def mix_parameters(self, parameters: Flat) -> None:
-        """Mix the learners' parameters, (P,) float32, in place; called when `note` says so."""
+    def mix_parameters(self, parameters: Flat) -> bool:
+        """Mix the learners' parameters, (P,) float32, in place; called when `note` says so.
+
+        Returns whether the optimiser is to forget its momentum.
+        """
+        return False
 
     def finish(self, parameters: Flat) -> None:
         """Make the models of all learners equal in place, after the last step."""
@@ -105,28 +138,3 @@ class Strategy:
         """Keep account of one averaging: a sum by pieces sends each rank's buffer out and back once."""
         self.num_averages += 1
         self.bytes_sent += 2 * buffer.nbytes * (self.world.size - 1) // self.world.size
-
-
-def make_strategy(name: str, world: Collective, *, frames_per_average: int | None = None) -> Strategy:
-    """The strategy called `name`.
-
-    Args:
-        name: ``allreduce`` or ``periodic``.
-        world: the learners.
-        frames_per_average: frames over all learners between two averagings; needed by ``periodic`` alone.
-
-    Raises:
-        ConfigError: there is no such strategy, or it lacks a setting.
-    """
-    from kaldi_mpi.averaging.allreduce import Allreduce
-    from kaldi_mpi.averaging.periodic import Periodic
-
-    if name == Allreduce.name:
-        if frames_per_average is not None:
-            raise ConfigError("--frames-per-average: strategy allreduce averages at every minibatch; use periodic")
-        return Allreduce(world)
-    if name == Periodic.name:
-        if frames_per_average is None or frames_per_average <= 0:
-            raise ConfigError("--strategy periodic needs --frames-per-average, a number of frames above 0")
-        return Periodic(world, frames_per_average)
-    raise ConfigError(f"--strategy {name}: unknown; there are {Allreduce.name} and {Periodic.name}")

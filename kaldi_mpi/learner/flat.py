@@ -64,7 +64,7 @@ class FlatParameters:
         on_gpu = device.type == "cuda"
         self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
 
-    def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], None]) -> None:
+    def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], object]) -> None:
         """Let `rule` change `buffer` (`values` or `gradients`) in place through a NumPy view of it.
 
         On a GPU the buffer goes through page-locked memory, both ways.

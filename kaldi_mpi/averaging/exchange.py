@@ -1,0 +1,203 @@
+"""Exchanges between pairs of learners, as transactions: what all asynchronous strategies are made of.
+
+Learner i sends a snapshot s_i of its published model to a partner, whose communication thread answers at
+once, whatever its learner is doing:
+
+    partner, atomically:    s_j <- x_j;   x_j <- x_j + w (s_i - s_j);   reply s_j                         (1)
+    i, on the reply:        x_i <- x_i + w (s_j - s_i)                                                    (2)
+
+(1) and (2) add exact opposites, so the sum of all models is unchanged whoever is late, and local steps that
+land in between are kept. As an equation (X), W = I - w (e_i - e_j)(e_i - e_j)', applied to snapshots.
+
+Two requests of the same pair that cross on the way would, each answered, exchange the models in place of
+averaging them when w = 1/2. A strategy may have them *merged*: each side takes the other's request as the
+answer to its own. Messages of a pair arrive in order, so if one side sees them cross the other does too.
+
+The model goes in pieces, each a transaction of its own, at most `WINDOW` of them under way; a strategy starts
+exchanges after the learner's own steps, never more than one at a time, and lets those go that it had no time
+for. Nothing here waits: `step_taken` and `receive` are events, called one at a time on the
+communication thread (or by a simulation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.shared import Shared, Wire
+from kaldi_mpi.averaging.strategy import Collective, Flat, Strategy
+
+WINDOW = 2  # pieces under way in one exchange
+
+REQUEST, REPLY = 0, 1
+
+Payload = NDArray[np.uint8]
+
+
+class Post(Protocol):
+    """Sends a message without waiting; messages of one sender to one receiver arrive in order."""
+
+    def __call__(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        """Send a few whole numbers and an array, which must not change until it has arrived."""
+
+
+@dataclasses.dataclass
+class _Open:
+    """One piece on its way: what was sent, and when."""
+
+    partner: int
+    number: int
+    snapshot: Wire
+    own_steps: int
+
+
+class Exchanging(Strategy):
+    """Base of the asynchronous strategies: the transactions; subclasses choose partners and weight.
+
+    Attributes:
+        weight: w of (1) and (2).
+        merges: whether crossing requests of a pair are one exchange.
+    """
+
+    asynchronous: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
+    weight: float
+
+    def __init__(self, world: Collective) -> None:
+        super().__init__(world)
+        self.own_steps = 0
+        self._number = 0  # of the next exchange that this rank starts
+        self._due: deque[int] = deque()  # partners of exchanges to start
+        self._partner = -1  # of the exchange under way, -1 for none
+        self._next_piece = 0
+        self._open: dict[int, _Open] = {}  # by piece
+        self._leaving = False
+
+    def connect(self, shared: Shared, post: Post, journal: Journal) -> None:
+        """Give the strategy the model that it mixes, its way to the others, and its journal."""
+        self.shared, self.post, self.journal = shared, post, journal
+
+    # What subclasses say.
+
+    def partners(self, step: int) -> Sequence[int]:
+        """With whom to exchange after the learner's own step number `step` (from 0)."""
+        raise NotImplementedError
+
+    def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire]:
+        """Carry out (1) on `piece`; returns the own steps in the snapshot and the snapshot."""
+        with self.shared.lock(piece):
+            mine, steps = self.shared.snapshot(piece), self.shared.steps[piece]
+            self.shared.mix(piece, mine, theirs, self.weight)
+            self.journal.record(Event.ANSWER, piece, number, source, own_steps=steps, their_steps=their_steps)
+        return steps, mine
+
+    def blocked(self) -> bool:
+        """Whether the learner must wait before its next step; never, but for bounded staleness."""
+        return False
+
+    def filter_change(self, change: Flat) -> None:
+        """Change a learner's own step in place before it is published (momentum of its own); on its thread."""
+
+    # Events.
+
+    def step_taken(self) -> None:
+        """The learner has published a step: start this step's exchanges, or leave them if there is no time."""
+        step = self.own_steps
+        self.own_steps += 1
+        if self.world.size == 1 or self._leaving:
+            return
+        self._due.clear()
+        self._due.extend(self.partners(step))
+        self._go_on()
+
+    def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
+        """A message of this strategy has come from `source`."""
+        kind, number, piece, their_steps = numbers
+        theirs = payload.view(self.shared.wire)
+        mine = self._open.get(piece)
+        if kind == REQUEST and self.merges and mine is not None and mine.partner == source:
+            self._apply(Event.CROSS, piece, number, their_steps, theirs)
+        elif kind == REQUEST:
+            steps, snapshot = self.answer(source, number, piece, their_steps, theirs)
+            self._send(source, (REPLY, number, piece, steps), snapshot)
+        else:
+            assert mine is not None and mine.number == number, "a reply to no request"
+            self._apply(Event.MIX, piece, -1, their_steps, theirs)
+
+    def leave(self) -> None:
+        """The learner takes no more steps for now: start nothing new, go on answering."""
+        self._leaving = True
+        self._due.clear()
+
+    def stay(self) -> None:
+        """The learner goes on after `leave`."""
+        self._leaving = False
+
+    def quiet(self) -> bool:
+        """Whether nothing that this rank started is under way."""
+        return self._partner < 0 and not self._due
+
+    # The machinery.
+
+    def _go_on(self) -> None:
+        while len(self._open) < WINDOW:
+            if self._partner < 0:
+                if not self._due:
+                    return
+                self._partner, self._next_piece = self._due.popleft(), 0
+                self._number += 1
+            if self._next_piece == self.shared.num_pieces:
+                return  # the last pieces are on their way
+            self._request(self._next_piece)
+            self._next_piece += 1
+
+    def _request(self, piece: int) -> None:
+        number = self._number - 1
+        with self.shared.lock(piece):
+            snapshot, steps = self.shared.snapshot(piece), self.shared.steps[piece]
+            self.journal.record(Event.SNAPSHOT, piece, number, self._partner, own_steps=steps)
+        self._open[piece] = _Open(self._partner, number, snapshot, steps)
+        self._send(self._partner, (REQUEST, number, piece, steps), snapshot)
+
+    def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire) -> None:
+        """Carry out (2), and go on to the next piece or exchange."""
+        mine = self._open.pop(piece)
+        with self.shared.lock(piece):
+            self.shared.mix(piece, mine.snapshot, theirs, self.weight)
+            self.journal.record(
+                event, piece, mine.number, mine.partner, theirs=number, own_steps=mine.own_steps,
+                their_steps=their_steps, age=self.shared.steps[piece] - mine.own_steps,
+            )  # fmt: skip
+        if not self._open and self._next_piece == self.shared.num_pieces:
+            self._partner = -1
+            self.num_averages += 1
+        self._go_on()
+
+    def _send(self, to: int, numbers: Sequence[int], payload: Wire) -> None:
+        self.bytes_sent += payload.nbytes
+        self.post(to, numbers, payload)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds what is under way: snapshots that await their answer, and the exchanges still to start."""
+        return super().state_dict() | {
+            "own_steps": self.own_steps,
+            "number": self._number,
+            "due": list(self._due),
+            "partner": self._partner,
+            "next_piece": self._next_piece,
+            "open": {piece: dataclasses.asdict(o) | {"snapshot": o.snapshot.copy()} for piece, o in self._open.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.own_steps, self._number = state["own_steps"], state["number"]
+        self._due = deque(state["due"])
+        self._partner, self._next_piece = state["partner"], state["next_piece"]
+        self._open = {piece: _Open(**o) for piece, o in state["open"].items()}

@@ -1,0 +1,106 @@
+"""The published model of one learner: what others mix with while the learner computes on its own copy.
+
+The learner computes its gradient on a copy w; the published x is where its changes and the exchanges with
+other learners come together. x is cut into pieces, each with a lock of its own, so that a large model travels
+in pieces and neither side waits for the other longer than one piece takes.
+
+Numbers travel in a *wire* type: float32, float16, or bfloat16 (kept as uint16). An exchange adds
+weight * (theirs - mine) on one side and weight * (mine - theirs) on the other, both in float32 of the numbers
+as they travelled: exact opposites, so that narrow types cost precision, never the mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.averaging.strategy import Flat
+
+Wire = NDArray[Any]
+
+WIRE_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+DEFAULT_PIECE = 4 * 2**20  # parameters; 16 MB in float32
+
+
+def to_wire(values: Flat, out: Wire) -> None:
+    """Round float32 `values` into `out` (same length), whose dtype says how: to nearest, ties to even."""
+    if out.dtype == np.uint16:  # bfloat16: the upper half of a float32
+        bits = values.view(np.uint32)
+        np.right_shift(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)), np.uint32(16),
+                       out=out, casting="unsafe")  # fmt: skip
+    else:
+        out[...] = values
+
+
+def from_wire(wire: Wire) -> Flat:
+    """The float32 values of `wire`; float32 itself comes back without a copy."""
+    if wire.dtype == np.uint16:
+        return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wire.astype(np.float32, copy=False)
+
+
+class Shared(Protocol):
+    """What strategies do with a published model. All but the attributes need the piece's lock."""
+
+    num_pieces: int
+    wire: np.dtype[Any]  # of what travels
+    steps: list[int]  # for each piece, the learner's own steps that are in it
+
+    def lock(self, piece: int) -> contextlib.AbstractContextManager[None]:
+        """Hold the piece."""
+
+    def snapshot(self, piece: int) -> Wire:
+        """A copy of the piece as it would travel; a new array."""
+
+    def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
+        """x <- x + weight * (theirs - mine)."""
+
+
+class SharedModel:
+    """A published model in main memory.
+
+    Args:
+        values: (P,) float32, the model at the start; copied.
+        piece_size: parameters of a piece (the last one may be smaller).
+        wire: ``float32``, ``float16`` or ``bfloat16``.
+    """
+
+    def __init__(self, values: Flat, piece_size: int = DEFAULT_PIECE, wire: str = "float32") -> None:
+        self.values = values.copy()
+        self.wire = np.dtype(WIRE_TYPES[wire])
+        starts = range(0, max(1, values.size), piece_size)
+        self.where = [slice(start, min(start + piece_size, values.size)) for start in starts]
+        self.num_pieces = len(self.where)
+        self.steps = [0] * self.num_pieces
+        self._locks = [threading.Lock() for _ in self.where]
+
+    @contextlib.contextmanager
+    def lock(self, piece: int) -> Iterator[None]:
+        """Hold the piece."""
+        with self._locks[piece]:
+            yield
+
+    def snapshot(self, piece: int) -> Wire:
+        """See `Shared.snapshot`."""
+        values = self.values[self.where[piece]]
+        out = np.empty(values.size, self.wire)
+        to_wire(values, out)
+        return out
+
+    def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
+        """See `Shared.mix`."""
+        difference = from_wire(theirs) - from_wire(mine)
+        difference *= np.float32(weight)
+        self.values[self.where[piece]] += difference
+
+    def push_pull(self, piece: int, change: Flat, copy: Flat) -> None:
+        """The learner's step on one piece: x <- x + change; copy <- x. Both (P,), of which the piece is used."""
+        where = self.where[piece]
+        self.values[where] += change[where]
+        copy[where] = self.values[where]
+        self.steps[piece] += 1
