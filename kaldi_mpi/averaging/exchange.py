@@ -89,8 +89,17 @@ class Exchanging(Strategy):
         """With whom to exchange after the learner's own step number `step` (from 0)."""
         raise NotImplementedError
 
-    def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire]:
-        """Carry out (1) on `piece`; returns the own steps in the snapshot and the snapshot."""
+    def target(self, piece: int) -> int:
+        """Where this piece of the exchange under way goes: to its partner, unless pieces live apart."""
+        return self._partner
+
+    def outgoing(self, piece: int) -> tuple[Wire, Wire]:
+        """What is sent of a piece (its lock is held), and what the reply is then compared with in (2)."""
+        snapshot = self.shared.snapshot(piece)
+        return snapshot, snapshot
+
+    def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire] | None:
+        """Carry out (1) on `piece`; returns the own steps in the snapshot and the snapshot, or None: not yet."""
         with self.shared.lock(piece):
             mine, steps = self.shared.snapshot(piece), self.shared.steps[piece]
             self.shared.mix(piece, mine, theirs, self.weight)
@@ -106,8 +115,12 @@ class Exchanging(Strategy):
 
     # Events.
 
-    def step_taken(self) -> None:
-        """The learner has published a step: start this step's exchanges, or leave them if there is no time."""
+    def step_taken(self, frames: int = 0) -> None:
+        """The learner has published a step: start this step's exchanges, or leave them if there is no time.
+
+        Args:
+            frames: labelled frames of the step's minibatch.
+        """
         step = self.own_steps
         self.own_steps += 1
         if self.world.size == 1 or self._leaving:
@@ -124,8 +137,9 @@ class Exchanging(Strategy):
         if kind == REQUEST and self.merges and mine is not None and mine.partner == source:
             self._apply(Event.CROSS, piece, number, their_steps, theirs)
         elif kind == REQUEST:
-            steps, snapshot = self.answer(source, number, piece, their_steps, theirs)
-            self._send(source, (REPLY, number, piece, steps), snapshot)
+            reply = self.answer(source, number, piece, their_steps, theirs)
+            if reply is not None:
+                self._send(source, (REPLY, number, piece, reply[0]), reply[1])
         else:
             assert mine is not None and mine.number == number, "a reply to no request"
             self._apply(Event.MIX, piece, -1, their_steps, theirs)
@@ -143,6 +157,29 @@ class Exchanging(Strategy):
         """Whether nothing that this rank started is under way."""
         return self._partner < 0 and not self._due
 
+    # The final model, and the mean that is validated.
+
+    def share(self, parameters: Flat) -> Flat:
+        """This rank's share, (P,) float32, new: their sum over the ranks by `num_shares` is the final model."""
+        return parameters.copy()
+
+    @property
+    def num_shares(self) -> int:
+        """See `share`."""
+        return self.world.size
+
+    def mean_model(self, parameters: Flat) -> Flat:
+        """The model of all learners, as a new array; a collective, for when no learner is at work."""
+        model = self.share(parameters)
+        if self.world.size > 1:
+            self.world.sum_(model)
+            model /= np.float32(self.num_shares)
+        return model
+
+    def finish(self, parameters: Flat) -> None:
+        """Make `parameters` the final model; a collective, after `leave`, `quiet` and a barrier of all."""
+        parameters[:] = self.mean_model(parameters)
+
     # The machinery.
 
     def _go_on(self) -> None:
@@ -158,12 +195,12 @@ class Exchanging(Strategy):
             self._next_piece += 1
 
     def _request(self, piece: int) -> None:
-        number = self._number - 1
+        number, partner = self._number - 1, self.target(piece)
         with self.shared.lock(piece):
-            snapshot, steps = self.shared.snapshot(piece), self.shared.steps[piece]
-            self.journal.record(Event.SNAPSHOT, piece, number, self._partner, own_steps=steps)
-        self._open[piece] = _Open(self._partner, number, snapshot, steps)
-        self._send(self._partner, (REQUEST, number, piece, steps), snapshot)
+            (sent, mine), steps = self.outgoing(piece), self.shared.steps[piece]
+            self.journal.record(Event.SNAPSHOT, piece, number, partner, own_steps=steps)
+        self._open[piece] = _Open(partner, number, mine, steps)
+        self._send(partner, (REQUEST, number, piece, steps), sent)
 
     def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire) -> None:
         """Carry out (2), and go on to the next piece or exchange."""
@@ -180,7 +217,7 @@ class Exchanging(Strategy):
         self._go_on()
 
     def _send(self, to: int, numbers: Sequence[int], payload: Wire) -> None:
-        self.bytes_sent += payload.nbytes
+        self.bytes_sent += payload.nbytes * (to != self.world.rank)
         self.post(to, numbers, payload)
 
     def state_dict(self) -> dict[str, Any]:

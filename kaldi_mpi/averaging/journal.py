@@ -25,7 +25,8 @@ class Event(enum.IntEnum):
     ANSWER = 2  # `partner`'s exchange `number`: a copy was taken for the reply and the difference added
     MIX = 3  # the reply to this rank's exchange `number` was added
     CROSS = 4  # `partner`'s request `theirs` met this rank's request `number`: one exchange, no replies
-    CENTRE = 5  # the centre kept here answered `partner`'s exchange `number`
+    CENTRE = 5  # the centre kept here took in `partner`'s exchange `number`; age: updates by others since its last
+    FETCH = 6  # a copy of the centre kept here was sent to `partner` as the answer to its exchange `number`
 
 
 RECORD = np.dtype(

@@ -57,8 +57,11 @@ class Shared(Protocol):
     def snapshot(self, piece: int) -> Wire:
         """A copy of the piece as it would travel; a new array."""
 
+    def read(self, piece: int) -> Flat:
+        """A float32 copy of the piece; a new array."""
+
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
-        """x <- x + weight * (theirs - mine)."""
+        """x <- x + weight * (theirs - mine); either may be float32 whatever the wire type."""
 
 
 class SharedModel:
@@ -91,6 +94,10 @@ class SharedModel:
         out = np.empty(values.size, self.wire)
         to_wire(values, out)
         return out
+
+    def read(self, piece: int) -> Flat:
+        """See `Shared.read`."""
+        return self.values[self.where[piece]].copy()
 
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
         """See `Shared.mix`."""

@@ -89,6 +89,14 @@ class Strategy:
         self.num_averages = 0
         self.bytes_sent = 0
 
+    @property
+    def rate_factor(self) -> float:
+        """By what the learner's actual learning rate (N times the effective one) is to be multiplied."""
+        return 1.0
+
+    def begin(self, parameters: Flat) -> None:
+        """Called once before the first step with the model that all learners start from; not when going on."""
+
     def start_step(self, parameters: Flat, step: Step) -> None:
         """Called before the gradient is computed; may start communication on a copy of `parameters`."""
 
