@@ -13,7 +13,8 @@
 typedef struct {
     float *feats;
     int64_t *labels;
-    int64_t ready; /* the step that it holds; -1 before the first one */
+    int64_t step;  /* to be read at the last position requested of this slot; unused for a run of steps */
+    int64_t ready; /* the position that it holds; -1 before the first one */
     int failed;
     km_minibatch minibatch;
     km_error error;
@@ -24,17 +25,21 @@ struct km_ring {
     km_plan *plan;
     km_shape shape;
     int32_t rank, depth, num_threads;
+    int on_request;
+    int64_t first_step; /* at position 0, unless on request */
     slot *slots;
     pthread_t *threads;
     atomic_int stop; /* written under the mutex; also looked at without it, between chunks */
 
-    pthread_mutex_t mutex; /* guards everything below and slot.ready */
-    pthread_cond_t space;  /* `released` or `stop` changed */
-    pthread_cond_t data;   /* a slot became ready */
-    int64_t taken;         /* next step that no thread has */
-    int64_t end;           /* steps from here on are not wanted */
-    int64_t released;      /* steps before this one are done with: their buffers are free */
-    int64_t delivered;     /* next step of the consumer; released or released + 1 */
+    pthread_mutex_t mutex; /* guards everything below, slot.step and slot.ready */
+    pthread_cond_t work;   /* `requested`, `released`, `end` or `stop` changed */
+    pthread_cond_t data;   /* a slot became ready, or `end` or `stop` changed */
+    int64_t requested;     /* positions before this one have their step */
+    int64_t taken;         /* next position that no thread has */
+    int64_t end;           /* positions from here on are not wanted */
+    int64_t released;      /* positions before this one are done with: their buffers are free */
+    int64_t delivered;     /* next position of the consumer; released or released + 1 */
+    int finished;          /* no more requests */
     km_counters counters;
 };
 
@@ -45,7 +50,7 @@ static double seconds_now(void) {
 }
 
 /* Fills the slot with one step's share of this rank; no lock is held. */
-static int fill(km_ring *ring, int64_t step, slot *into, km_scratch *scratch) {
+static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_scratch *scratch) {
     const km_shape *shape = &ring->shape;
     const uint32_t *order = km_plan_acquire(ring->plan, step, &into->error);
     if (order == NULL) return KM_FAILED;
@@ -60,7 +65,7 @@ static int fill(km_ring *ring, int64_t step, slot *into, km_scratch *scratch) {
                                  into->labels + i * shape->width, scratch, &into->error);
     }
     into->minibatch.step = step;
-    into->minibatch.buffer = (int32_t)(step % ring->depth);
+    into->minibatch.buffer = (int32_t)(position % ring->depth);
     into->minibatch.num_chunks = (int32_t)share.count;
     into->minibatch.frames = km_plan_frames(ring->plan, order, share);
     into->minibatch.global_frames = km_plan_frames(ring->plan, order, km_plan_step(ring->plan, step));
@@ -68,35 +73,49 @@ static int fill(km_ring *ring, int64_t step, slot *into, km_scratch *scratch) {
     return status;
 }
 
-/* With the mutex held: waits until the step's buffer is free; 0 where the ring is stopped instead. */
-static int wait_for_space(km_ring *ring, int64_t step) {
-    if (!ring->stop && step - ring->released >= ring->depth) {
+/* With the mutex held: whether the next position has a step and a free buffer. */
+static int has_work(const km_ring *ring) {
+    return ring->taken < ring->requested && ring->taken - ring->released < ring->depth;
+}
+
+/* With the mutex held: waits until there is work; 0 where the ring is stopped or has come to its end instead.
+ */
+static int wait_for_work(km_ring *ring) {
+    if (!ring->stop && ring->taken < ring->end && !has_work(ring)) {
         const double since = seconds_now();
-        while (!ring->stop && step - ring->released >= ring->depth)
-            (void)pthread_cond_wait(&ring->space, &ring->mutex);
+        while (!ring->stop && ring->taken < ring->end && !has_work(ring))
+            (void)pthread_cond_wait(&ring->work, &ring->mutex);
         ring->counters.readers_waited += seconds_now() - since;
     }
-    return !ring->stop;
+    return !ring->stop && ring->taken < ring->end;
+}
+
+/* With the mutex held: nothing from this position on is wanted. */
+static void end_at(km_ring *ring, int64_t position) {
+    if (position >= ring->end) return;
+    ring->end = position;
+    (void)pthread_cond_broadcast(&ring->work);
+    (void)pthread_cond_signal(&ring->data);
 }
 
 static void *read_steps(void *argument) {
     km_ring *ring = argument;
     km_scratch scratch = {0};
     (void)pthread_mutex_lock(&ring->mutex);
-    while (ring->taken < ring->end) {
-        const int64_t step = ring->taken++;
-        if (!wait_for_space(ring, step)) break;
+    while (wait_for_work(ring)) {
+        const int64_t position = ring->taken++;
+        slot *mine = ring->slots + position % ring->depth;
+        const int64_t step = ring->on_request ? mine->step : ring->first_step + position;
         (void)pthread_mutex_unlock(&ring->mutex);
 
-        slot *mine = ring->slots + step % ring->depth;
         const int64_t before = scratch.bytes_read;
-        const int status = fill(ring, step, mine, &scratch);
+        const int status = fill(ring, step, position, mine, &scratch);
 
         (void)pthread_mutex_lock(&ring->mutex);
         ring->counters.bytes_read += scratch.bytes_read - before;
         mine->failed = status != KM_OK;
-        mine->ready = step;
-        if (mine->failed && step < ring->end) ring->end = step + 1; /* nothing after it will be asked for */
+        mine->ready = position;
+        if (mine->failed) end_at(ring, position + 1); /* nothing after it will be asked for */
         (void)pthread_cond_signal(&ring->data);
     }
     (void)pthread_mutex_unlock(&ring->mutex);
@@ -121,7 +140,8 @@ static int start_threads(km_ring *ring, int32_t threads) {
 km_ring *km_ring_new(const km_corpus *corpus, km_plan *plan, const km_shape *shape, int32_t rank,
                      int32_t threads, int32_t depth, float *const *feats, int64_t *const *labels,
                      int64_t first_step, int64_t end_step, km_error *error) {
-    if (threads <= 0 || depth <= 0 || first_step < 0 || rank < 0) {
+    const int on_request = first_step == KM_ON_REQUEST;
+    if (threads <= 0 || depth <= 0 || (first_step < 0 && !on_request) || rank < 0) {
         (void)km_fail(error, -1, "a ring needs threads, buffers and a step to start from");
         return NULL;
     }
@@ -142,15 +162,17 @@ km_ring *km_ring_new(const km_corpus *corpus, km_plan *plan, const km_shape *sha
     ring->depth = depth;
     ring->slots = slots;
     ring->threads = handles;
-    ring->taken = ring->released = ring->delivered = first_step;
-    ring->end = end_step;
+    ring->on_request = on_request;
+    ring->first_step = first_step;
+    ring->requested = on_request ? 0 : INT64_MAX;
+    ring->end = on_request ? INT64_MAX : end_step - first_step;
     for (int32_t i = 0; i < depth; i++) {
         slots[i].feats = feats[i];
         slots[i].labels = labels[i];
         slots[i].ready = -1;
     }
     (void)pthread_mutex_init(&ring->mutex, NULL);
-    (void)pthread_cond_init(&ring->space, NULL);
+    (void)pthread_cond_init(&ring->work, NULL);
     (void)pthread_cond_init(&ring->data, NULL);
     const int status = start_threads(ring, threads);
     if (status == 0) return ring;
@@ -159,26 +181,56 @@ km_ring *km_ring_new(const km_corpus *corpus, km_plan *plan, const km_shape *sha
     return NULL;
 }
 
-void km_ring_free(km_ring *ring) {
-    if (ring == NULL) return;
+void km_ring_stop(km_ring *ring) {
     (void)pthread_mutex_lock(&ring->mutex);
     ring->stop = 1;
-    (void)pthread_cond_broadcast(&ring->space);
+    (void)pthread_cond_broadcast(&ring->work);
+    (void)pthread_cond_signal(&ring->data);
     (void)pthread_mutex_unlock(&ring->mutex);
+}
+
+void km_ring_free(km_ring *ring) {
+    if (ring == NULL) return;
+    km_ring_stop(ring);
     for (int32_t i = 0; i < ring->num_threads; i++)
         (void)pthread_join(ring->threads[i], NULL);
     (void)pthread_cond_destroy(&ring->data);
-    (void)pthread_cond_destroy(&ring->space);
+    (void)pthread_cond_destroy(&ring->work);
     (void)pthread_mutex_destroy(&ring->mutex);
     free(ring->threads);
     free(ring->slots);
     free(ring);
 }
 
-/* With the mutex held: 1 when the step is ready, 0 when the time is over. */
-static int wait_for_data(km_ring *ring, int64_t step, int32_t milliseconds) {
-    const slot *wanted = ring->slots + step % ring->depth;
-    if (wanted->ready == step) return 1;
+int km_ring_request(km_ring *ring, int64_t step) {
+    int result = KM_OK;
+    (void)pthread_mutex_lock(&ring->mutex);
+    if (!ring->on_request || ring->finished) {
+        result = KM_END;
+    } else if (ring->requested - ring->delivered >= ring->depth) {
+        result = KM_FULL;
+    } else {
+        ring->slots[ring->requested % ring->depth].step = step;
+        ring->requested++;
+        (void)pthread_cond_signal(&ring->work);
+    }
+    (void)pthread_mutex_unlock(&ring->mutex);
+    return result;
+}
+
+void km_ring_finish(km_ring *ring) {
+    (void)pthread_mutex_lock(&ring->mutex);
+    if (ring->on_request) {
+        ring->finished = 1;
+        end_at(ring, ring->requested);
+    }
+    (void)pthread_mutex_unlock(&ring->mutex);
+}
+
+/* With the mutex held: waits until the position is ready, or will never be, or the time is over. */
+static void wait_for_data(km_ring *ring, int64_t position, int32_t milliseconds) {
+    const slot *wanted = ring->slots + position % ring->depth;
+    if (wanted->ready == position) return;
     const double since = seconds_now();
     struct timespec until; /* the clock that condition variables use unless told otherwise */
     (void)clock_gettime(CLOCK_REALTIME, &until);
@@ -189,33 +241,31 @@ static int wait_for_data(km_ring *ring, int64_t step, int32_t milliseconds) {
         until.tv_nsec -= 1000000000L;
     }
     int status = 0;
-    while (wanted->ready != step && status != ETIMEDOUT)
+    while (wanted->ready != position && position < ring->end && !ring->stop && status != ETIMEDOUT)
         status = pthread_cond_timedwait(&ring->data, &ring->mutex, &until);
     ring->counters.consumer_waited += seconds_now() - since;
-    return wanted->ready == step;
 }
 
 int km_ring_next(km_ring *ring, int32_t milliseconds, km_minibatch *minibatch, km_error *error) {
-    int result = KM_END;
+    int result = KM_NOT_YET;
     (void)pthread_mutex_lock(&ring->mutex);
     if (ring->released < ring->delivered) {
         ring->released = ring->delivered;
-        (void)pthread_cond_broadcast(&ring->space);
+        (void)pthread_cond_broadcast(&ring->work);
     }
-    const int64_t step = ring->delivered;
-    if (step < ring->end) {
-        const slot *next = ring->slots + step % ring->depth;
-        if (!wait_for_data(ring, step, milliseconds)) {
-            result = KM_NOT_YET;
-        } else if (next->failed) {
-            *error = next->error;
-            result = KM_FAILED;
-        } else {
-            *minibatch = next->minibatch;
-            ring->delivered++;
-            ring->counters.frames += next->minibatch.frames;
-            result = KM_READY;
-        }
+    const int64_t position = ring->delivered;
+    const slot *next = ring->slots + position % ring->depth;
+    if (position < ring->end) wait_for_data(ring, position, milliseconds);
+    if (position >= ring->end) {
+        result = KM_END;
+    } else if (next->ready == position && next->failed) {
+        *error = next->error;
+        result = KM_FAILED;
+    } else if (next->ready == position) {
+        *minibatch = next->minibatch;
+        ring->delivered++;
+        ring->counters.frames += next->minibatch.frames;
+        result = KM_READY;
     }
     (void)pthread_mutex_unlock(&ring->mutex);
     return result;

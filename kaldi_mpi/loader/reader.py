@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -80,8 +81,8 @@ class Counters:
     """What a reader has done so far.
 
     Attributes:
-        consumer_waited: seconds that ``__next__`` waited for data.
-        readers_waited: seconds that the threads waited for a free buffer, summed over the threads.
+        consumer_waited: seconds that ``__next__`` waited for data, or for a request.
+        readers_waited: seconds that the threads waited for a free buffer, or for a request, summed over them.
         bytes_read: bytes read from archives.
         frames: labelled frames delivered.
     """
@@ -101,6 +102,10 @@ class MinibatchReader(Iterator[Minibatch]):
     depend on `threads` or `depth`, and the chunks of a step do not depend on how ranks and chunks share the
     product size * chunks_per_minibatch.
 
+    A reader made with `on_request` reads the steps that `request` names, in the order of the requests; what a
+    step holds is the same as above. Requests may come from any thread, of steps in any order and epochs in
+    any mixture, up to `depth` at a time; `__next__` waits for them, and `finish` says that there are no more.
+
     Args:
         corpus: what to read.
         shape: of the chunks.
@@ -113,6 +118,7 @@ class MinibatchReader(Iterator[Minibatch]):
         shuffle: False leaves the chunks in the order of the corpus, in every epoch.
         first_step: global step to start with.
         num_epochs: stop at the end of this many epochs (counted from step 0); None: never.
+        on_request: read what `request` names; `first_step` and `num_epochs` stay at their defaults.
         buffers: the ring's memory, pairs (feats, labels) of writeable, C-contiguous arrays: float32
             (chunks_per_minibatch, rows, feat_dim) and int64 (chunks_per_minibatch, width).
 
@@ -140,6 +146,7 @@ class MinibatchReader(Iterator[Minibatch]):
         shuffle: bool = True,
         first_step: int = 0,
         num_epochs: int | None = None,
+        on_request: bool = False,
         buffers: Buffers | None = None,
     ) -> None:
         self.plan = ChunkPlan(
@@ -151,6 +158,8 @@ class MinibatchReader(Iterator[Minibatch]):
         check_range("depth of the reader's ring", depth, 1, 2**16)
         check_range("first step", first_step, 0, ENDLESS)
         check_range("number of epochs", num_epochs or 0, 0, 2**32)
+        if on_request and (first_step or num_epochs is not None):
+            raise ConfigError("a reader on request has neither a first step nor a number of epochs")
         self._corpus = corpus
         self._shape = shape
         self._chunks_per_minibatch = chunks_per_minibatch
@@ -173,7 +182,7 @@ class MinibatchReader(Iterator[Minibatch]):
             len(self._buffers),
             ffi.new("float *[]", feats),
             ffi.new("int64_t *[]", labels),
-            first_step,
+            lib.KM_ON_REQUEST if on_request else first_step,
             end,
             error,
         )
@@ -181,11 +190,13 @@ class MinibatchReader(Iterator[Minibatch]):
             raise_data_error(error)
         self._minibatch = ffi.new("km_minibatch *")
         self._final_counters: Counters | None = None
-        self._lock = threading.Lock()
+        self._on_request = on_request
+        self._next_lock = threading.Lock()  # held by __next__, also while it waits
+        self._lock = threading.Lock()  # held by calls that do not wait
         # The threads write into the buffers and read the corpus until they are joined: the finalizer keeps
         # both, and the plan, alive until then, in whatever order this object's parts are collected.
         lent = (corpus, self.plan, feats, labels)
-        self._stop = weakref.finalize(self, _stop, self._ring, self._lock, os.getpid(), lent)
+        self._stop = weakref.finalize(self, _stop, self._ring, (self._next_lock, self._lock), os.getpid(), lent)
 
     def _new_buffer(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         feats = np.empty((self._chunks_per_minibatch, self._shape.rows, self._corpus.feat_dim), np.float32)
@@ -210,6 +221,41 @@ class MinibatchReader(Iterator[Minibatch]):
         """See `ChunkPlan.frames_of_step`."""
         return self.plan.frames_of_step(step)
 
+    def request(self, step: int) -> None:
+        """Have `__next__` deliver a global step, after those requested before; waits for nothing.
+
+        Raises:
+            ConfigError: the step is negative.
+            ValueError: `depth` steps are requested and not yet delivered; after `finish`; the reader is not
+                on request, or closed.
+        """
+        check_range("step", step, 0, ENDLESS)
+        with self._open_on_request() as ring:
+            result = lib.km_ring_request(ring, step)
+        if result == lib.KM_FULL:
+            raise ValueError(f"all {len(self._buffers)} buffers of the minibatch reader wait to be delivered")
+        if result == lib.KM_END:
+            raise ValueError("the minibatch reader was told that there are no more requests")
+
+    def finish(self) -> None:
+        """Say that there will be no more requests: the iteration ends after those made. Again does no harm.
+
+        Raises:
+            ValueError: the reader is not on request, or closed.
+        """
+        with self._open_on_request() as ring:
+            lib.km_ring_finish(ring)
+
+    @contextlib.contextmanager
+    def _open_on_request(self) -> Iterator[Any]:
+        """Keep the ring from being freed."""
+        if not self._on_request:
+            raise ValueError("the minibatch reader does not read on request")
+        with self._lock:
+            if not self._stop.alive:
+                raise ValueError("the minibatch reader is closed")
+            yield self._ring
+
     def __iter__(self) -> MinibatchReader:
         return self
 
@@ -217,14 +263,14 @@ class MinibatchReader(Iterator[Minibatch]):
         """The next minibatch; the arrays of the one before become invalid.
 
         Raises:
-            StopIteration: after the last epoch.
+            StopIteration: after the last epoch, or the last request and `finish`.
             DataError: the data of this minibatch cannot be read; names archive, key and byte offset. Every
                 later call raises it again.
             ValueError: the reader is closed.
         """
         error = new_error()
         while True:
-            with self._lock:
+            with self._next_lock:
                 if not self._stop.alive:
                     raise ValueError("the minibatch reader is closed")
                 result = lib.km_ring_next(self._ring, _POLL_MS, self._minibatch, error)
@@ -283,9 +329,10 @@ class MinibatchReader(Iterator[Minibatch]):
         self.close()
 
 
-def _stop(ring: Any, lock: threading.Lock, pid: int, lent: object) -> None:
-    """Join the threads and free the ring; `lent` is what they use."""
+def _stop(ring: Any, locks: tuple[threading.Lock, threading.Lock], pid: int, lent: object) -> None:
+    """Join the threads and free the ring once nobody uses it; `lent` is what the threads use."""
     if os.getpid() != pid:
         return  # a forked child has the memory but not the threads: there is nobody to join
-    with lock:
+    lib.km_ring_stop(ring)  # so that a __next__ that waits lets go
+    with locks[0], locks[1]:
         lib.km_ring_free(ring)
