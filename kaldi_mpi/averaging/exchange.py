@@ -11,7 +11,11 @@ land in between are kept. As an equation (X), W = I - w (e_i - e_j)(e_i - e_j)',
 
 Two requests of the same pair that cross on the way would, each answered, exchange the models in place of
 averaging them when w = 1/2. A strategy may have them *merged*: each side takes the other's request as the
-answer to its own. Messages of a pair arrive in order, so if one side sees them cross the other does too.
+answer to its own. Messages of a pair arrive in order, so if one side sees them cross the other does too: were
+j's request sent before i's came, then j's reply to i, if any, would be behind it on the way.
+
+Whoever answers while a request of its own is under way is about to take in a third model. A strategy may set
+a smaller weight for such an answer (`busy_weight`); it is the answering side that knows, so its reply says so.
 
 The model goes in pieces, each a transaction of its own, at most `WINDOW` of them under way; a strategy starts
 exchanges after the learner's own steps, never more than one at a time, and lets those go that it had no time
@@ -35,7 +39,7 @@ from kaldi_mpi.averaging.strategy import Collective, Flat, Strategy
 
 WINDOW = 2  # pieces under way in one exchange
 
-REQUEST, REPLY = 0, 1
+REQUEST, REPLY, BUSY_REPLY = 0, 1, 2  # the last: a reply by `busy_weight`
 
 Payload = NDArray[np.uint8]
 
@@ -62,16 +66,28 @@ class Exchanging(Strategy):
 
     Attributes:
         weight: w of (1) and (2).
+        busy_weight: w of an answer that is given while a request of one's own is under way; None: no difference.
         merges: whether crossing requests of a pair are one exchange.
+        may_block: whether `blocked` can ever say so; the learner then asks before each step.
+
+    Args:
+        world: the learners.
+        frames_per_average: exchange when a learner has trained on this many frames divided by the number of
+            learners; None: after each of its steps.
     """
 
     asynchronous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
+    may_block: ClassVar[bool] = False
+    busy_weight: ClassVar[float | None] = None
     weight: float
 
-    def __init__(self, world: Collective) -> None:
+    def __init__(self, world: Collective, frames_per_average: int | None = None) -> None:
         super().__init__(world)
+        self.frames_per_average = frames_per_average
         self.own_steps = 0
+        self._frames = 0  # of own steps since the last round of exchanges
+        self._rounds = 0
         self._number = 0  # of the next exchange that this rank starts
         self._due: deque[int] = deque()  # partners of exchanges to start
         self._partner = -1  # of the exchange under way, -1 for none
@@ -85,8 +101,8 @@ class Exchanging(Strategy):
 
     # What subclasses say.
 
-    def partners(self, step: int) -> Sequence[int]:
-        """With whom to exchange after the learner's own step number `step` (from 0)."""
+    def partners(self, round_number: int) -> Sequence[int]:
+        """With whom to exchange now. Rounds count from 0; without `frames_per_average` each own step is one."""
         raise NotImplementedError
 
     def target(self, piece: int) -> int:
@@ -102,7 +118,7 @@ class Exchanging(Strategy):
         """Carry out (1) on `piece`; returns the own steps in the snapshot and the snapshot, or None: not yet."""
         with self.shared.lock(piece):
             mine, steps = self.shared.snapshot(piece), self.shared.steps[piece]
-            self.shared.mix(piece, mine, theirs, self.weight)
+            self.shared.mix(piece, mine, theirs, self._weight(self._busy(piece)))
             self.journal.record(Event.ANSWER, piece, number, source, own_steps=steps, their_steps=their_steps)
         return steps, mine
 
@@ -121,12 +137,16 @@ class Exchanging(Strategy):
         Args:
             frames: labelled frames of the step's minibatch.
         """
-        step = self.own_steps
         self.own_steps += 1
+        self._frames += frames
         if self.world.size == 1 or self._leaving:
             return
+        if self.frames_per_average is not None and self._frames * self.world.size < self.frames_per_average:
+            return
+        self._frames = 0
         self._due.clear()
-        self._due.extend(self.partners(step))
+        self._due.extend(self.partners(self._rounds))
+        self._rounds += 1
         self._go_on()
 
     def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
@@ -135,14 +155,15 @@ class Exchanging(Strategy):
         theirs = payload.view(self.shared.wire)
         mine = self._open.get(piece)
         if kind == REQUEST and self.merges and mine is not None and mine.partner == source:
-            self._apply(Event.CROSS, piece, number, their_steps, theirs)
+            self._apply(Event.CROSS, piece, number, their_steps, theirs, self.weight)
         elif kind == REQUEST:
             reply = self.answer(source, number, piece, their_steps, theirs)
             if reply is not None:
-                self._send(source, (REPLY, number, piece, reply[0]), reply[1])
+                kind = BUSY_REPLY if self._busy(piece) else REPLY
+                self._send(source, (kind, number, piece, reply[0]), reply[1])
         else:
             assert mine is not None and mine.number == number, "a reply to no request"
-            self._apply(Event.MIX, piece, -1, their_steps, theirs)
+            self._apply(Event.MIX, piece, -1, their_steps, theirs, self._weight(kind == BUSY_REPLY))
 
     def leave(self) -> None:
         """The learner takes no more steps for now: start nothing new, go on answering."""
@@ -182,6 +203,12 @@ class Exchanging(Strategy):
 
     # The machinery.
 
+    def _busy(self, piece: int) -> bool:
+        return self.busy_weight is not None and piece in self._open
+
+    def _weight(self, busy: bool) -> float:
+        return self.busy_weight if busy and self.busy_weight is not None else self.weight
+
     def _go_on(self) -> None:
         while len(self._open) < WINDOW:
             if self._partner < 0:
@@ -202,11 +229,11 @@ class Exchanging(Strategy):
         self._open[piece] = _Open(partner, number, mine, steps)
         self._send(partner, (REQUEST, number, piece, steps), sent)
 
-    def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire) -> None:
+    def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire, weight: float) -> None:
         """Carry out (2), and go on to the next piece or exchange."""
         mine = self._open.pop(piece)
         with self.shared.lock(piece):
-            self.shared.mix(piece, mine.snapshot, theirs, self.weight)
+            self.shared.mix(piece, mine.snapshot, theirs, weight)
             self.journal.record(
                 event, piece, mine.number, mine.partner, theirs=number, own_steps=mine.own_steps,
                 their_steps=their_steps, age=self.shared.steps[piece] - mine.own_steps,
@@ -224,17 +251,20 @@ class Exchanging(Strategy):
         """Adds what is under way: snapshots that await their answer, and the exchanges still to start."""
         return super().state_dict() | {
             "own_steps": self.own_steps,
+            "frames": self._frames,
+            "rounds": self._rounds,
             "number": self._number,
             "due": list(self._due),
             "partner": self._partner,
             "next_piece": self._next_piece,
-            "open": {piece: dataclasses.asdict(o) | {"snapshot": o.snapshot.copy()} for piece, o in self._open.items()},
+            "open": {piece: dataclasses.asdict(o) for piece, o in self._open.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self.own_steps, self._number = state["own_steps"], state["number"]
+        self._frames, self._rounds = state["frames"], state["rounds"]
         self._due = deque(state["due"])
         self._partner, self._next_piece = state["partner"], state["next_piece"]
         self._open = {piece: _Open(**o) for piece, o in state["open"].items()}
