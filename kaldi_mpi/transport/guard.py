@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.report.log import logger
@@ -25,6 +26,20 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def end_run(world: World, error: BaseException, where: str = "") -> NoReturn:
+    """Log why this rank fails (`where` in it, if that helps), tell the launcher, and end all ranks."""
+    message = f"{describe(error)} ({where})" if where else describe(error)
+    if isinstance(error, KaldiMpiError) and world.rank != 0:
+        # All ranks mostly find the same bad option or file: rank 0 tells it once and ends the others here.
+        time.sleep(0.5)
+    if isinstance(error, KaldiMpiError):
+        logger.error("learner rank %d: %s", world.rank, message)
+    else:
+        logger.error("learner rank %d: %s", world.rank, message, exc_info=error)
+    Status(world.rank).write("failed", message)
+    world.abort(1)
+
+
 @contextlib.contextmanager
 def guarded(world: World) -> Iterator[None]:
     """Run the block of one learner; if it fails, log why, tell the launcher, and end all ranks.
@@ -34,28 +49,16 @@ def guarded(world: World) -> Iterator[None]:
     """
     status = Status(world.rank)
 
-    def fail(error: BaseException) -> None:
-        message = describe(error)
-        if isinstance(error, KaldiMpiError) and world.rank != 0:
-            # All ranks mostly find the same bad option or file: rank 0 tells it once and ends the others here.
-            time.sleep(0.5)
-        if isinstance(error, KaldiMpiError):
-            logger.error("learner rank %d: %s", world.rank, message)
-        else:
-            logger.error("learner rank %d: %s", world.rank, message, exc_info=error)
-        status.write("failed", message)
-        world.abort(1)
-
     def fail_in_thread(failure: threading.ExceptHookArgs) -> None:
-        fail(failure.exc_value or RuntimeError(f"a thread failed with {failure.exc_type.__name__}"))
+        end_run(world, failure.exc_value or RuntimeError(f"a thread failed with {failure.exc_type.__name__}"))
 
     threading.excepthook = fail_in_thread
     try:
         yield
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
-            fail(leaving)
+            end_run(world, leaving)
         raise
     except BaseException as error:  # noqa: BLE001 - logged, and ends the run
-        fail(error)
+        end_run(world, error)
     status.write("finished", "")

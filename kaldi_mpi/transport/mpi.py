@@ -1,18 +1,18 @@
-"""The world over MPI.
+"""The world over MPI: transfers by non-blocking point-to-point calls, made on the communication thread alone.
 
-Sums go by pieces: each rank receives its share of the buffer from all others (Alltoallv), adds the pieces
-in rank order, and gives the result to all (Allgatherv). It moves 2 (N-1)/N of the buffer per rank, as a
-ring allreduce does, and, unlike MPI_Allreduce, promises the same bits on all ranks, in all runs and under
-any MPI library.
+One communicator (a private duplicate) carries everything; tags keep worlds and streams apart, so that splitting
+a world is no call of MPI's, and no call of MPI's ever blocks the thread.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,70 +20,119 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport import guard
+from kaldi_mpi.transport.carrier import HEADERS, NUM_STREAMS
+from kaldi_mpi.transport.comm_thread import CommThread, Transfer
+from kaldi_mpi.transport.comm_world import CommWorld
 from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV
-from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
+
+# A thread that computes in Python holds the interpreter for this long before another thread gets a turn; the
+# communication thread needs several turns to answer a message. Python's own 5 ms would make that 50 ms.
+_SWITCH_SECONDS = 0.5e-3
 
 
-class MpiWorld:
+def _completed(requests: list[MPI.Request]) -> Sequence[int]:
+    return MPI.Request.Testsome(requests) or ()
+
+
+class _Contexts:
+    """Numbers of worlds on one communicator; shared by all its carriers in this process."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.next = 1
+        highest = comm.Get_attr(MPI.TAG_UB)
+        self.most = (int(highest) if highest else 32767) // NUM_STREAMS
+
+
+class MpiCarrier:
+    """Transfers among some ranks of a communicator; see `carrier.Carrier`."""
+
+    def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], context: int, contexts: _Contexts) -> None:
+        if context >= contexts.most:
+            raise ConfigError(f"this MPI library's tags allow only {contexts.most} worlds in one run")
+        contexts.next = max(contexts.next, context + 1)
+        self._comm, self._ranks, self._tag, self._contexts = comm, list(ranks), context * NUM_STREAMS, contexts
+        self._numbers = {rank: number for number, rank in enumerate(self._ranks)}
+        self.rank = self._numbers[comm.Get_rank()]
+        self.size = len(self._ranks)
+        self.bytes_sent = 0
+
+    @property
+    def next_context(self) -> int:
+        """See `Carrier`."""
+        return self._contexts.next
+
+    def send(self, array: NDArray[Any], to: int, stream: int) -> Transfer:
+        """See `Carrier.send`."""
+        self.bytes_sent += array.nbytes
+        peer = self._ranks[to]
+        return Transfer(self._comm.Isend(array.view(np.uint8), peer, self._tag + stream), "to", peer)
+
+    def receive(self, array: NDArray[Any], source: int, stream: int) -> Transfer:
+        """See `Carrier.receive`."""
+        peer = self._ranks[source]
+        return Transfer(self._comm.Irecv(array.view(np.uint8), peer, self._tag + stream), "from", peer)
+
+    def probe(self, header: NDArray[Any]) -> tuple[int, Transfer] | None:
+        """See `Carrier.probe`."""
+        status = MPI.Status()
+        message = self._comm.Improbe(MPI.ANY_SOURCE, self._tag + HEADERS, status)
+        if message is None:
+            return None
+        peer = status.Get_source()
+        return self._numbers[peer], Transfer(message.Irecv(header.view(np.uint8)), "from", peer)
+
+    def narrow(self, ranks: Sequence[int], context: int) -> MpiCarrier:
+        """See `Carrier.narrow`."""
+        return MpiCarrier(self._comm, [self._ranks[rank] for rank in ranks], context, self._contexts)
+
+
+class MpiWorld(CommWorld):
     """All ranks of a communicator (a private duplicate of it), COMM_WORLD by default.
+
+    Construction and `close` are collective. Until it is closed, only its communication thread calls MPI.
 
     Raises:
         ConfigError: the run was launched for another number of ranks than MPI reports, which happens when
-            one vendor's mpiexec starts another vendor's library: N runs of one rank each.
+            one vendor's mpiexec starts another vendor's library: N runs of one rank each. Or the library
+            cannot be called from a second thread.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        self.rank: int = self._comm.Get_rank()
-        self.size: int = self._comm.Get_size()
-        expected = os.environ.get(NUM_LEARNERS_ENV)
-        if comm is None and expected is not None and int(expected) != self.size:
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise ConfigError(
-                f"mpiexec was asked for {expected} learners but MPI counts {self.size}: mpiexec and "
+                "this MPI library does not let a second thread communicate (MPI_THREAD_SERIALIZED is needed); "
+                "is MPI4PY_RC_THREADS or mpi4py.rc.thread_level set?"
+            )
+        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        size = self._comm.Get_size()
+        expected = os.environ.get(NUM_LEARNERS_ENV)
+        if comm is None and expected is not None and int(expected) != size:
+            raise ConfigError(
+                f"mpiexec was asked for {expected} learners but MPI counts {size}: mpiexec and "
                 f"{MPI.Get_library_version().split(',')[0].strip()} do not belong together"
             )
+        rank = MPI.COMM_WORLD.Get_rank()
+        thread = CommThread(rank, _completed, polls=True, on_failure=self._end_run)
+        carrier = MpiCarrier(self._comm, range(size), 0, _Contexts(self._comm))
+        super().__init__(thread, carrier, self._abort_run)
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
+        # A run that forgets to close the world still ends: the thread must be out of MPI before mpi4py finalizes
+        # it, which is after Python's exit handlers.
+        atexit.register(thread.stop)
 
-    def sum_(self, buffer: NDArray[np.float32]) -> None:
-        """Replace `buffer` by its sum over ranks, in rank order (see `World.sum_`)."""
-        counts, starts = split_evenly(buffer.size, self.size)
-        mine = int(counts[self.rank])
-        pieces = np.empty((self.size, mine), np.float32)
-        each = np.full(self.size, mine, np.int64)
-        self._comm.Alltoallv(
-            [buffer, (counts, starts), MPI.FLOAT], [pieces, (each, np.arange(self.size) * mine), MPI.FLOAT]
-        )
-        self._comm.Allgatherv([sum_in_rank_order(pieces), MPI.FLOAT], [buffer, (counts, starts), MPI.FLOAT])
+    def close(self) -> None:
+        """End the communication thread, when all ranks have come here and no message is under way."""
+        if self._thread.alive():
+            self._meet_to_close()
+            self._thread.stop()
+            atexit.unregister(self._thread.stop)
 
-    def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The sum over ranks, in rank order (see `World.sum_float64`)."""
-        values = np.ascontiguousarray(values, np.float64)
-        total = np.empty_like(values)
-        if self.rank == 0:
-            # One rank's array at a time, so that large statistics never stand N-fold in memory.
-            total[...] = values
-            received = np.empty_like(values)
-            for source in range(1, self.size):
-                self._comm.Recv(received, source)
-                total += received
-        else:
-            self._comm.Send(values, 0)
-        self._comm.Bcast(total, 0)
-        return total
+    def _end_run(self, error: BaseException) -> None:
+        """An exception on the communication thread: nobody else would notice."""
+        guard.end_run(self, error, "on its communication thread")
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks (see `World.gather`)."""
-        return self._comm.allgather(value)
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (see `World.broadcast`)."""
-        return self._comm.bcast(value, 0)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._comm.Barrier()
-
-    def abort(self, status: int) -> NoReturn:
-        """End all ranks with MPI_Abort."""
+    def _abort_run(self, status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         self._comm.Abort(status)

@@ -8,10 +8,75 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_NUMBERS = 8  # in a message
+
+# (source, numbers, payload as bytes)
+Handler = Callable[[int, tuple[int, ...], NDArray[np.uint8]], None]
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Return when it is done; the buffer then holds the result."""
+
+
+class Links(Protocol):
+    """Messages between the ranks of one world, carried and answered by the ranks' communication threads.
+
+    Messages of one sender to one receiver are handed over in the order sent, whatever their sizes. What runs
+    on the communication thread (actions, handlers, `done`) must not block; an exception in it ends the run.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the world."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the world."""
+
+    def post(self, action: Callable[[], None]) -> None:
+        """From any thread: run `action` on the communication thread soon, in the order posted."""
+
+    def on_message(self, channel: int, handler: Handler | None) -> None:
+        """Have messages of `channel` handed to handler(source, numbers, payload) on the communication thread.
+
+        Those that came before there was a handler are kept and handed over now. None detaches. In order with
+        `post`, when called from another thread.
+        """
+
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        """On the communication thread: send up to 8 whole numbers and an array of any type, without waiting.
+
+        The payload must stay as it is until it has arrived; it arrives as bytes (uint8). A message to oneself
+        is handed over later, never inside this call.
+
+        Raises:
+            RuntimeError: called on another thread.
+            ValueError: no such rank, or too many numbers.
+        """
+
+    def wait(self, ready: Callable[[], bool]) -> float:
+        """On the learner's thread: let all that was posted so far run, then wait until `ready()` is true.
+
+        It is asked on the communication thread, after everything that happens there; what it raises is raised
+        here. Returns the seconds waited.
+        """
+
+    def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
+        """On the communication thread: a collective sum in place (as `World.sum_`) beside those of the learners.
+
+        All ranks start theirs in the same order, at any time; `buffer` is lent until `done()` is called there.
+        """
 
 
 class World(Protocol):
@@ -25,10 +90,35 @@ class World(Protocol):
     def size(self) -> int:
         """The number of learners, N."""
 
-    def sum_(self, buffer: NDArray[np.float32]) -> None:
+    @property
+    def links(self) -> Links:
+        """Messages among these learners."""
+
+    @property
+    def seconds_waited(self) -> float:
+        """How long this rank has waited in `sum_`, `mean_into`, `Pending.wait` and `Links.wait`."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank has sent to others of this world, in collectives and messages."""
+
+    def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Replace a contiguous 1-dim float32 `buffer` by its sum over ranks, taken in rank order in float64.
 
         The same bits on every rank and in every run, whatever the MPI library and the timing.
+
+        Args:
+            wire: ``float32``, ``float16`` or ``bfloat16``: how the contributions travel. Results are float32.
+        """
+
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order."""
+
+    def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
+        """x_i <- x_i + mean(q(x)) - q(x_i), in place, where q rounds to `wire`.
+
+        The mean over ranks stays what it was, to float32 rounding; each rank keeps what q lost of its own x_i.
+        With ``float32`` all ranks hold the mean afterwards, the same bits. Alone, nothing changes.
         """
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -43,8 +133,78 @@ class World(Protocol):
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def split(self, color: int) -> World:
+        """The ranks that give one `color` form a world of their own, in the order of their ranks here.
+
+        It shares this process's communication thread, and ends with this world.
+        """
+
     def abort(self, status: int) -> NoReturn:
-        """End the whole run, all ranks, at once, with this exit status."""
+        """End the whole run, all ranks, at once, with this exit status; from any thread."""
+
+    def close(self) -> None:
+        """End the communication, when all ranks have come here. Afterwards the world is of no more use."""
+
+
+class SoloLinks:
+    """Messages of a learner alone, to itself: all actions run in the thread that posts them."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self._actions: deque[Callable[[], None]] = deque()
+        self._running = threading.Lock()
+        self._handlers: dict[int, Handler] = {}
+        self._kept: dict[int, list[tuple[tuple[int, ...], NDArray[np.uint8]]]] = {}
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Run `action` now, or after the one that is running."""
+        self._actions.append(action)
+        while self._actions and self._running.acquire(blocking=False):
+            try:
+                while self._actions:
+                    self._actions.popleft()()
+            finally:
+                self._running.release()
+
+    def on_message(self, channel: int, handler: Handler | None) -> None:
+        """See `Links.on_message`."""
+        self._handlers.pop(channel, None)
+        if handler is not None:
+            self._handlers[channel] = handler
+            for numbers, data in self._kept.pop(channel, []):
+                self.post(lambda numbers=numbers, data=data: self._hand_over(channel, numbers, data))  # type: ignore[misc]
+
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        """See `Links.send`."""
+        if to != 0:
+            raise ValueError(f"no rank {to} in a world of 1")
+        data = np.empty(0, np.uint8) if payload is None else payload.reshape(-1).view(np.uint8).copy()
+        self.post(lambda: self._hand_over(channel, tuple(map(int, numbers)), data))
+
+    def wait(self, ready: Callable[[], bool]) -> float:
+        """Nobody else can make it true."""
+        if not ready():
+            raise RuntimeError("a learner alone waits for what nobody will do")
+        return 0.0
+
+    def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
+        """Nothing to add."""
+        self.post(done)
+
+    def _hand_over(self, channel: int, numbers: tuple[int, ...], data: NDArray[np.uint8]) -> None:
+        if channel in self._handlers:
+            self._handlers[channel](0, numbers, data)
+        else:
+            self._kept.setdefault(channel, []).append((numbers, data))
+
+
+class _Done:
+    """A sum that is done."""
+
+    def wait(self) -> None:
+        """Return at once."""
 
 
 class SoloWorld:
@@ -52,9 +212,21 @@ class SoloWorld:
 
     rank = 0
     size = 1
+    seconds_waited = 0.0
+    bytes_sent = 0
 
-    def sum_(self, buffer: NDArray[np.float32]) -> None:
+    def __init__(self) -> None:
+        self.links = SoloLinks()
+
+    def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Nothing to add."""
+
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """Nothing to add."""
+        return _Done()
+
+    def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
+        """Its own mean."""
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """A copy."""
@@ -71,10 +243,17 @@ class SoloWorld:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    def split(self, color: int) -> SoloWorld:
+        """Another world of one."""
+        return SoloWorld()
+
     def abort(self, status: int) -> NoReturn:
         """End the process without clean-up, as an MPI abort does."""
         sys.stderr.flush()
         os._exit(status)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def sum_in_rank_order(pieces: NDArray[np.float32] | list[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -1,0 +1,208 @@
+"""Collectives as tasks of the communication thread: generators over the transfers of a `Carrier`.
+
+Sums are taken in rank order in float64 and rounded once, so they are the same, bit for bit, on all ranks, in all
+runs, under any MPI library and over threads. A large buffer goes piece by piece: of each piece, rank j receives
+the j-th part from everybody, adds, and sends the result to everybody; that moves 2 (N-1)/N of the buffer per
+rank, as a ring allreduce does. The parts of the next piece travel while the results of the last one do.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.averaging.shared import WIRE_TYPES, from_wire, to_wire
+from kaldi_mpi.transport.carrier import Carrier
+from kaldi_mpi.transport.comm_thread import Task, Transfer
+from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
+
+PIECE = 4 * 2**20  # numbers; temporary memory of a sum is about four times this in float32
+SMALL = 8192  # bytes: up to here everybody sends everything to everybody, which takes one round in place of two
+
+Numbers = NDArray[Any]
+
+
+class _Part:
+    """One piece of a sum under way: what goes out, and the parts of the others that this rank adds."""
+
+    def __init__(self, carrier: Carrier, stream: int, out: Numbers) -> None:
+        self.carrier, self.stream, self.out = carrier, stream, out
+        size, rank = carrier.size, carrier.rank
+        self.whole = out.nbytes <= SMALL
+        if self.whole:
+            self.where = [slice(0, out.size)] * size
+        else:
+            counts, starts = split_evenly(out.size, size)
+            self.where = [slice(int(a), int(a + n)) for a, n in zip(starts, counts, strict=True)]
+        mine = self.where[rank]
+        self.received = np.empty((size, mine.stop - mine.start), out.dtype)
+        self.received[rank] = out[mine]
+        others = [(rank + k) % size for k in range(1, size)]
+        self.transfers = [carrier.receive(self.received[i], i, stream) for i in others]
+        self.transfers += [carrier.send(out[self.where[i]], i, stream) for i in others]
+
+    def add(self, finish: Callable[[Numbers], Numbers]) -> Numbers:
+        """The sum, in rank order, of the part that this rank adds."""
+        return finish(self.received)
+
+    def spread(self, mine: Numbers, into: Numbers) -> list[Transfer]:
+        """Give the sum of this rank's part to all and take theirs, into an array of the whole piece."""
+        rank, size = self.carrier.rank, self.carrier.size
+        into[self.where[rank]] = mine
+        if self.whole:
+            return []
+        others = [(rank + k) % size for k in range(1, size)]
+        receive = [self.carrier.receive(into[self.where[i]], i, self.stream) for i in others]
+        return receive + [self.carrier.send(mine, i, self.stream) for i in others]
+
+
+def _by_pieces(
+    carrier: Carrier,
+    stream: int,
+    buffer: Numbers,
+    outgoing: Callable[[Numbers], Numbers],
+    finish: Callable[[Numbers], Numbers],
+    store: Callable[[Numbers, Numbers, Numbers], None] | None,
+    piece: int,
+) -> Task:
+    """The common course of all sums.
+
+    Args:
+        outgoing: what travels of a piece of the buffer.
+        finish: from (N, n) contributions in rank order to the (n,) result that is given to all.
+        store: called with (piece of the buffer, what travelled of it, result); None receives results in place.
+    """
+    where = [slice(start, min(start + piece, buffer.size)) for start in range(0, buffer.size, piece)]
+    if not where or carrier.size == 1:
+        return
+    ahead = _Part(carrier, stream, outgoing(buffer[where[0]]))
+    for number, here in enumerate(where):
+        part = ahead
+        yield part.transfers
+        if number + 1 < len(where):
+            ahead = _Part(carrier, stream, outgoing(buffer[where[number + 1]]))
+        mine = part.add(finish)
+        values = buffer[here]
+        result = values if store is None else np.empty_like(values)
+        yield part.spread(mine, result)
+        if store is not None:
+            store(values, part.out, result)
+
+
+def _add_wire(received: Numbers) -> NDArray[np.float32]:
+    return sum_in_rank_order([from_wire(piece) for piece in received])
+
+
+def sum_float32(
+    carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32", piece: int = PIECE
+) -> Task:
+    """Replace a (P,) float32 buffer by its sum over ranks; contributions travel in `wire`, results in float32."""
+
+    def outgoing(values: Numbers) -> Numbers:
+        return values if wire == "float32" else quantized(values, wire)
+
+    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, piece)
+
+
+def mean_into(
+    carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32", piece: int = PIECE
+) -> Task:
+    """x_i <- x_i + mean(q(x)) - q(x_i), where q rounds to `wire`: the mean over ranks is conserved.
+
+    In float32 q is the identity and all ranks get the mean itself, the same bits.
+    """
+    size = carrier.size
+
+    def outgoing(values: Numbers) -> Numbers:
+        return values if wire == "float32" else quantized(values, wire)
+
+    def finish(received: Numbers) -> Numbers:
+        total = np.array(from_wire(received[0]), np.float64)
+        for one in received[1:]:
+            total += from_wire(one)
+        total /= size
+        return total.astype(np.float32)
+
+    def store(values: Numbers, sent: Numbers, mean: Numbers) -> None:
+        mean -= from_wire(sent)
+        values += mean
+
+    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, piece)
+
+
+def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64], piece: int = PIECE // 2) -> Task:
+    """Replace a flat float64 array by its sum over ranks, in rank order."""
+
+    def finish(received: Numbers) -> Numbers:
+        total = received[0].copy()
+        for one in received[1:]:
+            total += one
+        return total
+
+    return _by_pieces(carrier, stream, values, lambda part: part, finish, None, piece)
+
+
+def quantized(values: NDArray[np.float32], wire: str) -> Numbers:
+    """A new array of `values` as they travel in `wire`."""
+    out = np.empty(values.size, WIRE_TYPES[wire])
+    to_wire(values, out)
+    return out
+
+
+def barrier(carrier: Carrier, stream: int) -> Task:
+    """Return when all ranks have come: in round k each hears from the rank 2^k before it (dissemination)."""
+    token, heard = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
+    step = 1
+    while step < carrier.size:
+        yield [
+            carrier.receive(heard, (carrier.rank - step) % carrier.size, stream),
+            carrier.send(token, (carrier.rank + step) % carrier.size, stream),
+        ]
+        step *= 2
+
+
+def gather(carrier: Carrier, stream: int, value: Any) -> Task:
+    """The values of all ranks, pickled on the way, in rank order."""
+    size, rank = carrier.size, carrier.rank
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = np.zeros((size, 1), np.int64)
+    lengths[rank] = own.size
+    others = [(rank + k) % size for k in range(1, size)]
+    yield [carrier.receive(lengths[i], i, stream) for i in others] + [
+        carrier.send(lengths[rank], i, stream) for i in others
+    ]
+    pickled = [np.empty(int(n), np.uint8) for n in lengths[:, 0]]
+    pickled[rank] = own
+    yield [carrier.receive(pickled[i], i, stream) for i in others] + [carrier.send(own, i, stream) for i in others]
+    return [pickle.loads(data.data) for data in pickled]
+
+
+def broadcast(carrier: Carrier, stream: int, value: Any) -> Task:
+    """Rank 0's value, pickled on the way, down a binomial tree."""
+    rank, size = carrier.rank, carrier.size
+    length = np.zeros(1, np.int64)
+    data = np.zeros(0, np.uint8)
+    reach = 1
+    if rank == 0:
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        length[0] = data.size
+    else:
+        while 2 * reach <= rank:
+            reach *= 2
+        parent = rank - reach  # a rank's parent is itself without its highest bit
+        yield [carrier.receive(length, parent, stream)]
+        data = np.empty(int(length[0]), np.uint8)
+        yield [carrier.receive(data, parent, stream)]
+        reach *= 2
+    children = []
+    while rank + reach < size:
+        children.append(rank + reach)
+        reach *= 2
+    yield [carrier.send(length, child, stream) for child in children] + [
+        carrier.send(data, child, stream) for child in children
+    ]
+    return pickle.loads(data.data)

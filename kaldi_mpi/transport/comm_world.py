@@ -1,0 +1,123 @@
+"""The world of a rank that has a communication thread: what `MpiWorld` and `ThreadWorld` have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.transport import collectives
+from kaldi_mpi.transport.carrier import CLOSING, COLLECTIVES, Carrier
+from kaldi_mpi.transport.comm_thread import CommThread, Completion, Lane, Task
+from kaldi_mpi.transport.messages import MessageLinks
+
+
+class _Pending:
+    """A sum under way; see `world.Pending`."""
+
+    def __init__(self, world: CommWorld, completion: Completion) -> None:
+        self._world, self._completion = world, completion
+
+    def wait(self) -> None:
+        """Return when the buffer holds the result."""
+        self._world._count_wait(self._completion)
+
+
+class CommWorld:
+    """See `kaldi_mpi.transport.world.World`.
+
+    Args:
+        thread: this process's communication thread.
+        carrier: among the ranks of this world.
+        abort: ends the whole run.
+    """
+
+    def __init__(self, thread: CommThread, carrier: Carrier, abort: Callable[[int], NoReturn]) -> None:
+        self.rank, self.size = carrier.rank, carrier.size
+        self.seconds_waited = 0.0
+        self._thread, self._carrier, self._abort = thread, carrier, abort
+        self._lane = Lane("collective")
+        self._closing = Lane("end")
+        self.links = MessageLinks(thread, carrier, self._count_wait)
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others of this world, messages and collectives."""
+        return self._carrier.bytes_sent
+
+    def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
+        """See `World.sum_`."""
+        self.start_sum(buffer, wire).wait()
+
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> _Pending:
+        """See `World.start_sum`."""
+        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
+        return _Pending(self, self._submit(task, f"sum of {buffer.size}"))
+
+    def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
+        """See `World.mean_into`."""
+        task = collectives.mean_into(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
+        self._count_wait(self._submit(task, f"mean of {buffer.size}"))
+
+    def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See `World.sum_float64`."""
+        total = np.array(values, np.float64, order="C")
+        task = collectives.sum_float64(self._carrier, COLLECTIVES, total.reshape(-1))
+        self._thread.wait(self._submit(task, f"float64 sum of {total.size}"))
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `World.gather`."""
+        return self._thread.wait(self._submit(collectives.gather(self._carrier, COLLECTIVES, value), "gather"))
+
+    def broadcast(self, value: Any) -> Any:
+        """See `World.broadcast`."""
+        return self._thread.wait(self._submit(collectives.broadcast(self._carrier, COLLECTIVES, value), "broadcast"))
+
+    def barrier(self) -> None:
+        """See `World.barrier`."""
+        self._thread.wait(self._submit(collectives.barrier(self._carrier, COLLECTIVES), "barrier"))
+
+    def split(self, color: int) -> CommWorld:
+        """See `World.split`."""
+        said = self.gather((color, self._carrier.next_context))
+        context = max(free for _, free in said)
+        ranks = [rank for rank, (other, _) in enumerate(said) if other == color]
+        return CommWorld(self._thread, self._carrier.narrow(ranks, context), self._abort)
+
+    def abort(self, status: int) -> NoReturn:
+        """See `World.abort`."""
+        self._abort(status)
+
+    def close(self) -> None:
+        """See `World.close`; a world made by `split` ends with the one it was split from."""
+        self.links.post(self.links.forget)
+
+    def _meet_to_close(self) -> None:
+        """Bring all ranks here, and all messages to their end: afterwards nothing of this world is under way."""
+        self.links.post(self.links.drain)
+        for _ in range(2):
+            barrier = collectives.barrier(self._carrier, CLOSING)
+            self._thread.wait(self._thread.submit(self._closing, barrier, "everybody to close the world"))
+            self._thread.wait(self._thread.when(lambda: not self.links.sending, "messages to leave"))
+        self.links.post(self.links.forget)
+
+    def _submit(self, task: Task, what: str) -> Completion:
+        return self._thread.submit(self._lane, task, what)
+
+    def _count_wait(self, completion: Completion) -> float:
+        began = time.perf_counter()
+        self._thread.wait(completion)
+        seconds = time.perf_counter() - began
+        self.seconds_waited += seconds
+        return seconds
+
+
+def _flat(buffer: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """`buffer` itself, which must be a contiguous 1-dim array."""
+    if buffer.ndim != 1 or buffer.dtype != dtype or not buffer.flags.c_contiguous:
+        raise ValueError(f"a contiguous 1-dim {np.dtype(dtype)} array is needed, not {buffer.dtype}{buffer.shape}")
+    return buffer
