@@ -206,8 +206,8 @@ def test_a_strategy_goes_on_from_its_state(at: int) -> None:
     [
         ("periodic", None, "--strategy periodic needs --frames-per-average"),
         ("periodic", 0, "a number of frames above 0"),
-        ("allreduce", 100, "averages at every minibatch"),
-        ("gossip", None, "--strategy gossip: unknown; there are allreduce and periodic"),
+        ("allreduce", 100, "--frames-per-average: strategy allreduce has no use for it"),
+        ("gossip", None, "--strategy gossip: unknown; there are allreduce, periodic, "),
     ],
 )
 def test_bad_settings_are_named(name: str, frames_per_average: int | None, message: str) -> None:

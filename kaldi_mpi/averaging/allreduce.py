@@ -8,6 +8,8 @@ where g_j is summed over the frames of learner j's minibatch and a is the effect
 (1) is w - a * sum_j g_j: exactly the step that one learner takes on the N-fold minibatch. Optimiser state
 (momentum, maximum change) sees the same gradient on every rank, so the models never differ.
 
+Gradients may travel in 16 bits: each is rounded before it is summed, the sum and its way back are not.
+
 Mixing matrix: 11'/N on the gradients; age 0; no outer filter. It holds for uneven minibatches too: a
 learner without frames adds a zero.
 """
@@ -18,19 +20,31 @@ from typing import ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
+from kaldi_mpi.averaging.shared import rounded
+from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
 
 
 class Allreduce(Strategy):
-    """Equation (1). N learners equal one learner with the N-fold minibatch, to float32 rounding."""
+    """Equation (1). N learners equal one learner with the N-fold minibatch, to float32 rounding.
+
+    Args:
+        world: the learners.
+        transfer_dtype: of what travels.
+    """
 
     name: ClassVar[str] = "allreduce"
     moves_together: ClassVar[bool] = True
+
+    def __init__(self, world: Collective, transfer_dtype: str = "float32") -> None:
+        super().__init__(world)
+        self.transfer_dtype = transfer_dtype
 
     def combine_gradients(self, gradients: Flat, step: Step) -> None:
         """Replace `gradients` by their mean over the learners, as in (1)."""
         if self.world.size == 1:
             return  # not one bit changes for a single learner
+        if self.transfer_dtype != "float32":
+            gradients[:] = rounded(gradients, self.transfer_dtype)
         self.world.sum_(gradients)
         gradients /= np.float32(self.world.size)
         self._count(gradients)

@@ -141,7 +141,7 @@ class Exchanging(Strategy):
         self._frames += frames
         if self.world.size == 1 or self._leaving:
             return
-        if self.frames_per_average is not None and self._frames * self.world.size < self.frames_per_average:
+        if self.frames_per_average is not None and self._frames * self.num_learners < self.frames_per_average:
             return
         self._frames = 0
         self._due.clear()
@@ -180,14 +180,19 @@ class Exchanging(Strategy):
 
     # The final model, and the mean that is validated.
 
+    @property
+    def num_learners(self) -> int:
+        """Ranks that learn, which come first; any others only answer."""
+        return self.world.size
+
     def share(self, parameters: Flat) -> Flat:
         """This rank's share, (P,) float32, new: their sum over the ranks by `num_shares` is the final model."""
-        return parameters.copy()
+        return parameters.copy() if self.world.rank < self.num_learners else np.zeros_like(parameters)
 
     @property
     def num_shares(self) -> int:
         """See `share`."""
-        return self.world.size
+        return self.num_learners
 
     def mean_model(self, parameters: Flat) -> Flat:
         """The model of all learners, as a new array; a collective, for when no learner is at work."""

@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kaldi_mpi.averaging.allreduce import Allreduce
+from kaldi_mpi.averaging.bmuf import Bmuf
+from kaldi_mpi.averaging.delay1 import Delay1
+from kaldi_mpi.averaging.expair import Expair
+from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.periodic import Periodic
+from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.averaging.settings import Settings, check_settings
 from kaldi_mpi.averaging.strategy import Collective, Strategy
 from kaldi_mpi.errors import ConfigError
 
 
-def make_strategy(name: str, world: Collective, *, frames_per_average: int | None = None) -> Strategy:
+def _periodic(world: Collective, settings: Settings) -> Strategy:
+    assert settings.frames_per_average is not None  # check_settings has seen to it
+    return Periodic(world, settings.frames_per_average, settings.transfer_dtype)
+
+
+def _bmuf(world: Collective, settings: Settings) -> Strategy:
+    assert settings.frames_per_average is not None
+    return Bmuf(
+        world,
+        settings.frames_per_average,
+        settings.block_momentum,
+        settings.block_learning_rate,
+        settings.nesterov,
+        settings.reset_momentum,
+        settings.transfer_dtype,
+    )
+
+
+# The asynchronous ones find the piece size and the type of what travels in the published model that they mix.
+_MAKERS: dict[str, Callable[[Collective, Settings], Strategy]] = {
+    "allreduce": lambda world, settings: Allreduce(world, settings.transfer_dtype),
+    "periodic": _periodic,
+    "bmuf": _bmuf,
+    "adpsgd-fixed": lambda world, settings: FixedRing(world, settings.frames_per_average),
+    "adpsgd-random": lambda world, settings: RandomRing(world, settings.seed, settings.frames_per_average),
+    "adpsgd-delay1": lambda world, settings: Delay1(world, settings.transfer_dtype),
+    "expair": lambda world, settings: Expair(world, settings.exchanges_per_step, settings.frames_per_average),
+}
+NAMES = tuple(_MAKERS)
+
+
+def make_strategy(
+    name: str, world: Collective, settings: Settings | None = None, *, frames_per_average: int | None = None
+) -> Strategy:
     """The strategy called `name`.
 
+    Whether all settings have a user is for `check_settings` to say, once for all phases of a run.
+
     Args:
-        name: ``allreduce`` or ``periodic``.
-        world: the learners.
-        frames_per_average: frames over all learners between two averagings; needed by ``periodic`` alone.
+        name: one of `NAMES`.
+        world: the learners; with a dedicated server, it as well, as the last.
+        settings: what the strategies can be told; None: nothing but `frames_per_average`.
+        frames_per_average: short for the one setting, checked at once.
 
     Raises:
         ConfigError: there is no such strategy, or it lacks a setting.
     """
-    if name == Allreduce.name:
-        if frames_per_average is not None:
-            raise ConfigError("--frames-per-average: strategy allreduce averages at every minibatch; use periodic")
-        return Allreduce(world)
-    if name == Periodic.name:
-        if frames_per_average is None or frames_per_average <= 0:
-            raise ConfigError("--strategy periodic needs --frames-per-average, a number of frames above 0")
-        return Periodic(world, frames_per_average)
-    raise ConfigError(f"--strategy {name}: unknown; there are {Allreduce.name} and {Periodic.name}")
+    if name not in _MAKERS:
+        raise ConfigError(f"--strategy {name}: unknown; there are {', '.join(NAMES)}")
+    if settings is None:
+        settings = Settings(frames_per_average=frames_per_average)
+        check_settings([name], settings)
+    elif settings.frames_per_average is None:
+        check_settings([name], Settings())
+    return _MAKERS[name](world, settings)

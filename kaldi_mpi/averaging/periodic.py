@@ -13,6 +13,9 @@ equally, which is the same when they are); a learner that saw nothing has weight
 Mixing matrix: the identity between averagings, the weighted mean at an averaging; age 0; no outer filter.
 Momentum stays with its learner through an averaging: the mean of the local momenta acts on the mean model
 as one momentum would.
+
+Models may travel in 16 bits: with q for the rounding, w_i <- w_i + sum_j (n_j/n) q(w_j) - q(w_i) in place of (2)
+leaves the weighted mean where it is and each learner with its own rounding; the last averaging is in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kaldi_mpi.averaging.shared import rounded
 from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
 
 
@@ -30,12 +34,14 @@ class Periodic(Strategy):
     Args:
         world: the learners.
         frames_per_average: K, counted over all learners.
+        transfer_dtype: of what travels.
     """
 
     name: ClassVar[str] = "periodic"
 
-    def __init__(self, world: Collective, frames_per_average: int) -> None:
+    def __init__(self, world: Collective, frames_per_average: int, transfer_dtype: str = "float32") -> None:
         super().__init__(world)
+        self.transfer_dtype = transfer_dtype
         self.frames_per_average = frames_per_average
         self._own_frames = 0
         self._global_frames = 0
@@ -49,20 +55,28 @@ class Periodic(Strategy):
     def mix_parameters(self, parameters: Flat) -> bool:
         """Average as in (2)."""
         if self.world.size > 1:
-            parameters[:] = self.mean_model(parameters)
+            if self.transfer_dtype == "float32":
+                parameters[:] = self.mean_model(parameters)
+            else:
+                mine = rounded(parameters, self.transfer_dtype)
+                parameters += self.mean_model(mine) - mine
             self._count(parameters)
         self._own_frames = self._global_frames = 0
         return False
 
     def finish(self, parameters: Flat) -> None:
         """Average what has been trained since the last averaging."""
-        if self._global_frames:
-            self.mix_parameters(parameters)
+        if self.world.size > 1 and (self._global_frames or self.transfer_dtype != "float32"):
+            parameters[:] = self.mean_model(parameters)
+            self._count(parameters)
+        self._own_frames = self._global_frames = 0
 
     def mean_model(self, parameters: Flat) -> Flat:
         """The model that an averaging now would give, by (2), as a new array."""
+        if not self._global_frames:  # just averaged: equal, but for each one's rounding
+            return parameters.copy() if self.transfer_dtype == "float32" else super().mean_model(parameters)
         mean = parameters.copy()
-        if self.world.size > 1 and self._global_frames:
+        if self.world.size > 1:
             mean *= np.float32(self._own_frames / self._global_frames)
             self.world.sum_(mean)
         return mean

@@ -114,3 +114,70 @@ def periodic(
     if sum(seen):
         average()
     return models[0]
+
+
+def bmuf(
+    start: Vector,
+    gradient: Gradient,
+    num_learners: int,
+    rates: Sequence[float],
+    frames_per_average: int,
+    block_momentum: float | None = None,
+    block_learning_rate: float = 1.0,
+    nesterov: bool = False,
+    reset_momentum: bool = True,
+    momentum: float = 0.0,
+    max_change: Sequence[tuple[slice, float]] = (),
+    max_param_change: float = 0.0,
+) -> Vector:
+    """As `periodic`, but with equal weights, and the mean is followed with block momentum.
+
+    Args: as in `periodic`; `block_momentum` None: 1 - 1/N. Learners use (1 - block_momentum) N times the rate.
+    """
+    eta = 1 - 1 / num_learners if block_momentum is None else block_momentum
+    models = [start.copy() for _ in range(num_learners)]
+    deltas = [np.zeros_like(start) for _ in range(num_learners)]
+    centre, block_delta, block_start, seen = start.copy(), np.zeros_like(start), start.copy(), 0
+    for step, rate in enumerate(rates):
+        for i in range(num_learners):
+            g, frames = gradient(models[i], i, step)
+            seen += frames
+            if frames:
+                actual = (1 - eta) * num_learners * rate
+                change, deltas[i] = kaldi_step(deltas[i], g, actual, momentum, max_change, max_param_change)
+                models[i] = models[i] + change
+        if seen and (seen >= frames_per_average or step == len(rates) - 1):
+            block_delta = eta * block_delta + block_learning_rate * (
+                sum(models, np.zeros_like(start)) / num_learners - block_start
+            )
+            centre = centre + block_delta
+            block_start = centre + eta * block_delta if nesterov else centre
+            models, seen = [block_start.copy() for _ in models], 0
+            if reset_momentum:
+                deltas = [np.zeros_like(start) for _ in models]
+    return centre
+
+
+def delay1(
+    start: Vector,
+    gradient: Gradient,
+    num_learners: int,
+    rates: Sequence[float],
+    momentum: float = 0.0,
+    max_change: Sequence[tuple[slice, float]] = (),
+    max_param_change: float = 0.0,
+) -> Vector:
+    """The mean of the models and the gradient at each own model, at the same time; then the step from the mean."""
+    models = [start.copy() for _ in range(num_learners)]
+    deltas = [np.zeros_like(start) for _ in range(num_learners)]
+    for step, rate in enumerate(rates):
+        mean = sum(models, np.zeros_like(start)) / num_learners
+        for i, w in enumerate(models):
+            g, frames = gradient(w, i, step)
+            models[i] = mean.copy()
+            if frames:
+                change, deltas[i] = kaldi_step(
+                    deltas[i], g, num_learners * rate, momentum, max_change, max_param_change
+                )
+                models[i] = mean + change
+    return sum(models, np.zeros_like(start)) / num_learners

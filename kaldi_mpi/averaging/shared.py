@@ -44,10 +44,20 @@ def from_wire(wire: Wire) -> Flat:
     return wire.astype(np.float32, copy=False)
 
 
+def rounded(values: Flat, wire: str) -> Flat:
+    """`values` as they are after travelling in the type called `wire`; always a new float32 array."""
+    if wire == "float32":
+        return values.copy()
+    travelling = np.empty(values.size, WIRE_TYPES[wire])
+    to_wire(values, travelling)
+    return from_wire(travelling)
+
+
 class Shared(Protocol):
     """What strategies do with a published model. All but the attributes need the piece's lock."""
 
     num_pieces: int
+    where: list[slice]  # of each piece
     wire: np.dtype[Any]  # of what travels
     steps: list[int]  # for each piece, the learner's own steps that are in it
 
@@ -62,6 +72,9 @@ class Shared(Protocol):
 
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
         """x <- x + weight * (theirs - mine); either may be float32 whatever the wire type."""
+
+    def to_numpy(self) -> Flat:
+        """A copy of all of x, (P,), each piece as it is when its turn comes; takes the locks itself."""
 
 
 class SharedModel:
@@ -104,6 +117,18 @@ class SharedModel:
         difference = from_wire(theirs) - from_wire(mine)
         difference *= np.float32(weight)
         self.values[self.where[piece]] += difference
+
+    def to_numpy(self) -> Flat:
+        """See `Shared.to_numpy`."""
+        out = np.empty_like(self.values)
+        for piece, where in enumerate(self.where):
+            with self.lock(piece):
+                out[where] = self.values[where]
+        return out
+
+    def load(self, values: Flat) -> None:
+        """Set all of x, (P,); nobody may be at work on it."""
+        self.values[:] = values
 
     def push_pull(self, piece: int, change: Flat, copy: Flat) -> None:
         """The learner's step on one piece: x <- x + change; copy <- x. Both (P,), of which the piece is used."""

@@ -1,0 +1,91 @@
+"""``adpsgd-delay1``: the models' full mean, taken while the gradient is computed: one step old when it is used.
+
+Rule (D1D of arXiv 2110.11199, Algorithm 4; HYBRID of arXiv 1904.04956), learner i of N, each minibatch:
+
+    at the same time:  h = (1/N) sum_j w_j       and       u_i = the optimiser's change, g taken at w_i     (1)
+    then               w_i <- h + u_i                                                                      (2)
+
+The paper's equation puts the gradient one step further back; its algorithm, which can be carried out, is (1).
+After (2) the models differ by one step of each, whatever N is; that noise is what its authors credit for
+the batch sizes at which it still converges.
+
+Mixing matrix: 11'/N on models that lack the step being taken: age 1; no outer filter. The mean of the models
+moves as synchronous SGD does, by the mean of the u_i. There is a barrier in each step: a slow learner slows all.
+The mean may travel in 16 bits: w_i <- w_i + (1/N) sum_j q(w_j) - q(w_i) + u_i, where q rounds, has the same mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kaldi_mpi.averaging.shared import rounded
+from kaldi_mpi.averaging.strategy import Collective, Flat, Pending, Step, Strategy
+
+
+class Delay1(Strategy):
+    """Equations (1) and (2).
+
+    Args:
+        world: the learners.
+        transfer_dtype: of what travels.
+    """
+
+    name: ClassVar[str] = "adpsgd-delay1"
+
+    def __init__(self, world: Collective, transfer_dtype: str = "float32") -> None:
+        super().__init__(world)
+        self.transfer_dtype = transfer_dtype
+        self._pending: Pending | None = None
+        # (P,) float32 while a mean is on its way: the sum, and this learner's rounded share of it.
+        self._sum: Flat | None = None
+        self._mine: Flat | None = None
+
+    def start_step(self, parameters: Flat, step: Step) -> None:
+        """Set out for the mean."""
+        if self.world.size == 1 or self._sum is not None:  # not None: restored in the middle of this step
+            return
+        self._sum = rounded(parameters, self.transfer_dtype)
+        self._mine = None if self.transfer_dtype == "float32" else self._sum.copy()
+        self._pending = self.world.start_sum(self._sum)
+        self._count(self._sum)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def before_update(self, parameters: Flat, step: Step) -> None:
+        """Put the mean in the place of `parameters`, to which the optimiser then adds its change."""
+        if self.world.size == 1:
+            return
+        assert self._sum is not None, "start_step() has not been called"
+        self._wait()
+        self._sum /= np.float32(self.world.size)
+        if self._mine is None:
+            parameters[:] = self._sum
+        else:
+            self._sum -= self._mine
+            parameters += self._sum
+        self._sum = self._mine = None
+
+    def finish(self, parameters: Flat) -> None:
+        """The final model is the learners' mean."""
+        if self.world.size > 1:
+            parameters[:] = self.mean_model(parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the mean that is on its way, for which it waits."""
+        self._wait()
+        return super().state_dict() | {
+            "sum": None if self._sum is None else self._sum.copy(),
+            "mine": None if self._mine is None else self._mine.copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._pending = None
+        self._sum = None if state["sum"] is None else state["sum"].copy()
+        self._mine = None if state["mine"] is None else state["mine"].copy()
