@@ -13,8 +13,9 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from kaldi_mpi.atomic import atomic_write
@@ -24,7 +25,10 @@ from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
 # Options that may differ between the run that saved and the run that goes on: they change no result.
-_FREE = ("dir", "checkpoint_interval", "resume", "loader_threads", "binary")
+_FREE = ("dir", "checkpoint_interval", "resume", "loader_threads", "binary", "journal", "inject")
+
+
+_ARRAY = "numpy array"  # marks a tensor that was a NumPy array
 
 
 class HasState(Protocol):
@@ -57,7 +61,7 @@ def save(folder: Path, options: TrainOptions, world: World, learner: HasState) -
         place.mkdir(exist_ok=True)
     world.barrier()
     with atomic_write(place / f"learner.{world.rank}.{learner.step}.pt") as stream:
-        torch.save(learner.state_dict(), stream)
+        torch.save(_to_tensors(learner.state_dict()), stream)
     world.barrier()
     if world.rank == 0:
         with atomic_write(place / "current.json", "w") as stream:
@@ -91,8 +95,26 @@ def load(folder: Path, options: TrainOptions, world: World, learner: HasState) -
         raise DataError(
             f"damaged checkpoint ({type(error).__name__}); remove the directory or give --resume=false", file=str(place)
         ) from error
-    learner.load_state_dict(state)
+    learner.load_state_dict(_to_arrays(state))
     return True
+
+
+def _to_tensors(state: Any) -> Any:
+    """The same state with marked tensors for NumPy's arrays, which PyTorch's safe loading does not take."""
+    if isinstance(state, np.ndarray):
+        return {_ARRAY: torch.from_numpy(np.ascontiguousarray(state))}
+    if isinstance(state, dict):
+        return {key: _to_tensors(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_to_tensors(value) for value in state]
+    return state
+
+
+def _to_arrays(state: Any) -> Any:
+    """The inverse of `_to_tensors`."""
+    if isinstance(state, dict):
+        return state[_ARRAY].numpy() if _ARRAY in state else {key: _to_arrays(value) for key, value in state.items()}
+    return [_to_arrays(value) for value in state] if isinstance(state, list) else state
 
 
 def remove(folder: Path) -> None:

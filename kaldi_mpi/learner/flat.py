@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.models import AcousticModel
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +67,24 @@ class FlatParameters:
         on_gpu = device.type == "cuda"
         self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
 
-    def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], object]) -> None:
-        """Let `rule` change `buffer` (`values` or `gradients`) in place through a NumPy view of it.
+    def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], T]) -> T:
+        """Let `rule` change `buffer` (a vector such as `values`) in place through a NumPy view of it.
 
-        On a GPU the buffer goes through page-locked memory, both ways.
+        On a GPU the buffer goes through page-locked memory, both ways. Returns what `rule` returns.
         """
         if self._staging is None:
-            rule(buffer.numpy())
-            return
+            return rule(buffer.numpy())
         self._staging.copy_(buffer)
-        rule(self._staging.numpy())
+        result = rule(self._staging.numpy())
         buffer.copy_(self._staging)
+        return result
+
+    def read(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], object]) -> None:
+        """Show `buffer` to `rule`, which must not change it."""
+        if self._staging is not None:
+            self._staging.copy_(buffer)
+            buffer = self._staging
+        rule(buffer.numpy())
 
     def to_numpy(self) -> NDArray[np.float32]:
         """A copy of the parameters, (P,) float32."""

@@ -1,53 +1,63 @@
-"""The training loop of one persistent learner.
+"""One persistent learner: what it keeps from the first minibatch to the last, and its way through the phases.
 
-A learner keeps its model, its optimiser and its place in the data from the first minibatch to the last.
-All learners walk through the same global steps; what passes between them, and when, is the strategy's
-business. An iteration is the stretch between two validations; its number names log files, as in Kaldi.
+A learner keeps its model, its optimiser and its place in the data. What passes between learners, and when,
+is the strategy's business: `synchronous` walks through the same steps on all ranks, `asynchronous` takes
+tickets and waits for nobody. An iteration is the stretch between two validations; its number names log
+files, as in Kaldi.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 
-from kaldi_mpi.averaging import Step, Strategy
 from kaldi_mpi.learner.evaluate import Pass, Score, compute_prob, with_parameters
 from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.inject import Injector
 from kaldi_mpi.learner.optimiser import KaldiSgd
+from kaldi_mpi.learner.plan import Phase, Plan
 from kaldi_mpi.learner.schedule import ExponentialRate
-from kaldi_mpi.loader import ChunkShape, Corpus, Minibatch, MinibatchReader
+from kaldi_mpi.learner.setup import Data
+from kaldi_mpi.loader import ChunkShape, Minibatch
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.iteration import IterationLogs
 from kaldi_mpi.report.log import logger
 from kaldi_mpi.report.progress import Progress
+from kaldi_mpi.report.summary import Summary
 from kaldi_mpi.transport.world import World
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How much to train, in steps that are the same on every rank.
+class Surroundings:
+    """What a learner works with besides its model: logs, checkpoints, disturbances.
 
     Attributes:
-        num_steps: global steps (one minibatch a learner) of the whole training.
-        steps_per_iteration: between two validations.
-        num_epochs: what `num_steps` amount to.
-        chunks_per_minibatch: chunks a learner and step.
-        min_deriv_time, max_deriv_time: times, relative to a chunk's first label, outside which there are no
-            derivatives (Kaldi's ``--optimization.min-deriv-time`` and ``max-deriv-time-relative``).
+        logs: where Kaldi's scripts look for this learner's objective and the validations (rank 0's).
+        progress: rank 0's bar, None elsewhere.
+        save: writes a checkpoint; called by all ranks after a validation where the plan says so.
+        injector: disturbances on purpose.
+        journal_dir: where exchanges are journaled, None for nowhere.
+        loader_threads: reading threads.
+        wire: number type of parameters on their way (``--transfer-dtype``).
+        piece_size: parameters of a piece.
     """
 
-    num_steps: int
-    steps_per_iteration: int
-    num_epochs: float
-    chunks_per_minibatch: int
-    min_deriv_time: int | None = None
-    max_deriv_time: int | None = None
+    logs: IterationLogs
+    injector: Injector
+    save: Callable[[], None]
+    progress: Progress | None = None
+    journal_dir: Path | None = None
+    loader_threads: int = 1
+    wire: str = "float32"
+    piece_size: int = 4 * 2**20
 
 
 class Learner:
@@ -56,15 +66,14 @@ class Learner:
     Args:
         world: the learners.
         model: the same on all ranks at the start; on this learner's device.
-        strategy, optimiser, rate: what to do with gradients and parameters.
-        train, valid, diagnostic: utterances to train on, held out, and of the training set to watch.
+        flat: its parameters.
+        optimiser, rate: what to do with gradients.
+        data: utterances to train on, held out, and of the training set to watch.
         shape: how chunks are cut.
         plan: how long.
+        phases: under which strategies, without gaps from step 0 to the plan's last.
         seed: order of the data.
-        logs: where Kaldi's scripts look for this learner's objective and the validations (rank 0's).
-        progress: rank 0's bar, None elsewhere.
-        on_iteration: called after each validation with the iteration's number; saves checkpoints.
-        loader_threads: reading threads.
+        around: logs and the rest.
     """
 
     def __init__(
@@ -72,75 +81,75 @@ class Learner:
         world: World,
         model: AcousticModel,
         flat: FlatParameters,
-        strategy: Strategy,
         optimiser: KaldiSgd,
         rate: ExponentialRate,
-        train: Corpus,
-        valid: Corpus,
-        diagnostic: Corpus,
+        data: Data,
         shape: ChunkShape,
         plan: Plan,
+        phases: Sequence[Phase],
         *,
         seed: int,
-        logs: IterationLogs,
-        progress: Progress | None = None,
-        on_iteration: Callable[[int], None] | None = None,
-        loader_threads: int = 1,
+        around: Surroundings,
     ) -> None:
         self.world, self.model, self.flat = world, model, flat
-        self.strategy, self.optimiser, self.rate = strategy, optimiser, rate
-        self.train, self.valid, self.diagnostic = train, valid, diagnostic
-        self.shape, self.plan = shape, plan
+        self.optimiser, self.rate, self.data = optimiser, rate, data
+        self.shape, self.plan, self.phases = shape, plan, phases
+        self.seed, self.around = seed, around
         self.step = 0  # the next one to take
         self.frames = 0  # trained on, over all learners
-        self.scores: list[Score] = []  # of the held-out set, one each iteration
-        self._seed, self._logs, self._progress = seed, logs, progress
-        self._on_iteration = on_iteration
-        self._loader_threads = loader_threads
-        self._pass = Pass(shape, plan.chunks_per_minibatch, world, flat.values.device)
+        self.own_frames = 0  # by this learner, in this run
+        self.data_waited = 0.0  # seconds that this learner waited for data
+        self.summary = Summary()
+        self.pass_ = Pass(shape, plan.chunks_per_minibatch, world, flat.values.device)
         self._objective = 0.0  # own sum of log-probabilities in this iteration
         self._objective_frames = 0
 
     def run(self) -> None:
         """Train from the present step to the last; afterwards all learners hold the final model."""
+        # Here, since both need the learner to be defined.
+        from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+        from kaldi_mpi.learner.synchronous import run_synchronous
+
         self.model.train()
         if self.step == 0:
-            self._validate(0)
-        started = time.monotonic()
-        with MinibatchReader(
-            self.train,
-            self.shape,
-            self.plan.chunks_per_minibatch,
-            seed=self._seed,
-            rank=self.world.rank,
-            size=self.world.size,
-            threads=self._loader_threads,
-            first_step=self.step,
-        ) as reader:
-            while self.step < self.plan.num_steps:
-                self._take(next(reader), reader.plan.chunks_of_step(self.step))
-                last = self.step == self.plan.num_steps
-                if last:
-                    self.flat.mix(self.flat.values, self.strategy.finish)
-                if self.step % self.plan.steps_per_iteration == 0 or last:
-                    self._end_iteration(last)
-            counters = reader.counters()
-        if self.world.rank == 0:
-            seconds = time.monotonic() - started
-            logger.info(
-                "trained on %d frames in %.1f s, %.0f frames/s over %d learner(s); waited %.2f s for data; "
-                "%d averagings, %.3g MB sent by each learner",
-                self.frames, seconds, self.frames / max(seconds, 1e-9), self.world.size,
-                counters.consumer_waited, self.strategy.num_averages, self.strategy.bytes_sent / 1e6,
-            )  # fmt: skip
-            for line in self.optimiser.report():
-                logger.info("%s", line)
+            self.validate(0, self.flat.to_numpy(), 0.0)
+        started, waited, first_frames = time.monotonic(), self.world.seconds_waited, self.frames
+        for phase in self.phases:
+            if self.step >= phase.end_step:
+                continue
+            if len(self.phases) > 1 and self.world.rank == 0:
+                logger.info("from step %d: strategy %s", phase.first_step, phase.strategy.name)
+            if phase.strategy.asynchronous and self.world.size > 1:
+                AsynchronousPhase(self, phase).run()
+            else:
+                run_synchronous(self, phase)
+        self._report(time.monotonic() - started, self.world.seconds_waited - waited, self.frames - first_frames)
+
+    def _report(self, seconds: float, waited: float, frames: int) -> None:
+        averages = sum(phase.strategy.num_averages for phase in self.phases)
+        sent = sum(phase.strategy.bytes_sent for phase in self.phases)
+        mine = {
+            "own_frames": self.own_frames, "seconds_waited": waited, "seconds_waited_for_data": self.data_waited,
+            "averages": averages, "bytes_sent": sent,
+        }  # fmt: skip
+        by_learner = self.world.gather(mine)
+        if self.world.rank != 0:
+            return
+        self.summary.finish(seconds, frames, by_learner)
+        logger.info(
+            "trained on %d frames in %.2f s, %.0f frames/s over %d learner(s); waited %.2f s for data, "
+            "%.2f s for other learners; %d averagings, %.3g MB sent by each learner",
+            frames, seconds, frames / max(seconds, 1e-9), self.world.size, self.data_waited, waited,
+            averages, sent / 1e6,
+        )  # fmt: skip
+        for line in self.optimiser.report():
+            logger.info("%s", line)
 
     def objective(self, minibatch: Minibatch) -> torch.Tensor:
         """The sum over the minibatch's labelled frames of the log-probability of the right pdf-id."""
         output = self.model(
-            self._pass.features(minibatch),
-            self._pass.first(),
+            self.pass_.features(minibatch),
+            self.pass_.first(),
             self.shape.width,
             min_deriv_time=self.plan.min_deriv_time,
             max_deriv_time=self.plan.max_deriv_time,
@@ -150,73 +159,84 @@ class Learner:
             output.reshape(-1, output.shape[2]), labels.reshape(-1), ignore_index=-1, reduction="sum"
         )
 
-    def _take(self, minibatch: Minibatch, global_chunks: int) -> None:
-        """One global step, which has `global_chunks` chunks over all learners."""
-        step = Step(minibatch.step, minibatch.frames, minibatch.global_frames)
+    def compute_gradients(self, minibatch: Minibatch) -> None:
+        """Fill the flat gradients, of the loss summed over the minibatch's frames (zero if it has none)."""
         self.flat.gradients.zero_()
         if minibatch.frames:
             objective = self.objective(minibatch)
             (-objective).backward()
             self._objective += objective.item()
             self._objective_frames += minibatch.frames
-        if self.world.size > 1:
-            self.flat.mix(self.flat.gradients, lambda g: self.strategy.combine_gradients(g, step))
-        together = self.strategy.moves_together
-        if minibatch.frames or together:
-            chunks = global_chunks if together else len(minibatch.labels)
-            rate = self.rate.actual(self.frames, self.world.size)
-            self.optimiser.step(rate, chunks / self.world.size)
-        if self.strategy.note(step):
-            self.flat.mix(self.flat.values, self.strategy.mix_parameters)
-        self.step += 1
-        self.frames += step.global_frames
-        if self._progress is not None:
-            self._progress.update(
-                self.frames,
+            self.own_frames += minibatch.frames
+
+    def show_progress(self, frames: int, last: bool = False) -> None:
+        """Rank 0's bar, with `frames` trained on over all learners."""
+        if self.around.progress is not None:
+            self.around.progress.update(
+                frames,
                 self.rate.total_frames,
                 self.plan.num_epochs,
                 self._objective / max(1, self._objective_frames),
-                self.scores[-1].log_likelihood if self.scores else None,
-                self.rate.effective(self.frames),
-                last=self.step == self.plan.num_steps,
+                self.summary.last_valid(),
+                self.rate.effective(frames),
+                last=last,
             )
 
-    def _end_iteration(self, last: bool) -> None:
-        """Log what this learner reached in the iteration, and validate the mean of all models."""
-        iteration = -(-self.step // self.plan.steps_per_iteration)
-        self._logs.train(iteration - 1, self.world.rank, self._objective, self._objective_frames)
+    def log_training(self, iteration: int) -> None:
+        """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
+        self.around.logs.train(iteration, self.world.rank, self._objective, self._objective_frames)
         self._objective, self._objective_frames = 0.0, 0
-        self._validate("final" if last else iteration)
-        if self._on_iteration is not None and not last:
-            self._on_iteration(iteration)
 
-    def _validate(self, name: int | str) -> None:
-        mean = self.strategy.mean_model(self.flat.to_numpy())
+    def end_iteration(self, mean: NDArray[np.float32], spread: float, asynchronous: bool) -> None:
+        """With `self.step` steps done on all ranks: log, validate the mean of all models, save."""
+        iteration = self.plan.iteration(self.step)
+        self.log_training(iteration - 1)
+        self.validate("final" if self.step == self.plan.num_steps else iteration, mean, spread)
+        if self.plan.saves(self.step, asynchronous):
+            self.around.save()
+
+    def validate(self, name: int | str, mean: NDArray[np.float32], spread: float | None) -> None:
+        """Evaluate `mean` on all ranks together; `spread` is the models' mean squared distance from it."""
         with with_parameters(self.model, self.flat, mean):
-            valid = compute_prob(self.model, self.valid, self._pass)
-            diagnostic = compute_prob(self.model, self.diagnostic, self._pass)
-        self.scores.append(valid)
+            valid = compute_prob(self.model, self.data.valid, self.pass_)
+            diagnostic = compute_prob(self.model, self.data.diagnostic, self.pass_)
+        self.note_scores(name, valid, diagnostic, spread)
+
+    def note_scores(self, name: int | str, valid: Score, diagnostic: Score, spread: float | None) -> None:
+        """Keep and log the scores of a validation."""
+        self.summary.validation(name, valid.log_likelihood, diagnostic.log_likelihood, spread)
         if not np.isfinite(valid.log_likelihood):
             logger.warning("validation %s: the log-likelihood is not finite", name)
         if self.world.rank == 0:
-            self._logs.compute_prob("valid", name, valid)
-            self._logs.compute_prob("train", name, diagnostic)
+            self.around.logs.compute_prob("valid", name, valid)
+            self.around.logs.compute_prob("train", name, diagnostic)
+            if spread:
+                logger.info("iteration %s: the models' mean squared distance from their mean is %.4g", name, spread)
 
     def state_dict(self) -> dict[str, Any]:
         """This learner's whole state between two steps; with it, a new run goes on bit for bit."""
         return {
             "step": self.step,
             "frames": self.frames,
-            "scores": [dataclasses.astuple(score) for score in self.scores],
+            "summary": self.summary.state_dict(),
             "parameters": self.flat.values.cpu().clone(),
             "optimiser": self.optimiser.state_dict(),
-            "strategy": self.strategy.state_dict(),
+            "strategies": [phase.strategy.state_dict() for phase in self.phases],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.step, self.frames = state["step"], state["frames"]
-        self.scores = [Score(*score) for score in state["scores"]]
+        self.summary.load_state_dict(state["summary"])
         self.flat.load(state["parameters"].numpy())
         self.optimiser.load_state_dict(state["optimiser"])
-        self.strategy.load_state_dict(state["strategy"])
+        for phase, saved in zip(self.phases, state["strategies"], strict=True):
+            phase.strategy.load_state_dict(saved)
+
+
+def spread_of(own: NDArray[np.float32], mean: NDArray[np.float32], world: World) -> float:
+    """(1/N) sum_i |x_i - mean|^2, on every rank."""
+    if world.size == 1:
+        return 0.0
+    difference = own.astype(np.float64) - mean
+    return float(world.sum_float64(np.array([difference @ difference]))[0]) / world.size

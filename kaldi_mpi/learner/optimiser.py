@@ -51,12 +51,13 @@ class KaldiSgd:
         self._skipped_in_a_row = 0
 
     @torch.no_grad()
-    def step(self, learning_rate: float, num_chunks: float) -> None:
+    def step(self, learning_rate: float, num_chunks: float, change: torch.Tensor | None = None) -> None:
         """Move the parameters along the gradients that lie in the flat buffer.
 
         Args:
             learning_rate: the actual learning rate, a.
             num_chunks: chunks in the minibatch, n (for l2 alone), with Kaldi's factor 1/N.
+            change: (P,) float32; if given, the change of (4) is written there and the parameters stay.
 
         Raises:
             KaldiMpiError: 50 minibatches in a row gave no finite change: the training has diverged.
@@ -75,13 +76,22 @@ class KaldiSgd:
         factors = self._limits([norm * scale for norm in torch.stack(norms).tolist()])
         if factors is None:
             self.delta.zero_()
+            if change is not None:
+                change.zero_()
             return
         for c, factor in zip(self._flat.components, factors, strict=True):
-            self._flat.values[c.where].add_(self.delta[c.where], alpha=scale * factor)
+            if change is None:
+                self._flat.values[c.where].add_(self.delta[c.where], alpha=scale * factor)
+            else:
+                torch.mul(self.delta[c.where], scale * factor, out=change[c.where])
         if self._momentum:
             self.delta.mul_(self._momentum)
         else:
             self.delta.zero_()
+
+    def forget(self) -> None:
+        """Drop the momentum: the running delta starts from 0."""
+        self.delta.zero_()
 
     def _limits(self, norms: list[float]) -> list[float] | None:
         """The factors s * s_c of (2) and (3) for changes of these norms, or None to skip the minibatch."""

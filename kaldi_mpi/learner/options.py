@@ -11,9 +11,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kaldi_mpi.averaging.names import NAMES
+from kaldi_mpi.averaging.sequence import Phase, parse_sequence
+from kaldi_mpi.averaging.settings import Settings, check_settings
+from kaldi_mpi.averaging.shared import WIRE_TYPES
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.learner import inject
 from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
 from kaldi_mpi.report.log import logger
+
+_EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
 
 # Accepted for the recipe's sake: they steer jobs, archives and schedulers that do not exist here.
 _IGNORED = [
@@ -69,8 +76,8 @@ class TrainOptions:
     ali_dir: str
     dir: str
     xconfig: str
-    strategy: str
-    frames_per_average: int | None
+    phases: tuple[Phase, ...]
+    settings: Settings
     norm_means: bool
     norm_vars: bool
     chunk_width: int
@@ -91,8 +98,10 @@ class TrainOptions:
     use_gpu: str
     loader_threads: int
     binary: bool
-    checkpoint_interval: int
+    checkpoint_interval: int | None
     resume: bool
+    journal: bool
+    inject: str
 
 
 def _minibatch_rule(text: str) -> int:
@@ -125,8 +134,12 @@ def _parser() -> Parser:
     add("--ali-dir", required=True, help="alignment directory: ali.*.gz, final.mdl, tree")
     add("--dir", required=True, help="where the model and logs go; configs/network.xconfig is read from it")
     add("--xconfig", type=optional, help="the network, in place of DIR/configs/network.xconfig")
-    add("--strategy", default="allreduce", help="allreduce or periodic")
-    add("--frames-per-average", type=count, help="periodic: frames over all learners between two averagings")
+    add(
+        "--strategy",
+        default="allreduce",
+        help=f"{', '.join(NAMES)}; or several in turn, as in 'allreduce:1ep,adpsgd-random:14ep,periodic:1ep'",
+    )
+    _add_strategy_options(parser)
     add(
         "--feat.cmvn-opts",
         dest="cmvn_opts",
@@ -139,7 +152,8 @@ def _parser() -> Parser:
     add("--egs.chunk-right-context", dest="chunk_right_context", type=whole, default=0, help="frames after it")
     add("--egs.opts", dest="egs_opts", default="", help="of get_egs.sh; --num-utts-subset N is used")
     add("--trainer.srand", dest="seed", type=int, default=0, help="seed of everything random")
-    add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True), default=8.0, help="epochs")
+    add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True),
+        help=f"epochs (default: what --strategy says, or {_EPOCHS:g})")  # fmt: skip
     add("--trainer.samples-per-iter", dest="samples_per_iter", type=count, default=20000,
         help="chunks per learner between two validations")  # fmt: skip
     add("--trainer.max-param-change", dest="max_param_change", type=at_least(0, float), default=2.0,
@@ -167,13 +181,68 @@ def _parser() -> Parser:
         help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")
     add("--binary", type=boolean, default=True, help="write final.mdl in binary; false for text")
-    add("--checkpoint-interval", type=whole, default=1, help="validations between checkpoints; 0 for none")
+    add("--checkpoint-interval", type=whole, help="validations between checkpoints; 0 for none (default: 1, and 5 "
+        "under asynchronous strategies, whose learners wait for each other at a checkpoint)")  # fmt: skip
+    add("--journal", type=boolean, default=True, help="write every exchange of asynchronous strategies to DIR/journal")
+    add("--inject", default="", help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")
     add("--resume", type=boolean, default=True, help="go on from DIR's checkpoint, where there is one")
     for name in _IGNORED:
         add(f"--{name}", action="append", help=argparse.SUPPRESS)
     for name in _REFUSED:
         add(f"--{name}", help=argparse.SUPPRESS)
     return parser
+
+
+def _add_strategy_options(parser: Parser) -> None:
+    """One option a field of `Settings`, with its default."""
+    add, count, whole, fraction = parser.add_argument, at_least(1), at_least(0), at_least(0, float)
+    default = Settings()
+    add(
+        "--frames-per-average",
+        type=count,
+        default=default.frames_per_average,
+        help="frames over all learners between two averagings (periodic, bmuf: needed; others: default each minibatch)",
+    )
+    add("--block-momentum", type=fraction, default=default.block_momentum, help="bmuf: eta (default 1 - 1/N)")
+    add("--block-learning-rate", type=fraction, default=default.block_learning_rate, help="bmuf: zeta")
+    add(
+        "--bmuf-nesterov", dest="nesterov", type=boolean, default=default.nesterov, help="bmuf: Nesterov block momentum"
+    )
+    add(
+        "--bmuf-reset-momentum",
+        dest="reset_momentum",
+        type=boolean,
+        default=default.reset_momentum,
+        help="bmuf: forget the optimiser's momentum at each averaging",
+    )
+    add("--elastic-alpha", type=fraction, default=default.elastic_alpha, help="easgd: alpha (default 0.9/N)")
+    add("--elastic-momentum", type=fraction, default=default.elastic_momentum, help="easgd: delta of EAMSGD")
+    add(
+        "--staleness-bound",
+        type=whole,
+        default=default.staleness_bound,
+        help="asgd: exchanges that a learner may be ahead of the slowest",
+    )
+    add("--exchanges-per-step", type=count, default=default.exchanges_per_step, help="expair: started per own step")
+    add("--piece-size", type=count, default=default.piece_size, help="parameters that travel in one message")
+    add(
+        "--transfer-dtype",
+        default=default.transfer_dtype,
+        choices=sorted(WIRE_TYPES),
+        help="of parameters on their way",
+    )
+    add(
+        "--super-learner-size",
+        type=count,
+        default=default.super_learner_size,
+        help="adpsgd-*, expair: this many learners act as one",
+    )
+    add(
+        "--dedicated-server",
+        type=boolean,
+        default=default.dedicated_server,
+        help="easgd, asgd: the last rank keeps the centre and learns nothing",
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
@@ -199,6 +268,12 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     given["norm_vars"] = _converted(boolean, cmvn.get("norm-vars", "false"), "--feat.cmvn-opts: --norm-vars")
     subset = egs.get("num-utts-subset", "300")
     given["num_utts_subset"] = _converted(at_least(1), subset, "--egs.opts: --num-utts-subset")
+    fields = [field.name for field in dataclasses.fields(Settings) if field.name != "seed"]
+    given["settings"] = Settings(seed=given["seed"], **{name: given.pop(name) for name in fields})
+    phases = parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES)
+    given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
+    check_settings([phase.name for phase in phases], given["settings"])
+    inject.parse(given["inject"])
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
     return TrainOptions(**given)
 

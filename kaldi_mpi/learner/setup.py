@@ -6,6 +6,7 @@ Every rank reads the same files and makes the same choices from the same seed, s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,22 @@ def choose_device(options: TrainOptions, world: World) -> torch.device:
     device = torch.device("cuda", local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def group_sum(group: World, device: torch.device) -> Callable[[torch.Tensor], None]:
+    """How the learners of a super-learner sum a (P,) tensor in place: by NCCL on GPUs, by MPI on CPUs."""
+    if device.type == "cuda":
+        from kaldi_mpi.transport.torch_group import TorchGroup
+
+        return TorchGroup(group, device).sum_
+    return lambda tensor: group.sum_(tensor.numpy())
+
+
+def describe_transfer(device: torch.device, options: TrainOptions) -> str:
+    """The line of the log that says how parameters travel."""
+    wire = options.settings.transfer_dtype
+    if device.type != "cuda":
+        return f"parameters travel from main memory, in {wire}"
+    from kaldi_mpi.transport.cuda import describe
+
+    return f"{describe()}, in {wire}"

@@ -1,0 +1,71 @@
+"""A phase in which all learners walk through the same global steps."""
+
+from __future__ import annotations
+
+from kaldi_mpi.averaging import Step, Strategy
+from kaldi_mpi.learner.loop import Learner, spread_of
+from kaldi_mpi.learner.plan import Phase
+from kaldi_mpi.loader import Minibatch, MinibatchReader
+
+
+def run_synchronous(learner: Learner, phase: Phase) -> None:
+    """Train from the learner's present step to the phase's end, after which all models are equal."""
+    plan, world = learner.plan, learner.world
+    with MinibatchReader(
+        learner.data.train,
+        learner.shape,
+        plan.chunks_per_minibatch,
+        seed=learner.seed,
+        rank=world.rank,
+        size=world.size,
+        threads=learner.around.loader_threads,
+        first_step=learner.step,
+    ) as reader:
+        if learner.step == phase.first_step:
+            phase.strategy.begin(learner.flat.to_numpy())
+        while learner.step < phase.end_step:
+            _take(learner, phase, next(reader), reader.plan.chunks_of_step(learner.step))
+            last = learner.step == phase.end_step
+            spread = None
+            if last:
+                own = learner.flat.to_numpy()
+                spread = spread_of(own, phase.strategy.mean_model(own), world)
+                learner.flat.mix(learner.flat.values, phase.strategy.finish)
+            if plan.ends_iteration(learner.step):
+                own = learner.flat.to_numpy()
+                mean = phase.strategy.mean_model(own)
+                learner.end_iteration(mean, spread_of(own, mean, world) if spread is None else spread, False)
+        learner.data_waited += reader.counters().consumer_waited
+
+
+def _take(learner: Learner, phase: Phase, minibatch: Minibatch, global_chunks: int) -> None:
+    """One global step, which has `global_chunks` chunks over all learners."""
+    strategy, flat, size = phase.strategy, learner.flat, learner.world.size
+    step = Step(minibatch.step, minibatch.frames, minibatch.global_frames)
+    learner.around.injector.begin()
+    if _overrides(strategy, "start_step"):
+        flat.read(flat.values, lambda w: strategy.start_step(w, step))
+    learner.compute_gradients(minibatch)
+    learner.around.injector.end()
+    if phase.group is not None and phase.sum_in_group is not None:
+        phase.sum_in_group(flat.gradients)
+        flat.gradients /= phase.group.size
+    elif size > 1 and _overrides(strategy, "combine_gradients"):
+        flat.mix(flat.gradients, lambda g: strategy.combine_gradients(g, step))
+    if _overrides(strategy, "before_update"):
+        flat.mix(flat.values, lambda w: strategy.before_update(w, step))
+    together = strategy.moves_together or phase.group is not None
+    if minibatch.frames or together:
+        chunks = global_chunks if together else len(minibatch.labels)
+        rate = learner.rate.actual(learner.frames, size) * strategy.rate_factor
+        learner.optimiser.step(rate, chunks / size)
+    if strategy.note(step) and flat.mix(flat.values, strategy.mix_parameters):
+        learner.optimiser.forget()
+    learner.step += 1
+    learner.frames += step.global_frames
+    learner.show_progress(learner.frames, last=learner.step == learner.plan.num_steps)
+
+
+def _overrides(strategy: Strategy, hook: str) -> bool:
+    """Whether the strategy does anything at a hook; if not, a GPU's parameters need not be copied for it."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
