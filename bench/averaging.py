@@ -1,0 +1,339 @@
+"""How much of the communication is hidden behind the computation, and what periodic averaging costs.
+
+``python bench/averaging.py [--ranks 4] [--parameters 43000000] [--device-seconds 1.5] ...`` starts itself under
+mpiexec. Computation is a sleep of fixed length: a stand-in for an accelerator, which leaves the cores free. The
+strategies, the published model and the transport are those of a training.
+
+For each strategy, blocks of steps with and without communication take turns. A step is: sleep; add the step's
+change to the model (for asynchronous strategies, to the published model, and copy it back); in blocks with
+communication also call the strategy's hooks, or tell it that the step is taken. A block's first step has little to
+hide and is left out of the times. Measured, as means over steps and ranks:
+
+    step      seconds of a step, without and with communication
+    exchange  seconds a step in which communication of this rank is under way: a sum, from its start to its end, or
+              an exchange, from the snapshot of its first piece to the mixing of its last
+    hidden    1 - (step with - step without) / exchange
+
+``allreduce`` hides nothing: its row shows that the measure can say so. For ``periodic``, the cost is the share of
+the time that goes into averaging after each 1, 2, 4, .. minibatches a learner (in frames over all learners).
+
+Progress goes to standard error, a table to standard output; its last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kaldi_mpi.averaging import Step
+from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.names import make_strategy
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.shared import SharedModel
+from kaldi_mpi.averaging.strategy import Flat, Pending
+from kaldi_mpi.errors import KaldiMpiError
+from kaldi_mpi.transport.guard import guarded
+from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV, launch
+
+CHANNEL = 1
+HIDING = ["adpsgd-delay1", "adpsgd-fixed", "adpsgd-random", "expair"]
+
+
+@dataclasses.dataclass
+class Seconds:
+    """What was measured: seconds of each step, and of communication over all steps of the blocks with it."""
+
+    without: list[float] = dataclasses.field(default_factory=list)
+    with_: list[float] = dataclasses.field(default_factory=list)
+    communication: float = 0.0
+    steps: int = 0  # that `communication` belongs to
+    megabytes: float = 0.0  # sent by this rank in these steps
+
+
+class Busy:
+    """Adds up the time in which a condition holds; told after each event that may change it."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self._condition = condition
+        self._since: float | None = None
+        self.seconds = 0.0
+
+    def look(self) -> None:
+        """Something has happened."""
+        now, holds = time.perf_counter(), self._condition()
+        if holds and self._since is None:
+            self._since = now
+        elif not holds and self._since is not None:
+            self.seconds += now - self._since
+            self._since = None
+
+
+class Asynchronous:
+    """One rank's learner of an asynchronous strategy, without a gradient."""
+
+    def __init__(self, world: Any, strategy: Exchanging, parameters: int, wire: str, device: float) -> None:
+        self.world, self.links, self.strategy, self.device = world, world.links, strategy, device
+        values = np.random.default_rng(world.rank).standard_normal(parameters, np.float32)
+        self.shared, self.journal = SharedModel(values, wire=wire), Journal()
+        self.copy, self.change = values, np.full(parameters, 1e-6, np.float32)
+        self.waits = type(strategy).blocked is not Exchanging.blocked
+        self.busy = Busy(lambda: not strategy.quiet())
+        strategy.connect(self.shared, self._post, self.journal)
+        self.links.on_message(CHANNEL, self._receive)
+
+    def _post(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        self.links.send(CHANNEL, to, numbers, payload)
+        self.busy.look()
+
+    def _receive(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
+        self.strategy.receive(source, numbers, payload)
+        self.busy.look()
+
+    def step(self, number: int, communicate: bool) -> float:
+        """One step; returns its seconds."""
+        began = time.perf_counter()
+        time.sleep(self.device)
+        for piece in range(self.shared.num_pieces):
+            with self.shared.lock(piece):
+                self.shared.push_pull(piece, self.change, self.copy)
+                self.journal.record(Event.STEP, piece, number)
+        if communicate:
+            self.links.post(self.strategy.step_taken)
+            if self.waits:
+                self.links.wait(lambda: not self.strategy.blocked())
+        return time.perf_counter() - began
+
+    def block(self, steps: int, communicate: bool, into: Seconds) -> None:
+        """`steps` steps that count after one that does not, with or without communication."""
+        self.world.barrier()
+        if communicate:
+            self.links.post(self.strategy.stay)
+        times = [self.step(number, communicate) for number in range(steps + 1)][1:]
+        if not communicate:
+            into.without += times
+            return
+        into.with_ += times
+        self.links.post(self.strategy.leave)
+        self.links.wait(self.strategy.quiet)
+        into.steps += steps + 1
+
+    def measure(self, steps: int, rounds: int) -> Seconds:
+        """Blocks without and with communication in turn."""
+        result = Seconds()
+        before = self.strategy.bytes_sent
+        for _ in range(rounds):
+            self.block(steps, False, result)
+            self.block(steps, True, result)
+        self.world.barrier()
+        self.links.on_message(CHANNEL, None)
+        result.communication = self.busy.seconds
+        result.megabytes = (self.strategy.bytes_sent - before) / 1e6
+        return result
+
+
+class TimedWorld:
+    """A world for a synchronous strategy, which times its sums: from the call to the end of the sum."""
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self.rank, self.size = world.rank, world.size
+        self._seconds = 0.0
+        self._watchers: list[threading.Thread] = []
+
+    def sum_(self, buffer: Flat) -> None:
+        """A timed sum."""
+        began = time.perf_counter()
+        self._world.sum_(buffer)
+        self._seconds += time.perf_counter() - began
+
+    def start_sum(self, buffer: Flat) -> Pending:
+        """A sum in the background, whose end a thread waits for."""
+        began = time.perf_counter()
+        pending: Pending = self._world.start_sum(buffer)
+
+        def wait() -> None:
+            pending.wait()
+            self._seconds += time.perf_counter() - began
+
+        self._watchers.append(threading.Thread(target=wait))
+        self._watchers[-1].start()
+        return pending
+
+    def seconds(self) -> float:
+        """Of all sums so far, of which none may be under way."""
+        for watcher in self._watchers:
+            watcher.join()
+        self._watchers.clear()
+        return self._seconds
+
+
+class Synchronous:
+    """One rank's learner of a synchronous strategy, without a gradient."""
+
+    def __init__(self, world: Any, name: str, settings: Settings, options: argparse.Namespace) -> None:
+        self.world, self.timed = world, TimedWorld(world)
+        self.strategy = make_strategy(name, self.timed, settings)
+        self.device, self.frames = options.device_seconds, options.frames_per_minibatch
+        self.values = np.zeros(options.parameters, np.float32)
+        self.change = np.full(options.parameters, 1e-6, np.float32)
+
+    def step(self, number: int, communicate: bool) -> float:
+        """One step; returns its seconds."""
+        began, strategy = time.perf_counter(), self.strategy
+        step = Step(number, self.frames, self.frames * self.world.size)
+        if communicate:
+            strategy.start_step(self.values, step)
+        time.sleep(self.device)
+        if communicate:
+            strategy.combine_gradients(self.change, step)
+            strategy.before_update(self.values, step)
+        self.values += self.change
+        if communicate and strategy.note(step):
+            strategy.mix_parameters(self.values)
+        return time.perf_counter() - began
+
+    def block(self, steps: int, communicate: bool, into: Seconds) -> None:
+        """`steps` steps that count after one that does not, with or without communication."""
+        self.world.barrier()
+        times = [self.step(number, communicate) for number in range(steps + 1)]
+        if communicate:
+            into.with_ += times[1:]
+            into.steps += steps + 1
+        else:
+            into.without += times[1:]
+
+    def measure(self, steps: int, rounds: int) -> Seconds:
+        """Blocks without and with communication in turn."""
+        result = Seconds()
+        for _ in range(rounds):
+            self.block(steps, False, result)
+            self.block(steps, True, result)
+        result.communication, result.megabytes = self.timed.seconds(), self.strategy.bytes_sent / 1e6
+        return result
+
+
+def periodic_cost(world: Any, options: argparse.Namespace, period: int) -> float:
+    """The share of a training's time that ``periodic`` loses with an averaging each `period` minibatches."""
+    frames = period * options.frames_per_minibatch * world.size
+    learner = Synchronous(world, "periodic", Settings(frames_per_average=frames), options)
+    world.barrier()
+    began = time.perf_counter()
+    for number in range(period * -(-options.steps // period)):
+        learner.step(number, True)
+    return learner.timed.seconds() / (time.perf_counter() - began)
+
+
+def summary(world: Any, mine: Seconds) -> dict[str, float]:
+    """The means over steps and ranks."""
+    rows = [
+        (float(np.mean(s.without)), float(np.mean(s.with_)), s.communication / s.steps, s.megabytes / s.steps)
+        for s in world.gather(mine)
+    ]
+    without, with_, communication, megabytes = (float(mean) for mean in np.mean(rows, axis=0))
+    return {
+        "step_without": without,
+        "step_with": with_,
+        "exchange_seconds": communication,
+        "megabytes_per_step": megabytes,
+        "hidden_share": 1 - (with_ - without) / communication,
+    }
+
+
+def learner_of(name: str, world: Any, options: argparse.Namespace) -> Asynchronous | Synchronous:
+    """A learner of the strategy called `name`."""
+    settings = Settings(transfer_dtype=options.transfer_dtype)
+    strategy = make_strategy(name, world, settings)
+    if isinstance(strategy, Exchanging):
+        return Asynchronous(world, strategy, options.parameters, options.transfer_dtype, options.device_seconds)
+    return Synchronous(world, name, settings, options)
+
+
+def run(world: Any, options: argparse.Namespace) -> None:
+    """All measurements, on all ranks; rank 0 prints."""
+
+    def say(line: str, stream: Any = sys.stderr) -> None:
+        if world.rank == 0:
+            print(line, file=stream, flush=True)
+
+    rows: dict[str, dict[str, float]] = {}
+    for name in options.strategies:
+        rows[name] = summary(world, learner_of(name, world, options).measure(options.steps, options.rounds))
+        say(f"{name}: {rows[name]['hidden_share']:.3f} hidden")
+    costs: dict[str, float] = {}
+    for period in options.periods:
+        cost = float(np.mean(world.gather(periodic_cost(world, options, period))))
+        costs[str(period * options.frames_per_minibatch * world.size)] = cost
+        say(f"periodic, each {period} minibatches: {cost:.3f} of the time")
+
+    say(f"{'strategy':16}{'step without':>14}{'with':>9}{'exchange':>10}{'MB/step':>9}{'hidden':>8}", sys.stdout)
+    for name, row in rows.items():
+        say(
+            f"{name:16}{row['step_without']:13.3f}s{row['step_with']:8.3f}s{row['exchange_seconds']:9.3f}s"
+            f"{row['megabytes_per_step']:9.0f}{row['hidden_share']:8.3f}",
+            sys.stdout,
+        )
+    for frames, cost in costs.items():
+        say(f"periodic, averaging each {frames:>8} frames: {100 * cost:5.1f} % of the time", sys.stdout)
+    result = {
+        "hidden_share": {name: round(row["hidden_share"], 4) for name, row in rows.items()},
+        "periodic_cost": {frames: round(cost, 4) for frames, cost in costs.items()},
+        "ranks": world.size,
+        "parameters": options.parameters,
+        "device_seconds": options.device_seconds,
+        "cores": os.cpu_count(),
+        "transfer_dtype": options.transfer_dtype,
+        "seconds": {name: {key: round(value, 5) for key, value in row.items()} for name, row in rows.items()},
+    }
+    say(json.dumps(result), sys.stdout)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description="Overlap of communication with computation, by strategy.")
+    add = parser.add_argument
+    add("--ranks", type=int, default=4, help="learners")
+    add("--parameters", type=int, default=43_000_000, help="of the model, float32")
+    add("--device-seconds", type=float, default=1.5, help="computation of a step")
+    add("--steps", type=int, default=4, help="steps of a block that count")
+    add("--rounds", type=int, default=3, help="blocks without and with communication")
+    add("--strategies", nargs="*", default=[*HIDING, "allreduce"], help="to measure")
+    add("--transfer-dtype", default="float32", help="of what travels: float32, float16 or bfloat16")
+    add("--periods", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="of periodic, in minibatches")
+    add("--frames-per-minibatch", type=int, default=2560, help="of one learner, for periodic")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Start the ranks, or be one of them."""
+    options = parse(sys.argv[1:])
+    if NUM_LEARNERS_ENV not in os.environ:
+        return launch([sys.executable, "-m", "mpi4py", __file__, *sys.argv[1:]], options.ranks)
+    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+
+    die_with_parent()
+    world = MpiWorld()
+    with guarded(world):
+        run(world, options)
+        world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KaldiMpiError as error:
+        sys.exit(f"bench/averaging.py: {error}")
