@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
-from kaldi_mpi.averaging.journal import Journal
+from kaldi_mpi.averaging.journal import Event as JournalEvent
+from kaldi_mpi.averaging.journal import Journal, Records
 from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.averaging.reference import kaldi_step
 from kaldi_mpi.averaging.shared import SharedModel
 from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.learner.flat import ComponentSlice, FlatParameters
+from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.transport.simulate import Place, Simulation
+from kaldi_mpi.transport.world import World
 
 Make = Callable[[Collective], Exchanging]
 
@@ -68,3 +75,81 @@ def total_after(models: NDArray[np.float32], num_steps: Sequence[int]) -> NDArra
         for step in range(steps):
             total += noise(rank, step, models[0])[0]
     return total
+
+
+# A problem with gradients: least squares, by Kaldi's optimiser with all its limits.
+
+DIM, NUM_STEPS, PIECE = 12, 9, 5
+MAX_CHANGE = [(slice(0, 5), 0.05), (slice(5, DIM), 0.02)]
+MAX_PARAM_CHANGE, MOMENTUM = 0.04, 0.5
+
+
+def gradient(w: NDArray[np.float64], learner: int, step: int) -> NDArray[np.float64]:
+    """Least squares on this learner's minibatch of this step; sizes differ."""
+    rng = np.random.default_rng([learner, step])
+    frames = 1 + (5 * learner + 3 * step) % 7
+    x, y = rng.standard_normal((frames, DIM)), rng.standard_normal(frames)
+    return x.T @ (x @ w - y)
+
+
+def start_model() -> NDArray[np.float64]:
+    """(DIM,), the same for all learners."""
+    return np.random.default_rng(99).standard_normal(DIM)
+
+
+def rate(step: int, size: int) -> float:
+    """The actual learning rate of a step."""
+    return 0.002 * 0.9**step * size
+
+
+def num_steps(rank: int) -> int:
+    """Some learners end earlier than others."""
+    return NUM_STEPS - 2 * (rank % 2)
+
+
+def train(world: World, strategy: Exchanging) -> tuple[NDArray[np.float32], NDArray[np.float32], Records]:
+    """What the learner's loop does, with its real optimiser; returns own model, final model, journal."""
+    flat = FlatParameters.__new__(FlatParameters)
+    flat.values = torch.from_numpy(start_model().astype(np.float32))
+    flat.gradients = torch.zeros(DIM)
+    flat.components = [ComponentSlice(f"c{i}", where, limit, 1.0, 0.0) for i, (where, limit) in enumerate(MAX_CHANGE)]
+    optimiser = KaldiSgd(flat, MOMENTUM, MAX_PARAM_CHANGE)
+    w, change = flat.values.numpy(), torch.zeros(DIM)
+    shared, journal, links = SharedModel(w, PIECE), Journal(), world.links
+    strategy.begin(w)
+    strategy.connect(shared, lambda to, numbers, payload: links.send(1, to, numbers, payload), journal)
+    links.on_message(1, strategy.receive)
+    world.barrier()
+    for step in range(num_steps(world.rank)):
+        flat.gradients.numpy()[:] = gradient(w.astype(np.float64), world.rank, step)
+        optimiser.step(rate(step, world.size), 1, change)
+        strategy.filter_change(change.numpy())
+        for piece in range(shared.num_pieces):
+            with shared.lock(piece):
+                shared.push_pull(piece, change.numpy(), w)
+                journal.record(JournalEvent.STEP, piece, step)
+        links.post(lambda: strategy.step_taken(10))
+        if strategy.may_block:
+            links.wait(lambda: not strategy.blocked())
+        if (step + world.rank) % 3 == 0:
+            time.sleep(0.002)  # so that messages meet learners in various states
+    links.post(strategy.leave)
+    links.wait(strategy.quiet)
+    world.barrier()
+    own, final = shared.values.copy(), shared.values.copy()
+    strategy.finish(final)
+    links.on_message(1, None)
+    return own, final, journal.records()
+
+
+def reference_change(size: int) -> Callable[[int, int, NDArray[np.float64]], NDArray[np.float64]]:
+    """The changes that `train` makes, in float64, for `replay`."""
+    deltas = [np.zeros(DIM) for _ in range(size)]
+
+    def change(rank: int, step: int, w: NDArray[np.float64]) -> NDArray[np.float64]:
+        own, deltas[rank] = kaldi_step(
+            deltas[rank], gradient(w, rank, step), rate(step, size), MOMENTUM, MAX_CHANGE, MAX_PARAM_CHANGE
+        )
+        return own
+
+    return change
