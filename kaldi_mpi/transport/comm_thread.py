@@ -16,6 +16,8 @@ The thread knows neither MPI nor the fake world: both give it handles and a way 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -30,6 +32,10 @@ LONGEST_SLEEP_MOVING = 0.25e-3  # with transfers under way: libraries move large
 LONGEST_SLEEP_LISTENING = 1.5e-3
 LONG_WAIT = 60.0  # seconds after which a wait is told in the log; doubled each time
 _LAST_CHANCE = 1.0  # seconds that `stop` leaves to transfers under way
+
+
+# Sleeping for no time takes 50 us and more, yielding one.
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class BrokenWorldError(RuntimeError):
@@ -57,21 +63,35 @@ class Listener(Protocol):
 class Completion:
     """What a waiting thread holds: set when a task or a condition has come true."""
 
-    __slots__ = ("done", "event", "failure", "result", "what")
+    __slots__ = ("_lock", "done", "failure", "is_set", "result", "what")
 
     def __init__(self, what: str, done: Callable[[], None] | None = None) -> None:
         self.what = what
         self.done = done  # called on the communication thread
-        self.event = threading.Event()
+        self.is_set = False
         self.result: Any = None
         self.failure: BaseException | None = None
+        self._lock = threading.Lock()  # held until it is set: wakes ten times faster than threading.Event
+        self._lock.acquire()
 
     def set(self, result: Any = None) -> None:
         """Come true."""
         self.result = result
-        self.event.set()
+        self.release()
         if self.done is not None:
             self.done()
+
+    def release(self) -> None:
+        """Let those who wait go on; safe to call again."""
+        self.is_set = True
+        with contextlib.suppress(RuntimeError):
+            self._lock.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so long; returns whether it has come true."""
+        if not self.is_set and self._lock.acquire(timeout=seconds):
+            self.release()
+        return self.is_set
 
 
 class Lane:
@@ -111,9 +131,10 @@ class CommThread:
         self.rank = rank
         self._completed, self._polls, self._on_failure = completed, polls, on_failure
         self._patience = patience
-        self._condition = threading.Condition(threading.Lock())
+        self._bell = threading.Lock()  # free: there is something to do (see Completion for why a bare lock)
+        self._bell.acquire()
+        self._guard = threading.Lock()  # of what several threads change: starting, waiting, failing
         self._inbox: deque[Callable[[], None]] = deque()
-        self._nudged = False
         self._handles: list[Any] = []  # of the transfers under way, and what to do when they are done
         self._transfers: list[tuple[Transfer, Callable[[], None]]] = []
         self._lanes: list[Lane] = []  # those that have tasks
@@ -133,19 +154,19 @@ class CommThread:
         Raises:
             BrokenWorldError: the thread has ended.
         """
-        with self._condition:
-            self._check()
-            if not self._started:
-                self._started = True
-                self._thread.start()
-            self._inbox.append(action)
-            self._condition.notify()
+        self._check()
+        if not self._started:
+            with self._guard:
+                if not self._started:
+                    self._started = True
+                    self._thread.start()
+        self._inbox.append(action)
+        self.nudge()
 
     def nudge(self) -> None:
-        """There is something to look for (worlds that need no polling)."""
-        with self._condition:
-            self._nudged = True
-            self._condition.notify()
+        """There is something to look for."""
+        with contextlib.suppress(RuntimeError):  # it has not answered an earlier ring yet
+            self._bell.release()
 
     def submit(self, lane: Lane, task: Task, what: str, done: Callable[[], None] | None = None) -> Completion:
         """Run `task` after the lane's earlier ones; its return value becomes the completion's result."""
@@ -169,17 +190,15 @@ class CommThread:
             BrokenWorldError: the thread has ended.
             BaseException: what the condition waited for raised.
         """
-        if completion.event.is_set():
-            self._check_completion(completion)
-            return completion.result
-        if self.is_current():
+        if self.is_current() and not completion.is_set:
             raise RuntimeError(f"the communication thread cannot wait for its own work ({completion.what})")
-        with self._condition:
-            self._check()
+        with self._guard:
+            if not completion.is_set:
+                self._check()
             self._waiting.add(completion)
         began, limit = time.monotonic(), LONG_WAIT
         try:
-            while not completion.event.wait(min(limit, self._patience or limit)):
+            while not completion.wait(min(limit, self._patience or limit)):
                 waited = time.monotonic() - began
                 if self._patience is not None and waited >= self._patience:
                     raise BrokenWorldError(self.explain(completion, waited))
@@ -187,7 +206,7 @@ class CommThread:
                     logger.warning("%s", self.explain(completion, waited))
                     limit *= 2
         finally:
-            with self._condition:
+            with self._guard:
                 self._waiting.discard(completion)
         self._check_completion(completion)
         return completion.result
@@ -202,11 +221,11 @@ class CommThread:
 
     def stop(self) -> None:
         """End the thread, leaving transfers under way a moment to complete; safe to call again."""
-        with self._condition:
+        with self._guard:
             if self._stop_at is None:
                 self._stop_at = time.monotonic() + _LAST_CHANCE
             started = self._started
-            self._condition.notify()
+        self.nudge()
         if started and not self.is_current():
             self._thread.join(2 * _LAST_CHANCE)
         self._release_all(BrokenWorldError("the world was closed"))
@@ -214,8 +233,7 @@ class CommThread:
     def fail(self, error: BaseException) -> None:
         """Break everybody's waits with `error`; from any thread."""
         self._release_all(error)
-        with self._condition:
-            self._condition.notify()
+        self.nudge()
 
     def explain(self, completion: Completion, seconds: float) -> str:
         """One line for the log: who waits for what, and what is under way."""
@@ -321,19 +339,14 @@ class CommThread:
                 return
             polling = self._polls and bool(self._handles or self._listeners)
             if polling and time.perf_counter() - last < SPIN_SECONDS:
-                time.sleep(0)
-                continue
-            with self._condition:
-                if self._inbox or self._nudged:
-                    self._nudged = False
-                elif polling:
-                    longest = LONGEST_SLEEP_MOVING if self._handles else LONGEST_SLEEP_LISTENING
-                    delay = min(1.5 * delay, longest)
-                    self._condition.wait(delay)
-                elif self._stop_at is None and self._failure is None:
-                    self._condition.wait()
-                elif self._stop_at is not None:
-                    self._condition.wait(SHORTEST_SLEEP)
+                _yield()
+            elif polling:
+                delay = min(1.5 * delay, LONGEST_SLEEP_MOVING if self._handles else LONGEST_SLEEP_LISTENING)
+                self._bell.acquire(timeout=delay)
+            elif self._stop_at is None:
+                self._bell.acquire()
+            else:
+                self._bell.acquire(timeout=SHORTEST_SLEEP)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -348,10 +361,11 @@ class CommThread:
             raise completion.failure
 
     def _release_all(self, error: BaseException) -> None:
-        with self._condition:
+        with self._guard:
             if self._failure is None:
                 self._failure = error
             for completion in self._waiting:
-                completion.failure = BrokenWorldError(str(error))
-                completion.event.set()
+                if not completion.is_set:
+                    completion.failure = BrokenWorldError(str(error))
+                    completion.release()
             self._waiting.clear()

@@ -71,7 +71,10 @@ class CommWorld:
 
     def gather(self, value: Any) -> list[Any]:
         """See `World.gather`."""
-        return self._thread.wait(self._submit(collectives.gather(self._carrier, COLLECTIVES, value), "gather"))
+        said: list[Any] = self._thread.wait(
+            self._submit(collectives.gather(self._carrier, COLLECTIVES, value), "gather")
+        )
+        return said
 
     def broadcast(self, value: Any) -> Any:
         """See `World.broadcast`."""
