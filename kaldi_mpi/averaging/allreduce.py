@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.shared import rounded
 from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
 
 
@@ -43,11 +42,9 @@ class Allreduce(Strategy):
         """Replace `gradients` by their mean over the learners, as in (1)."""
         if self.world.size == 1:
             return  # not one bit changes for a single learner
-        if self.transfer_dtype != "float32":
-            gradients[:] = rounded(gradients, self.transfer_dtype)
-        self.world.sum_(gradients)
+        self.world.sum_(gradients, self.transfer_dtype)
         gradients /= np.float32(self.world.size)
-        self._count(gradients)
+        self._count(gradients, self.transfer_dtype)
 
     def mean_model(self, parameters: Flat) -> Flat:
         """A copy: the models never differ, and a mean of equal numbers could still round."""

@@ -100,13 +100,13 @@ class Bmuf(Strategy):
             self._residue += mean
             mean = rounded(self._residue, self.transfer_dtype)
             self._residue -= mean
-        self.world.sum_(mean)
+        self.world.sum_(mean, self.transfer_dtype)
         mean *= np.float32(self.learning_rate / self.world.size)
         self._delta *= np.float32(self.momentum)
         self._delta += mean
         self._centre += self._delta
         parameters[:] = self._start()
-        self._count(parameters)
+        self._count(parameters, self.transfer_dtype)
         return self.reset_momentum
 
     def finish(self, parameters: Flat) -> None:

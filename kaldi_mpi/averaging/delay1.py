@@ -48,8 +48,8 @@ class Delay1(Strategy):
             return
         self._sum = rounded(parameters, self.transfer_dtype)
         self._mine = None if self.transfer_dtype == "float32" else self._sum.copy()
-        self._pending = self.world.start_sum(self._sum)
-        self._count(self._sum)
+        self._pending = self.world.start_sum(self._sum, self.transfer_dtype)
+        self._count(self._sum, self.transfer_dtype)
 
     def _wait(self) -> None:
         if self._pending is not None:

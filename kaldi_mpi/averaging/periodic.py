@@ -14,8 +14,12 @@ Mixing matrix: the identity between averagings, the weighted mean at an averagin
 Momentum stays with its learner through an averaging: the mean of the local momenta acts on the mean model
 as one momentum would.
 
-Models may travel in 16 bits: with q for the rounding, w_i <- w_i + sum_j (n_j/n) q(w_j) - q(w_i) in place of (2)
-leaves the weighted mean where it is and each learner with its own rounding; the last averaging is in float32.
+Models may travel in 16 bits. With r_i = n_i / sum_j n_j and q for the rounding,
+
+    w_i <- w_i + sum_j q(r_j w_j) - q(r_i w_i) / r_i      (w_i <- the sum, where r_i = 0)                     (3)
+
+in place of (2) leaves the weighted mean where it is, and each learner with what rounding took from its own
+model; the last averaging is by (2).
 """
 
 from __future__ import annotations
@@ -58,11 +62,21 @@ class Periodic(Strategy):
             if self.transfer_dtype == "float32":
                 parameters[:] = self.mean_model(parameters)
             else:
-                mine = rounded(parameters, self.transfer_dtype)
-                parameters += self.mean_model(mine) - mine
-            self._count(parameters)
+                self._mix_narrow(parameters)
+            self._count(parameters, self.transfer_dtype)
         self._own_frames = self._global_frames = 0
         return False
+
+    def _mix_narrow(self, parameters: Flat) -> None:
+        """Average as in (3)."""
+        share = np.float32(self._own_frames / self._global_frames)
+        mine = rounded(share * parameters, self.transfer_dtype)
+        total = mine.copy()
+        self.world.sum_(total, self.transfer_dtype)
+        if share == 0:
+            parameters[:] = total
+        else:
+            parameters += total - mine / share
 
     def finish(self, parameters: Flat) -> None:
         """Average what has been trained since the last averaging."""

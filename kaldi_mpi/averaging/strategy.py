@@ -55,14 +55,14 @@ class Collective(Protocol):
     def size(self) -> int:
         """The number of learners, N."""
 
-    def sum_(self, buffer: Flat) -> None:
+    def sum_(self, buffer: Flat, wire: str = "float32") -> None:
         """Replace `buffer` (float32, any length, the same on all ranks) by its sum over the ranks.
 
         The sum is taken in rank order with float64 accumulation: the result is the same, bit for bit, on
-        every rank and in every run.
+        every rank and in every run. `wire` is the type in which the contributions travel; the sum is float32.
         """
 
-    def start_sum(self, buffer: Flat) -> Pending:
+    def start_sum(self, buffer: Flat, wire: str = "float32") -> Pending:
         """The same, in the background: `buffer` is lent until `Pending.wait` returns."""
 
 
@@ -142,7 +142,8 @@ class Strategy:
         self.num_averages = state["num_averages"]
         self.bytes_sent = state["bytes_sent"]
 
-    def _count(self, buffer: Flat) -> None:
-        """Keep account of one averaging: a sum by pieces sends each rank's buffer out and back once."""
+    def _count(self, buffer: Flat, wire: str = "float32") -> None:
+        """Keep account of one averaging: a sum by pieces sends each rank's buffer out and, in float32, back once."""
         self.num_averages += 1
-        self.bytes_sent += 2 * buffer.nbytes * (self.world.size - 1) // self.world.size
+        each = buffer.itemsize + (buffer.itemsize if wire == "float32" else 2)
+        self.bytes_sent += each * buffer.size * (self.world.size - 1) // self.world.size
