@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kaldi_mpi.averaging.allreduce import Allreduce
+from kaldi_mpi.averaging.asgd import Asgd
 from kaldi_mpi.averaging.bmuf import Bmuf
 from kaldi_mpi.averaging.delay1 import Delay1
+from kaldi_mpi.averaging.easgd import Easgd
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.periodic import Periodic
@@ -34,11 +36,27 @@ def _bmuf(world: Collective, settings: Settings) -> Strategy:
     )
 
 
+def _easgd(world: Collective, settings: Settings) -> Strategy:
+    return Easgd(
+        world,
+        settings.frames_per_average,
+        settings.elastic_alpha,
+        settings.elastic_momentum,
+        settings.dedicated_server,
+    )
+
+
+def _asgd(world: Collective, settings: Settings) -> Strategy:
+    return Asgd(world, settings.frames_per_average, settings.staleness_bound, settings.dedicated_server)
+
+
 # The asynchronous ones find the piece size and the type of what travels in the published model that they mix.
 _MAKERS: dict[str, Callable[[Collective, Settings], Strategy]] = {
     "allreduce": lambda world, settings: Allreduce(world, settings.transfer_dtype),
     "periodic": _periodic,
     "bmuf": _bmuf,
+    "easgd": _easgd,
+    "asgd": _asgd,
     "adpsgd-fixed": lambda world, settings: FixedRing(world, settings.frames_per_average),
     "adpsgd-random": lambda world, settings: RandomRing(world, settings.seed, settings.frames_per_average),
     "adpsgd-delay1": lambda world, settings: Delay1(world, settings.transfer_dtype),

@@ -1,0 +1,221 @@
+"""A centre besides the learners' models: what elastic averaging and a parameter server have in common.
+
+The centre costs no rank of its own: it is spread over the learners' communication threads by pieces. Piece p is
+kept by owner p mod M of M owners, all learners; or by a last rank that learns nothing (`dedicated_server`). An
+exchange goes through all pieces of the model in order, each a transaction between the learner and the piece's
+owner (often the learner itself), as in `kaldi_mpi.averaging.exchange`; only what is answered differs:
+
+    learner i sends what its rule says of its piece;   the owner changes c and answers from it, in its own time
+
+An owner knows, for each of its pieces, how many updates c has had (its version) and at which version each
+learner last saw it. The *staleness* of an update is the number of updates by others in between.
+
+A learner that has no more data says so to all owners (LEAVE, answered by LEFT, so that nothing is on its way
+when all are quiet), and that it goes on after a pause that all learners make (JOIN). Pauses are counted: with the
+first JOIN of a round the LEAVEs of all earlier rounds are void, whatever the order in which they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kaldi_mpi.averaging.exchange import Exchanging, Payload, Post
+from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.shared import Shared, Wire, to_wire
+from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.errors import ConfigError
+
+LEAVE, LEFT, JOIN = 10, 11, 12  # kinds of messages besides those of exchanges; the second number is the round
+
+
+class Centred(Exchanging):
+    """Base of the strategies with a centre; subclasses say what an owner does.
+
+    Attributes:
+        centre: by piece, float32: what this rank keeps of the centre.
+        max_staleness: the largest staleness of an update to a piece kept here.
+        sends_rest: whether a learner that leaves makes a last exchange for its last frames.
+
+    Args:
+        world: the learners, and the server, if there is one, as the last.
+        frames_per_average: see `Exchanging`.
+        dedicated_server: whether the last rank keeps the whole centre and learns nothing.
+
+    Raises:
+        ConfigError: a dedicated server without learners.
+    """
+
+    sends_rest: ClassVar[bool] = False
+
+    def __init__(
+        self, world: Collective, frames_per_average: int | None = None, dedicated_server: bool = False
+    ) -> None:
+        super().__init__(world, frames_per_average)
+        if dedicated_server and world.size < 2:
+            raise ConfigError("--dedicated-server: needs a rank besides the learners; start one more")
+        self._num_learners = world.size - dedicated_server
+        self.owners = [world.size - 1] if dedicated_server else list(range(world.size))
+        self.centre: dict[int, Flat] = {}
+        self._updates: dict[int, int] = {}  # by piece: the version of the centre
+        self._seen: dict[int, list[int]] = {}  # by piece and learner: the version that it was last given
+        self._round = 0  # of this learner
+        self._owner_round = 0  # the latest heard of
+        self._left_in = [-1] * self._num_learners  # the round in which each learner last left
+        self._unconfirmed = 0  # owners that have not answered this learner's LEAVE
+        self._to_say = False  # LEAVE, once nothing is under way
+        self.max_staleness = 0
+        self._staleness, self._answered = 0, 0
+
+    @property
+    def num_learners(self) -> int:
+        """N, without the server."""
+        return self._num_learners
+
+    @property
+    def learns(self) -> bool:
+        """Whether this rank is a learner."""
+        return self.world.rank < self._num_learners
+
+    @property
+    def mean_staleness(self) -> float:
+        """Of all updates to the pieces kept here."""
+        return self._staleness / max(1, self._answered)
+
+    def connect(self, shared: Shared, post: Post, journal: Journal) -> None:
+        """See `Exchanging.connect`; unless it goes on from a state, the centre is the model as it is now."""
+        super().connect(shared, post, journal)
+        if self.world.size == 1 or self._updates:
+            return
+        for piece in range(shared.num_pieces):
+            if self.target(piece) == self.world.rank:
+                with shared.lock(piece):
+                    self.centre[piece] = shared.read(piece)
+                self._updates[piece] = 0
+                self._seen[piece] = [0] * self._num_learners
+
+    def partners(self, round_number: int) -> Sequence[int]:
+        """One exchange, with all owners; the first stands for them."""
+        return [self.owners[0]]
+
+    def target(self, piece: int) -> int:
+        """The piece's owner."""
+        return self.owners[piece % len(self.owners)]
+
+    # What subclasses say.
+
+    def take(self, piece: int, source: int, number: int, theirs: Wire) -> Wire | None:
+        """At the owner: change the centre by what `source` has sent; returns the answer, or None: not yet."""
+        raise NotImplementedError
+
+    def has_left(self, learner: int) -> bool:
+        """Whether a learner takes no part for now, as far as is known here."""
+        return self._left_in[learner] >= self._owner_round
+
+    def somebody_left(self) -> None:
+        """At an owner: called when a learner has left."""
+
+    def all_return(self) -> None:
+        """At an owner: called when the first learner goes on after a pause, before it has sent anything else."""
+
+    # Events.
+
+    def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire] | None:
+        """At the owner: a learner's exchange; what is given back tells the version of the centre, too."""
+        stale = self._updates[piece] - self._seen[piece][source]
+        self.max_staleness = max(self.max_staleness, stale)
+        self._staleness += stale
+        self._answered += 1
+        version = self._updates[piece]
+        self.journal.record(
+            Event.CENTRE, piece, number, source, own_steps=version, their_steps=their_steps, age=stale
+        )  # fmt: skip
+        self._updates[piece] = version + 1
+        reply = self.take(piece, source, number, theirs)
+        if reply is None:
+            return None
+        self._seen[piece][source] = version + 1
+        return version, reply
+
+    def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
+        """See `Exchanging.receive`; here also of learners that leave and come back."""
+        kind, number = numbers[:2]
+        if kind == LEAVE:
+            self._left_in[source] = number
+            self.post(source, (LEFT, number, 0, 0), None)
+            self.somebody_left()
+        elif kind == LEFT:
+            self._unconfirmed -= 1
+        elif kind == JOIN:
+            if number > self._owner_round:
+                self._owner_round = number
+                self.all_return()
+        else:
+            super().receive(source, numbers, payload)
+            self._say_leave()
+
+    def leave(self) -> None:
+        """See `Exchanging.leave`; the owners hear of it when nothing is under way any more."""
+        rest = self.sends_rest and (self._frames > 0 or bool(self._due))
+        super().leave()
+        if self.world.size == 1 or not self.learns:
+            return
+        self._to_say = True
+        if rest:
+            self._frames = 0
+            self._due.append(self.owners[0])
+            self._go_on()
+        self._say_leave()
+
+    def _say_leave(self) -> None:
+        if self._to_say and super().quiet():
+            self._to_say = False
+            self._unconfirmed = len(self.owners)
+            for owner in self.owners:
+                self.post(owner, (LEAVE, self._round, 0, 0), None)
+
+    def stay(self) -> None:
+        """See `Exchanging.stay`; for use after all learners have paused."""
+        if self._leaving and self.world.size > 1 and self.learns:
+            self._round += 1
+            for owner in self.owners:
+                self.post(owner, (JOIN, self._round, 0, 0), None)
+        super().stay()
+
+    def quiet(self) -> bool:
+        """Whether nothing that this rank started is under way, its leaving included."""
+        return super().quiet() and not self._to_say and not self._unconfirmed
+
+    def centre_wire(self, piece: int) -> Wire:
+        """A copy of the centre's piece as it travels."""
+        out = np.empty(self.centre[piece].size, self.shared.wire)
+        to_wire(self.centre[piece], out)
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds this rank's part of the centre with its versions, and who takes part."""
+        return super().state_dict() | {
+            "centre": {piece: values.copy() for piece, values in self.centre.items()},
+            "updates": dict(self._updates),
+            "seen": {piece: list(versions) for piece, versions in self._seen.items()},
+            "round": self._round,
+            "owner_round": self._owner_round,
+            "left_in": list(self._left_in),
+            "leaving": self._leaving,
+            "to_say": self._to_say,
+            "unconfirmed": self._unconfirmed,
+            "staleness": (self.max_staleness, self._staleness, self._answered),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.centre = {piece: values.copy() for piece, values in state["centre"].items()}
+        self._updates = dict(state["updates"])
+        self._seen = {piece: list(versions) for piece, versions in state["seen"].items()}
+        self._round, self._owner_round = state["round"], state["owner_round"]
+        self._left_in, self._leaving = list(state["left_in"]), state["leaving"]
+        self._to_say, self._unconfirmed = state["to_say"], state["unconfirmed"]
+        self.max_staleness, self._staleness, self._answered = state["staleness"]
