@@ -68,6 +68,7 @@ class Exchanging(Strategy):
         weight: w of (1) and (2).
         busy_weight: w of an answer that is given while a request of one's own is under way; None: no difference.
         merges: whether crossing requests of a pair are one exchange.
+        may_block: whether `blocked` can ever say so; the learner then asks after each step.
 
     Args:
         world: the learners.
@@ -77,6 +78,7 @@ class Exchanging(Strategy):
 
     asynchronous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
+    may_block: ClassVar[bool] = False
     busy_weight: ClassVar[float | None] = None
     weight: float
 
@@ -123,11 +125,6 @@ class Exchanging(Strategy):
     def blocked(self) -> bool:
         """Whether the learner must wait before its next step; never, but for bounded staleness."""
         return False
-
-    @property
-    def may_block(self) -> bool:
-        """Whether `blocked` can ever say so; the learner then asks before each step."""
-        return type(self).blocked is not Exchanging.blocked
 
     def filter_change(self, change: Flat) -> None:
         """Change a learner's own step in place before it is published (momentum of its own); on its thread."""

@@ -27,7 +27,7 @@ import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,8 @@ class Published(Protocol):
 class Rule(Protocol):
     """What is needed of a strategy (`kaldi_mpi.averaging.exchange.Exchanging`)."""
 
-    @property
-    def may_block(self) -> bool: ...
+    may_block: ClassVar[bool]
+
     def connect(self, shared: Any, post: Any, journal: Any) -> None: ...
     def begin(self, parameters: Flat) -> None: ...
     def filter_change(self, change: Flat) -> None: ...
