@@ -38,17 +38,15 @@ class Delay1(Strategy):
         super().__init__(world)
         self.transfer_dtype = transfer_dtype
         self._pending: Pending | None = None
-        # (P,) float32 while a mean is on its way: the sum, and this learner's rounded share of it.
-        self._sum: Flat | None = None
-        self._mine: Flat | None = None
+        self._sum: Flat | None = None  # (P,) float32, while it is on its way
 
     def start_step(self, parameters: Flat, step: Step) -> None:
         """Set out for the mean."""
         if self.world.size == 1 or self._sum is not None:  # not None: restored in the middle of this step
             return
-        self._sum = rounded(parameters, self.transfer_dtype)
-        self._mine = None if self.transfer_dtype == "float32" else self._sum.copy()
-        self._pending = self.world.start_sum(self._sum, self.transfer_dtype)
+        # No copy of the parameters, which wait for the mean: passes over memory here are not hidden.
+        self._sum = np.empty_like(parameters)
+        self._pending = self.world.start_sum(self._sum, self.transfer_dtype, parameters)
         self._count(self._sum, self.transfer_dtype)
 
     def _wait(self) -> None:
@@ -62,13 +60,13 @@ class Delay1(Strategy):
             return
         assert self._sum is not None, "start_step() has not been called"
         self._wait()
-        self._sum /= np.float32(self.world.size)
-        if self._mine is None:
-            parameters[:] = self._sum
+        if self.transfer_dtype == "float32":
+            np.divide(self._sum, np.float32(self.world.size), out=parameters)
         else:
-            self._sum -= self._mine
+            self._sum /= np.float32(self.world.size)
+            self._sum -= rounded(parameters, self.transfer_dtype)
             parameters += self._sum
-        self._sum = self._mine = None
+        self._sum = None
 
     def finish(self, parameters: Flat) -> None:
         """The final model is the learners' mean."""
@@ -80,7 +78,6 @@ class Delay1(Strategy):
         self._wait()
         return super().state_dict() | {
             "sum": None if self._sum is None else self._sum.copy(),
-            "mine": None if self._mine is None else self._mine.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,4 +85,3 @@ class Delay1(Strategy):
         super().load_state_dict(state)
         self._pending = None
         self._sum = None if state["sum"] is None else state["sum"].copy()
-        self._mine = None if state["mine"] is None else state["mine"].copy()

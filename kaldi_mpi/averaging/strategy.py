@@ -62,8 +62,11 @@ class Collective(Protocol):
         every rank and in every run. `wire` is the type in which the contributions travel; the sum is float32.
         """
 
-    def start_sum(self, buffer: Flat, wire: str = "float32") -> Pending:
-        """The same, in the background: `buffer` is lent until `Pending.wait` returns."""
+    def start_sum(self, buffer: Flat, wire: str = "float32", source: Flat | None = None) -> Pending:
+        """The same, in the background: `buffer` is lent until `Pending.wait` returns.
+
+        With `source` its sum is put into `buffer`; it is lent as well, and left as it is.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,10 @@ class Strategy:
         """Called once before the first step with the model that all learners start from; not when going on."""
 
     def start_step(self, parameters: Flat, step: Step) -> None:
-        """Called before the gradient is computed; may start communication on a copy of `parameters`."""
+        """Called before the gradient is computed; may start communication of `parameters`.
+
+        They stay as they are until `before_update`, which is called with the same values.
+        """
 
     def combine_gradients(self, gradients: Flat, step: Step) -> None:
         """Mix the learners' gradients in place, before the optimiser uses them.

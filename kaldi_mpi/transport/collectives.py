@@ -20,7 +20,7 @@ from kaldi_mpi.transport.carrier import Carrier
 from kaldi_mpi.transport.comm_thread import Task, Transfer
 from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
 
-PIECE = 4 * 2**20  # numbers; temporary memory of a sum is about four times this in float32
+PIECE = 4 * 2**20  # numbers of a piece; temporary memory of a sum is about four times this in float32
 SMALL = 8192  # bytes: up to here everybody sends everything to everybody, which takes one round in place of two
 
 Numbers = NDArray[Any]
@@ -68,6 +68,7 @@ def _by_pieces(
     finish: Callable[[Numbers], Numbers],
     store: Callable[[Numbers, Numbers, Numbers], None] | None,
     piece: int,
+    source: Numbers | None = None,
 ) -> Task:
     """The common course of all sums.
 
@@ -75,16 +76,20 @@ def _by_pieces(
         outgoing: what travels of a piece of the buffer.
         finish: from (N, n) contributions in rank order to the (n,) result that is given to all.
         store: called with (piece of the buffer, what travelled of it, result); None receives results in place.
+        source: what is added up, of the buffer's size and not changed; None: the buffer itself.
     """
+    source = buffer if source is None else source
     where = [slice(start, min(start + piece, buffer.size)) for start in range(0, buffer.size, piece)]
     if not where or carrier.size == 1:
+        if source is not buffer:
+            buffer[:] = source
         return
-    ahead = _Part(carrier, stream, outgoing(buffer[where[0]]))
+    ahead = _Part(carrier, stream, outgoing(source[where[0]]))
     for number, here in enumerate(where):
         part = ahead
         yield part.transfers
         if number + 1 < len(where):
-            ahead = _Part(carrier, stream, outgoing(buffer[where[number + 1]]))
+            ahead = _Part(carrier, stream, outgoing(source[where[number + 1]]))
         mine = part.add(finish)
         values = buffer[here]
         result = values if store is None else np.empty_like(values)
@@ -98,19 +103,24 @@ def _add_wire(received: Numbers) -> NDArray[np.float32]:
 
 
 def sum_float32(
-    carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32", piece: int = PIECE
+    carrier: Carrier,
+    stream: int,
+    buffer: NDArray[np.float32],
+    wire: str = "float32",
+    source: NDArray[np.float32] | None = None,
 ) -> Task:
-    """Replace a (P,) float32 buffer by its sum over ranks; contributions travel in `wire`, results in float32."""
+    """Put into a (P,) float32 buffer the sum over ranks of `source` (None: of the buffer).
+
+    Contributions travel in `wire`, results in float32.
+    """
 
     def outgoing(values: Numbers) -> Numbers:
         return values if wire == "float32" else quantized(values, wire)
 
-    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, piece)
+    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, PIECE, source)
 
 
-def mean_into(
-    carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32", piece: int = PIECE
-) -> Task:
+def mean_into(carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32") -> Task:
     """x_i <- x_i + mean(q(x)) - q(x_i), where q rounds to `wire`: the mean over ranks is conserved.
 
     In float32 q is the identity and all ranks get the mean itself, the same bits.
@@ -131,10 +141,10 @@ def mean_into(
         mean -= from_wire(sent)
         values += mean
 
-    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, piece)
+    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, PIECE)
 
 
-def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64], piece: int = PIECE // 2) -> Task:
+def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64]) -> Task:
     """Replace a flat float64 array by its sum over ranks, in rank order."""
 
     def finish(received: Numbers) -> Numbers:
@@ -143,7 +153,7 @@ def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64], piec
             total += one
         return total
 
-    return _by_pieces(carrier, stream, values, lambda part: part, finish, None, piece)
+    return _by_pieces(carrier, stream, values, lambda part: part, finish, None, PIECE // 2)
 
 
 def quantized(values: NDArray[np.float32], wire: str) -> Numbers:

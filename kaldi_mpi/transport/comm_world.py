@@ -52,9 +52,13 @@ class CommWorld:
         """See `World.sum_`."""
         self.start_sum(buffer, wire).wait()
 
-    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> _Pending:
+    def start_sum(
+        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
+    ) -> _Pending:
         """See `World.start_sum`."""
-        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
+        if source is not None and _flat(source, np.float32).size != buffer.size:
+            raise ValueError(f"the sum of {source.size} numbers does not fit into {buffer.size}")
+        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire, source)
         return _Pending(self, self._submit(task, f"sum of {buffer.size}"))
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:

@@ -111,8 +111,15 @@ class World(Protocol):
             wire: ``float32``, ``float16`` or ``bfloat16``: how the contributions travel. Results are float32.
         """
 
-    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
-        """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order."""
+    def start_sum(
+        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
+    ) -> Pending:
+        """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order.
+
+        Args:
+            wire: as for `sum_`.
+            source: what is summed, of the same size, lent as well and left as it is; None: `buffer`.
+        """
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """x_i <- x_i + mean(q(x)) - q(x_i), in place, where q rounds to `wire`.
@@ -221,8 +228,12 @@ class SoloWorld:
     def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Nothing to add."""
 
-    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
+    def start_sum(
+        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
+    ) -> Pending:
         """Nothing to add."""
+        if source is not None:
+            buffer[:] = source
         return _Done()
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
