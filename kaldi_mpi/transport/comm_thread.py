@@ -190,7 +190,7 @@ class CommThread:
             BrokenWorldError: the thread has ended.
             BaseException: what the condition waited for raised.
         """
-        if self.is_current() and not completion.is_set:
+        if self.is_current():
             raise RuntimeError(f"the communication thread cannot wait for its own work ({completion.what})")
         with self._guard:
             if not completion.is_set:
