@@ -90,7 +90,6 @@ class Asynchronous:
         values = np.random.default_rng(world.rank).standard_normal(parameters, np.float32)
         self.shared, self.journal = SharedModel(values, wire=wire), Journal()
         self.copy, self.change = values, np.full(parameters, 1e-6, np.float32)
-        self.waits = type(strategy).blocked is not Exchanging.blocked
         self.busy = Busy(lambda: not strategy.quiet())
         strategy.connect(self.shared, self._post, self.journal)
         self.links.on_message(CHANNEL, self._receive)
@@ -113,7 +112,7 @@ class Asynchronous:
                 self.journal.record(Event.STEP, piece, number)
         if communicate:
             self.links.post(self.strategy.step_taken)
-            if self.waits:
+            if self.strategy.may_block:
                 self.links.wait(lambda: not self.strategy.blocked())
         return time.perf_counter() - began
 
