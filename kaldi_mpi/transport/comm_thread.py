@@ -326,8 +326,8 @@ class CommThread:
         try:
             self._loop()
         except BaseException as error:  # noqa: BLE001 - ends the run
+            self._on_failure(error)  # before those who wait wake up: theirs is not the reason to tell
             self._release_all(error)
-            self._on_failure(error)
 
     def _loop(self) -> None:
         last, delay = time.perf_counter(), SHORTEST_SLEEP
