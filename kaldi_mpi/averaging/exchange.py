@@ -258,6 +258,7 @@ class Exchanging(Strategy):
             "own_steps": self.own_steps,
             "frames": self._frames,
             "rounds": self._rounds,
+            "leaving": self._leaving,
             "number": self._number,
             "due": list(self._due),
             "partner": self._partner,
@@ -269,7 +270,7 @@ class Exchanging(Strategy):
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self.own_steps, self._number = state["own_steps"], state["number"]
-        self._frames, self._rounds = state["frames"], state["rounds"]
+        self._frames, self._rounds, self._leaving = state["frames"], state["rounds"], state["leaving"]
         self._due = deque(state["due"])
         self._partner, self._next_piece = state["partner"], state["next_piece"]
         self._open = {piece: _Open(**o) for piece, o in state["open"].items()}

@@ -1,0 +1,268 @@
+"""How far apart the learners' models are under each strategy, by simulation of the strategies' own code.
+
+    python bench/consensus.py [--quick]
+
+Each learner adds unit noise to each parameter at each of its steps (a step lasts 1 +- 5 %, the learners' phases
+are random). Reported, over the parameters and learners and over time after a warm-up, relative to that noise:
+
+    spread   E |x_i - mean|^2 of the published models, at times that have nothing to do with the steps
+    copies   the same of the copies at which the learners take their gradients
+
+Links: each rank sends one message after the other and needs 1/c of a step for a whole model, so that it can
+take part in c exchanges a step. Delay-by-one, for which the same loop is written down here, has 1 - 1/N for
+both, whatever the links. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging.expair import Expair
+from kaldi_mpi.averaging.fixed_ring import FixedRing
+from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.averaging.shared import SharedModel
+from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.transport.simulate import Place, Simulation, Timed
+
+Make = Callable[[Collective], Exchanging]
+NUM_PARAMETERS, PIECES = 64, 8
+
+
+class _NoJournal:
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is kept."""
+
+
+class InStep(Expair):
+    """Variant: all learners take the hops in the same order, as in the one-peer exponential graph itself."""
+
+    def partner(self, number: int) -> int:
+        return (self.world.rank + 2 ** (number % self._num_hops)) % self.world.size
+
+
+class RandomHop(Expair):
+    """Variant: the hop is drawn."""
+
+    def partner(self, number: int) -> int:
+        hop = int(np.random.default_rng([self.world.rank, number]).integers(self._num_hops))
+        return (self.world.rank + 2**hop) % self.world.size
+
+
+class RandomPartner(Expair):
+    """Variant: any partner."""
+
+    def partner(self, number: int) -> int:
+        other = int(np.random.default_rng([self.world.rank, number]).integers(self.world.size - 1))
+        return other + (other >= self.world.rank)
+
+
+class Hypercube(Expair):
+    """Variant: the partner differs in one bit (N a power of two), so that learners in step are paired off."""
+
+    def partner(self, number: int) -> int:
+        return self.world.rank ^ 2 ** (number % self._num_hops)
+
+
+class Halves(Expair):
+    """Variant: weight 1/2 also for busy partners."""
+
+    busy_weight: ClassVar[float | None] = None
+
+
+class Thirds(Expair):
+    """Variant: weight 1/3 always."""
+
+    def __init__(self, world: Collective) -> None:
+        super().__init__(world)
+        self.weight = 1 / 3
+
+
+class Ring(Expair):
+    """Variant: the right neighbour always."""
+
+    def partner(self, number: int) -> int:
+        return (self.world.rank + 1) % self.world.size
+
+
+STRATEGIES: dict[str, Make] = {
+    "adpsgd-fixed": FixedRing,
+    "adpsgd-random": lambda world: RandomRing(world, seed=1),
+    "expair": Expair,
+}
+VARIANTS: dict[str, Make] = {
+    "expair": Expair,
+    "hops in step": InStep,
+    "random hop": RandomHop,
+    "random partner": RandomPartner,
+    "hypercube": Hypercube,
+    "ring": Ring,
+    "1/2 always": Halves,
+    "1/3 always": Thirds,
+}
+
+
+def measure(
+    make: Make,
+    size: int,
+    capacity: float = 4.0,
+    slow: float = 1.0,
+    pieces: int = PIECES,
+    steps: int = 120,
+    warm_up: int = 40,
+    latency: float = 0.01,
+    seed: int = 0,
+) -> dict[str, float]:
+    """One simulation.
+
+    Args:
+        make: the strategy.
+        size: learners.
+        capacity: c, exchanges a step that a rank's link can carry.
+        slow: how many times as long rank 0 takes for a step.
+        pieces: in which the model travels.
+        steps: of the other learners.
+        warm_up: steps before measuring.
+        latency: of a message, in steps.
+        seed: of noise, phases and step times.
+    """
+    rng = np.random.default_rng(seed)
+    start = np.zeros(NUM_PARAMETERS, np.float32)
+
+    def noise(rank: int, step: int, copy: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+        return rng.standard_normal(NUM_PARAMETERS).astype(np.float32), 1
+
+    def seconds(rank: int, step: int) -> float:
+        return (slow if rank == 0 else 1.0) * (1 + 0.05 * (2 * rng.random() - 1))
+
+    simulation = Simulation(
+        [make(Place(rank, size)) for rank in range(size)],
+        [SharedModel(start, NUM_PARAMETERS // pieces) for _ in range(size)],
+        [_NoJournal() for _ in range(size)],
+        noise,
+        [10**9] * size,
+    )
+    timed = Timed(simulation, seconds, latency, 4 * NUM_PARAMETERS * capacity, [float(p) for p in rng.random(size)])
+    spreads: list[NDArray[np.float64]] = []
+    copies: list[NDArray[np.float64]] = []
+    exchanges = 0.0
+    sample_at = float(warm_up)
+    for now, _ in timed.run():
+        if now < sample_at:
+            continue
+        models = simulation.models()
+        mean = models.mean(0)
+        if not spreads:
+            exchanges = _exchanges(simulation)
+        spreads.append(((models - mean) ** 2).mean(1))
+        taken = np.array([rank.copy for rank in simulation.ranks], np.float64)
+        copies.append(((taken - mean) ** 2).mean(1))
+        sample_at = now + 0.137
+        if now > steps:
+            break
+    spread = np.array(spreads).mean(0)
+    return {
+        "spread": float(spread.mean()),
+        "others": float(spread[1:].mean()),
+        "copies": float(np.array(copies).mean()),
+        # Each is counted by the one who started it, or by both where requests crossed; a learner takes part
+        # in those it starts and in as many that others start.
+        "started": (_exchanges(simulation) - exchanges) / size / (timed.now - warm_up),
+    }
+
+
+def _exchanges(simulation: Simulation) -> float:
+    return float(sum(strategy.num_averages for strategy in simulation.strategies))  # type: ignore[attr-defined]
+
+
+def delay_by_one(size: int, steps: int = 4000, seed: int = 0) -> float:
+    """The spread of: h <- mean of all models, while each computes its change; x_i <- h + change."""
+    rng = np.random.default_rng(seed)
+    models = np.zeros((size, NUM_PARAMETERS))
+    total = 0.0
+    for _ in range(steps):
+        models = models.mean(0) + rng.standard_normal(models.shape)
+        total += float(((models - models.mean(0)) ** 2).mean())
+    return total / steps
+
+
+def average(make: Make, size: int, seeds: int, **settings: Any) -> dict[str, float]:
+    """The mean of `measure` over seeds."""
+    found = [measure(make, size, seed=seed, **settings) for seed in range(seeds)]
+    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | str]]) -> None:
+    print(f"\n{title}\n")
+    print("| |" + "|".join(columns) + "|\n|" + "---|" * (len(columns) + 1))
+    for name, values in rows.items():
+        print(f"|{name}|" + "|".join(v if isinstance(v, str) else f"{v:.2f}" for v in values) + "|", flush=True)
+
+
+def main() -> None:
+    """Print all tables and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="N = 4 and 8 alone, short runs")
+    quick = parser.parse_args().quick
+    sizes = (4, 8) if quick else (4, 8, 16, 64)
+    result: dict[str, Any] = {"bench": "consensus", "quick": quick, "spread": {}, "copies": {}, "slow": {}}
+
+    def run(make: Make, size: int, **settings: Any) -> dict[str, float]:
+        long = size == 64 and make in (FixedRing, Ring)
+        if long:  # a ring of 64 takes hundreds of steps to come to its spread
+            settings |= {"steps": 700, "warm_up": 300, "pieces": 1}
+        elif size == 64:
+            settings |= {"steps": 80}
+        elif quick:
+            settings |= {"steps": 60, "warm_up": 20}
+        return average(make, size, 1 if size == 64 or quick else 3, **settings)
+
+    columns = [f"N={size}" for size in sizes]
+    delayed = [delay_by_one(size, 400 if quick else 4000) for size in sizes]
+    result["delay_by_one"] = dict(zip(columns, delayed, strict=True))
+    for capacity in (8.0, 4.0, 3.0, 2.0, 1.0):
+        spreads: dict[str, list[float]] = {"adpsgd-delay1": delayed}
+        copies: dict[str, list[float]] = {"adpsgd-delay1": delayed}
+        for name, make in STRATEGIES.items():
+            if capacity != 4.0 and name == "adpsgd-fixed" and 64 in sizes:
+                some = [run(make, size, capacity=capacity) for size in sizes if size < 64]
+            else:
+                some = [run(make, size, capacity=capacity) for size in sizes]
+            spreads[name] = [one["spread"] for one in some]
+            copies[name] = [one["copies"] for one in some]
+        _table(f"spread, links that carry {capacity:g} exchanges a step", columns, spreads)
+        _table(f"copies, links that carry {capacity:g} exchanges a step", columns, copies)
+        result["spread"][f"{capacity:g}"] = spreads
+        result["copies"][f"{capacity:g}"] = copies
+    result["slow"] = {
+        name: [run(make, size, slow=100.0)["others"] for size in sizes if size < 64 or make is not FixedRing]
+        for name, make in STRATEGIES.items()
+    }
+    _table("spread of the others, rank 0 100 times slower, links that carry 4", columns, result["slow"])
+    result["variants"] = {}
+    for capacity in (8.0, 2.0):
+        rows = {
+            name: [run(make, size, capacity=capacity)["spread"] for size in sizes if size < 64 or make is not Ring]
+            for name, make in VARIANTS.items()
+        }
+        _table(f"spread, variants of ours, links that carry {capacity:g}", columns, rows)
+        result["variants"][f"{capacity:g}"] = rows
+    whole = {name: [run(make, size, capacity=2.0, pieces=1)["spread"] for size in sizes if size < 64]
+             for name, make in STRATEGIES.items()}  # fmt: skip
+    _table("spread, the model in one piece, links that carry 2", columns, whole)
+    result["one_piece"] = whole
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
