@@ -203,7 +203,6 @@ class Centred(Exchanging):
             "round": self._round,
             "owner_round": self._owner_round,
             "left_in": list(self._left_in),
-            "leaving": self._leaving,
             "to_say": self._to_say,
             "unconfirmed": self._unconfirmed,
             "staleness": (self.max_staleness, self._staleness, self._answered),
@@ -216,6 +215,6 @@ class Centred(Exchanging):
         self._updates = dict(state["updates"])
         self._seen = {piece: list(versions) for piece, versions in state["seen"].items()}
         self._round, self._owner_round = state["round"], state["owner_round"]
-        self._left_in, self._leaving = list(state["left_in"]), state["leaving"]
+        self._left_in = list(state["left_in"])
         self._to_say, self._unconfirmed = state["to_say"], state["unconfirmed"]
         self.max_staleness, self._staleness, self._answered = state["staleness"]
