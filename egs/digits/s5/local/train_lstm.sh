@@ -4,7 +4,7 @@
 
 # Begin configuration section.
 num_learners=2               # MPI learners
-strategy=allreduce           # or periodic, which needs frames_per_average
+strategy=allreduce           # see docs/strategies.md; periodic and bmuf need frames_per_average
 frames_per_average=
 num_epochs=                  # default 5
 chunks_per_minibatch=32      # over all learners: the model does not depend on their number
@@ -14,6 +14,8 @@ seed=0
 mpiexec=                     # default: the one of the Python environment, else the one on PATH
 mpiexec_opts=
 use_gpu=auto
+xconfig=                     # another network than the one below; DIR and NUM_TARGETS in it are replaced
+train_opts=                  # more options of train.sh, as in "--staleness-bound 4"
 cmd=run.py                   # how to run the job; may carry options
 # End configuration section.
 
@@ -38,7 +40,10 @@ num_targets=$(python3 -m kaldi_mpi.nnet3.info "$ali/final.mdl" | awk '$1 == "num
 mkdir -p "$dir/configs"
 # An LDA of an older run belongs to older data.
 rm -f "$dir/configs/lda.mat"
-cat > "$dir/configs/network.xconfig" <<EOF
+if [ -n "$xconfig" ]; then
+  sed -e "s|DIR|$dir|g" -e "s|NUM_TARGETS|$num_targets|g" "$xconfig" > "$dir/configs/network.xconfig"
+else
+  cat > "$dir/configs/network.xconfig" <<EOF
 input dim=40 name=input
 # The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training.
 fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
@@ -46,6 +51,7 @@ fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-1
 fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-1
 output-layer name=output output-delay=3 dim=$num_targets max-change=1.5
 EOF
+fi
 
 options=()
 if [ -n "$frames_per_average" ]; then options+=(--frames-per-average "$frames_per_average"); fi
@@ -67,4 +73,5 @@ train.sh --num-learners "$num_learners" --cmd "$cmd" --strategy "$strategy" \
   --trainer.optimization.initial-effective-lrate="$initial_lrate" \
   --trainer.optimization.final-effective-lrate="$final_lrate" \
   --use-gpu="$use_gpu" \
+  $train_opts \
   "$data" "$ali" "$dir"
