@@ -39,11 +39,11 @@ def to_wire(values: Flat, out: Wire) -> None:
     if out.dtype == np.uint16:  # bfloat16: the upper half of a float32
         for block in _blocks(values.size):
             bits = values[block].view(np.uint32)
-            rounded_bits = bits >> np.uint32(16)
-            rounded_bits &= np.uint32(1)
-            rounded_bits += np.uint32(0x7FFF)
-            rounded_bits += bits
-            np.right_shift(rounded_bits, np.uint32(16), out=out[block], casting="unsafe")
+            up = bits >> np.uint32(16)
+            up &= np.uint32(1)
+            up += np.uint32(0x7FFF)
+            up += bits
+            np.right_shift(up, np.uint32(16), out=out[block], casting="unsafe")
     else:
         out[...] = values
 
@@ -130,6 +130,18 @@ class SharedModel:
             difference = from_wire(theirs[block]) - from_wire(mine[block])
             difference *= np.float32(weight)
             values[block] += difference
+
+    def to_numpy(self) -> Flat:
+        """See `Shared.to_numpy`."""
+        out = np.empty_like(self.values)
+        for piece, where in enumerate(self.where):
+            with self.lock(piece):
+                out[where] = self.values[where]
+        return out
+
+    def load(self, values: Flat) -> None:
+        """Set all of x, (P,); nobody may be at work on it."""
+        self.values[:] = values
 
     def to_numpy(self) -> Flat:
         """See `Shared.to_numpy`."""
