@@ -143,18 +143,6 @@ class SharedModel:
         """Set all of x, (P,); nobody may be at work on it."""
         self.values[:] = values
 
-    def to_numpy(self) -> Flat:
-        """See `Shared.to_numpy`."""
-        out = np.empty_like(self.values)
-        for piece, where in enumerate(self.where):
-            with self.lock(piece):
-                out[where] = self.values[where]
-        return out
-
-    def load(self, values: Flat) -> None:
-        """Set all of x, (P,); nobody may be at work on it."""
-        self.values[:] = values
-
     def push_pull(self, piece: int, change: Flat, copy: Flat) -> None:
         """The learner's step on one piece: x <- x + change; copy <- x. Both (P,), of which the piece is used."""
         where = self.where[piece]
