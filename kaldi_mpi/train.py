@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             log.logger.info("%s", " ".join(["kaldi_mpi.train", *(sys.argv[1:] if arguments is None else arguments)]))
         train(parse(arguments), world)
+        world.close()
     return 0
 
 

@@ -3,6 +3,7 @@
 
 # Begin configuration section.
 num_learners=2      # learners, one process each, on this machine unless --mpiexec-opts says otherwise
+num_servers=0       # 1 with --dedicated-server true: one more process
 cmd=                # how to run it: run.pl, queue.pl ... or what stands beside this script; may carry options
 mpiexec=            # the mpiexec to use; default: the Python environment's own, else the one on PATH
 mpiexec_opts=       # more options for mpiexec, e.g. "--hostfile hosts"
@@ -27,7 +28,7 @@ Main options, as "--name value" or "--name=value":
   --mpiexec-opts <string>       # more options for it
   --python <program|python3>    # Python of the environment with kaldi_mpi
 All other options go to the learners: those of steps/nnet3/train_rnn.py by their names there, and
---strategy, --frames-per-average and others; "$python -m kaldi_mpi.train --help" lists them.
+--strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi.train --help" lists them.
 EOF
 }
 
@@ -51,6 +52,7 @@ while [ $# -gt 0 ]; do
     --mpiexec) mpiexec=$value ;;
     --mpiexec-opts) mpiexec_opts=$value ;;
     --python) python=$value ;;
+    --dedicated-server) options+=("$name=$value"); if [ "$value" = true ]; then num_servers=1; fi ;;
     --dir) dir=$value; options+=("--dir=$value") ;;
     *) options+=("$name=$value") ;;
   esac
@@ -77,7 +79,7 @@ fi
 
 mkdir -p "$dir/log"
 log=$dir/log/train.log
-launch=("$python" -m kaldi_mpi.transport.launch --num-learners "$num_learners")
+launch=("$python" -m kaldi_mpi.transport.launch --num-learners $((num_learners + num_servers)))
 [ -z "$mpiexec" ] || launch+=(--mpiexec "$mpiexec")
 [ -z "$mpiexec_opts" ] || launch+=("--mpiexec-opts=$mpiexec_opts")
 

@@ -113,7 +113,7 @@ class Learner:
         self.model.train()
         if self.step == 0:
             self.validate(0, self.flat.to_numpy(), 0.0)
-        started, waited, first_frames = time.monotonic(), self.world.seconds_waited, self.frames
+        started, waited, first_frames = time.monotonic(), self._seconds_waited(), self.frames
         for phase in self.phases:
             if self.step >= phase.end_step:
                 continue
@@ -123,7 +123,12 @@ class Learner:
                 AsynchronousPhase(self, phase).run()
             else:
                 run_synchronous(self, phase)
-        self._report(time.monotonic() - started, self.world.seconds_waited - waited, self.frames - first_frames)
+        self._report(time.monotonic() - started, self._seconds_waited() - waited, self.frames - first_frames)
+
+    def _seconds_waited(self) -> float:
+        """For other learners, in all the worlds in which this one meets them."""
+        worlds = [self.world, *(world for phase in self.phases for world in (phase.peers, phase.group) if world)]
+        return sum({id(world): world.seconds_waited for world in worlds}.values())
 
     def _report(self, seconds: float, waited: float, frames: int) -> None:
         averages = sum(phase.strategy.num_averages for phase in self.phases)

@@ -12,14 +12,15 @@ seed=1             # of the synthetic corpus
 hours=1.5          # of synthetic training speech, about
 test_hours=0.3
 num_learners=2     # MPI learners
-strategy=allreduce # or periodic, with frames_per_average
+strategy=allreduce # see docs/strategies.md; periodic and bmuf need frames_per_average
 frames_per_average=
+train_opts=        # more options of steps_mpi/train.sh, one string
 num_epochs=        # of the LSTM; default: local/train_lstm.sh's own
 mpiexec=           # default: the one of the Python environment, else the one on PATH
 # End configuration section.
 
 help_message="Usage: $0 [--train DIR --test DIR] [--num-learners N] [--nj N] [--stage N] [--stop-stage N]
-          [--strategy allreduce|periodic] [--frames-per-average N] [--mpiexec PROGRAM]
+          [--strategy NAME] [--frames-per-average N] [--train-opts OPTIONS] [--mpiexec PROGRAM]
 Stages: 1 data, 2 features, 3 GMM alignments and graph, 4 LSTM training, 5 decoding and scoring."
 
 set -eu -o pipefail
@@ -53,6 +54,7 @@ if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ]; then
   echo "$0: stage 4: LSTM, trained by $num_learners learner(s)"
   local/train_lstm.sh --num-learners "$num_learners" --cmd "$train_cmd" --strategy "$strategy" \
     --frames-per-average "$frames_per_average" --num-epochs "$num_epochs" --mpiexec "$mpiexec" \
+    --train-opts "$train_opts" \
     data/train_hires exp/${gmm}_ali exp/lstm
 fi
 
