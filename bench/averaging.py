@@ -132,8 +132,9 @@ class Asynchronous:
 
     def measure(self, steps: int, rounds: int) -> Seconds:
         """Blocks without and with communication in turn."""
-        result = Seconds()
-        before = self.strategy.bytes_sent
+        self.block(1, True, Seconds())  # memory and connections are there from now on
+        self.world.barrier()
+        result, before, self.busy.seconds = Seconds(), self.strategy.bytes_sent, 0.0
         for _ in range(rounds):
             self.block(steps, False, result)
             self.block(steps, True, result)
@@ -220,11 +221,13 @@ class Synchronous:
 
     def measure(self, steps: int, rounds: int) -> Seconds:
         """Blocks without and with communication in turn."""
-        result = Seconds()
+        self.block(1, True, Seconds())  # memory and connections are there from now on
+        result, seconds, sent = Seconds(), self.timed.seconds(), self.strategy.bytes_sent
         for _ in range(rounds):
             self.block(steps, False, result)
             self.block(steps, True, result)
-        result.communication, result.megabytes = self.timed.seconds(), self.strategy.bytes_sent / 1e6
+        result.communication = self.timed.seconds() - seconds
+        result.megabytes = (self.strategy.bytes_sent - sent) / 1e6
         return result
 
 

@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device-ms", type=float, default=20, help="device time of a step")
     add("--utterances", type=int, default=1000, help="of the corpus, about 40 frames each")
     add("--chunks", type=int, default=1, help="of 10 frames in a learner's minibatch")
-    add("--steps", type=int, default=900, help="undisturbed steps of each learner in a training")
+    add("--steps", type=int, default=600, help="undisturbed steps of each learner in a training")
     add("--rounds", type=int, default=1, help="disturbed runs for each figure; their mean counts")
     return parser.parse_args(arguments)
 
