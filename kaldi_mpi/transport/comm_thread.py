@@ -237,12 +237,12 @@ class CommThread:
 
     def explain(self, completion: Completion, seconds: float) -> str:
         """One line for the log: who waits for what, and what is under way."""
+        return f"learner rank {self.rank} has waited {seconds:.0f} s for {completion.what}; {self._where()}"
+
+    def _where(self) -> str:
         lanes = [lane.describe() for lane in list(self._lanes)]
         under_way = sorted({f"{transfer.way} rank {transfer.peer}" for transfer, _ in list(self._transfers)})
-        return (
-            f"learner rank {self.rank} has waited {seconds:.0f} s for {completion.what}; "
-            f"at {', '.join(lanes) or 'no collective'}; transfers under way: {', '.join(under_way) or 'none'}"
-        )
+        return f"at {', '.join(lanes) or 'no collective'}; transfers under way: {', '.join(under_way) or 'none'}"
 
     # On the thread.
 
@@ -307,7 +307,11 @@ class CommThread:
             self._inbox.popleft()()
             happened = True
         if self._handles:
-            done = self._completed(self._handles)
+            try:
+                done = self._completed(self._handles)
+            except Exception as error:
+                # Most often ranks that do not make the same calls: one's answer does not fit the other's question.
+                raise RuntimeError(f"a transfer failed, {self._where()}: {error}") from error
             if done:
                 happened = True
                 finished = [self._transfers[index][1] for index in sorted(done)]
