@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def main() -> int:
         if trouble:
             failed += 1
             print(f"   see {work / 'toy' / f'start.{number}' / 'soak.log'}", flush=True)
+    if not failed:
+        shutil.rmtree(work)
     print(f"{len(numbers) - failed} of {len(numbers)} starts went well, in {time.monotonic() - began:.0f} s")
     return min(failed, 100)
 
