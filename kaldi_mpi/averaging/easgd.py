@@ -61,6 +61,7 @@ class Easgd(Centred):
         super().__init__(world, frames_per_average, dedicated_server)
         self.weight = 0.9 / self.num_learners if alpha is None else alpha
         self.momentum = momentum
+        self.filters_change = momentum > 0
         self._velocity = np.zeros(0, np.float32)  # v, (P,), once there is momentum
 
     def take(self, piece: int, source: int, number: int, theirs: Wire) -> Wire:

@@ -69,6 +69,7 @@ class Exchanging(Strategy):
         busy_weight: w of an answer that is given while a request of one's own is under way; None: no difference.
         merges: whether crossing requests of a pair are one exchange.
         may_block: whether `blocked` can ever say so; the learner then asks after each step.
+        filters_change: whether `filter_change` does anything.
 
     Args:
         world: the learners.
@@ -79,6 +80,7 @@ class Exchanging(Strategy):
     asynchronous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     may_block: ClassVar[bool] = False
+    filters_change: bool = False
     busy_weight: ClassVar[float | None] = None
     weight: float
 

@@ -202,7 +202,7 @@ class AsynchronousPhase:
     def _publish(self, frames: int) -> None:
         """x <- x + change, w <- x; then tell the communication thread."""
         learner, strategy, shared = self._learner, self._strategy, self._shared
-        if type(strategy).filter_change is not Exchanging.filter_change:
+        if strategy.filters_change:
             learner.flat.mix(self._change, strategy.filter_change)
         for piece in range(shared.num_pieces):
             with shared.lock(piece):
@@ -211,7 +211,7 @@ class AsynchronousPhase:
         self._own_steps += 1
         links = self._peers.links
         links.post(lambda: strategy.step_taken(frames))
-        if type(strategy).blocked is not Exchanging.blocked:
+        if strategy.may_block:
             links.wait(lambda: not strategy.blocked())
 
     def _meet(self, step: int) -> None:

@@ -66,6 +66,7 @@ class FlatParameters:
             )
         on_gpu = device.type == "cuda"
         self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
+        self._shown: torch.Tensor | None = None
 
     def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], T]) -> T:
         """Let `rule` change `buffer` (a vector such as `values`) in place through a NumPy view of it.
@@ -80,10 +81,13 @@ class FlatParameters:
         return result
 
     def read(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], object]) -> None:
-        """Show `buffer` to `rule`, which must not change it."""
+        """Show `buffer` to `rule`, which must not change it, and may go on looking until the next `read`."""
         if self._staging is not None:
-            self._staging.copy_(buffer)
-            buffer = self._staging
+            # Not the memory of `mix`, which may be called while somebody still looks.
+            if self._shown is None:
+                self._shown = torch.empty_like(self._staging, pin_memory=True)
+            self._shown.copy_(buffer)
+            buffer = self._shown
         rule(buffer.numpy())
 
     def to_numpy(self) -> NDArray[np.float32]:

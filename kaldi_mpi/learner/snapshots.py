@@ -66,8 +66,9 @@ class Snapshots:
             return
         self._begun(iteration)
         own = self._shared.to_numpy()
-        square = np.array([np.dot(own.astype(np.float64), own)])
-        self._links.send(CHANNEL, 0, (_SQUARES, iteration), square)
+        if self._links.rank < self._strategy.num_learners:  # a server's own model never moves
+            square = np.array([np.dot(own.astype(np.float64), own)])
+            self._links.send(CHANNEL, 0, (_SQUARES, iteration), square)
         total = self._strategy.share(own)
 
         def summed() -> None:
@@ -79,7 +80,7 @@ class Snapshots:
 
     def _finish(self, iteration: int) -> None:
         squares: list[Any] = self._squares.get(iteration, [])
-        if iteration not in self._means or len(squares) < self._links.size:
+        if iteration not in self._means or len(squares) < self._strategy.num_learners:
             return
         mean = self._means.pop(iteration)
         del self._squares[iteration]
