@@ -71,6 +71,36 @@ def test_split_evenly(length: int, parts: int) -> None:
 
 
 @pytest.mark.ranks(2)
+def test_a_library_without_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpi4py import MPI
+
+    from kaldi_mpi.errors import ConfigError
+    from kaldi_mpi.transport import mpi
+
+    class Funneled:
+        def __getattr__(self, name: str) -> object:
+            return (lambda: MPI.THREAD_FUNNELED) if name == "Query_thread" else getattr(MPI, name)
+
+    monkeypatch.setattr(mpi, "MPI", Funneled())
+    with pytest.raises(ConfigError, match="does not let another thread communicate"):
+        mpi.MpiWorld()
+
+
+@pytest.mark.ranks(2)
+def test_two_worlds_after_and_beside_each_other() -> None:
+    from kaldi_mpi.transport.mpi import MpiWorld
+
+    first = MpiWorld()
+    check_world(first)
+    first.close()
+    second, third = MpiWorld(), MpiWorld()
+    check_world(second)
+    check_world(third)
+    third.close()
+    second.close()
+
+
+@pytest.mark.ranks(2)
 def test_mismatched_mpiexec_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from kaldi_mpi.errors import ConfigError
     from kaldi_mpi.transport.mpi import MpiWorld

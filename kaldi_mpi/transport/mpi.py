@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from mpi4py import MPI
@@ -90,7 +90,8 @@ class MpiCarrier:
 class MpiWorld(CommWorld):
     """All ranks of a communicator (a private duplicate of it), COMM_WORLD by default.
 
-    Construction and `close` are collective. Until it is closed, only its communication thread calls MPI.
+    Construction and `close` are collective. Until it is closed, only its communication thread calls MPI. A process
+    needs one: worlds of fewer ranks are made by `split`, and share the thread.
 
     Raises:
         ConfigError: the run was launched for another number of ranks than MPI reports, which happens when
@@ -98,10 +99,14 @@ class MpiWorld(CommWorld):
             cannot be called from a second thread.
     """
 
+    _num_open: ClassVar[int] = 0
+
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        # A second world beside this one means a second thread that calls MPI.
+        needed = MPI.THREAD_MULTIPLE if MpiWorld._num_open else MPI.THREAD_SERIALIZED
+        if MPI.Query_thread() < needed:
             raise ConfigError(
-                "this MPI library does not let a second thread communicate (MPI_THREAD_SERIALIZED is needed); "
+                "this MPI library does not let another thread communicate (MPI_THREAD_SERIALIZED is needed); "
                 "is MPI4PY_RC_THREADS or mpi4py.rc.thread_level set?"
             )
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
@@ -120,6 +125,7 @@ class MpiWorld(CommWorld):
         # A run that forgets to close the world still ends: the thread must be out of MPI before mpi4py finalizes
         # it, which is after Python's exit handlers.
         atexit.register(thread.stop)
+        MpiWorld._num_open += 1
 
     def close(self) -> None:
         """End the communication thread, when all ranks have come here and no message is under way."""
@@ -127,6 +133,7 @@ class MpiWorld(CommWorld):
             self._meet_to_close()
             self._thread.stop()
             atexit.unregister(self._thread.stop)
+            MpiWorld._num_open -= 1
 
     def _end_run(self, error: BaseException) -> None:
         """An exception on the communication thread: nobody else would notice."""
