@@ -21,7 +21,7 @@ from kaldi_mpi.transport.comm_thread import Task, Transfer
 from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
 
 PIECE = 4 * 2**20  # numbers of a piece; temporary memory of a sum is about four times this in float32
-SMALL = 8192  # bytes: up to here everybody sends everything to everybody, which takes one round in place of two
+SMALL = 65536  # bytes that a rank may send to have a sum in one round, everything to everybody, in place of two
 
 Numbers = NDArray[Any]
 
@@ -32,7 +32,7 @@ class _Part:
     def __init__(self, carrier: Carrier, stream: int, out: Numbers) -> None:
         self.carrier, self.stream, self.out = carrier, stream, out
         size, rank = carrier.size, carrier.rank
-        self.whole = out.nbytes <= SMALL
+        self.whole = out.nbytes * (size - 1) <= SMALL
         if self.whole:
             self.where = [slice(0, out.size)] * size
         else:
