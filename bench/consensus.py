@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.expair import Expair
@@ -202,11 +202,44 @@ def average(make: Make, size: int, seeds: int, **settings: Any) -> dict[str, flo
     return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
 
 
+def contraction(size: int) -> dict[str, float]:
+    """E |W x|^2 / |x|^2 a step for the x of mean zero that shrinks slowest.
+
+    Of the fixed ring: its second eigenvalue, squared. Of the random ring: (trace(C'C) - 1)/(N - 1), C the fixed one's
+    matrix. Of ours: N exchanges of weight 1/2, one after the other, each by a learner and over a hop drawn at random.
+    """
+    ring = sum(np.roll(np.eye(size), shift, 1) for shift in (-1, 0, 1)) / 3
+    eigenvalues = np.sort(np.abs(np.linalg.eigvalsh(ring)))
+    hops = [2**h for h in range(max(1, (size - 1).bit_length()))]
+    gap = min(np.mean([1 - np.cos(2 * np.pi * k * hop / size) for hop in hops]) for k in range(1, size))
+    return {
+        "adpsgd-fixed": float(eigenvalues[-2] ** 2),
+        "adpsgd-random": float((np.trace(ring.T @ ring) - 1) / (size - 1)),
+        "expair": float((1 - gap / size) ** size),
+    }
+
+
+def noise_bound(size: int, rho: float) -> float:
+    """Bound on the spread of copies for noise that is independent of the models: (1 - 1/N)/(1 - rho)."""
+    return (1 - 1 / size) / (1 - rho)
+
+
+def dependent_bound(size: int, rho: float) -> float:
+    """The same for noise that may depend on the models: (1 - 1/N)/(1 - sqrt(rho))^2."""
+    return (1 - 1 / size) / (1 - np.sqrt(rho)) ** 2
+
+
+def fixed_ring_exact(size: int) -> float:
+    """Of the fixed ring in lock step, exactly: the mean over all waves k > 0 of 1/(1 - lambda_k^2), by (N - 1)/N."""
+    eigenvalues = 1 / 3 + 2 / 3 * np.cos(2 * np.pi * np.arange(1, size) / size)
+    return float((1 / (1 - eigenvalues**2)).sum() / size)
+
+
 def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | str]]) -> None:
     print(f"\n{title}\n")
     print("| |" + "|".join(columns) + "|\n|" + "---|" * (len(columns) + 1))
     for name, values in rows.items():
-        print(f"|{name}|" + "|".join(v if isinstance(v, str) else f"{v:.2f}" for v in values) + "|", flush=True)
+        print(f"|{name}|" + "|".join(v if isinstance(v, str) else f"{v:.3g}" for v in values) + "|", flush=True)
 
 
 def main() -> None:
@@ -228,6 +261,22 @@ def main() -> None:
         return average(make, size, 1 if size == 64 or quick else 3, **settings)
 
     columns = [f"N={size}" for size in sizes]
+    all_sizes = (2, 4, 8, 16, 64)
+    gaps: dict[str, dict[str, list[float]]] = {"rho": {}, "bound": {}, "dependent": {}}
+    for name in STRATEGIES:
+        rhos = [contraction(size)[name] for size in all_sizes]
+        gaps["rho"][name] = rhos
+        gaps["bound"][name] = [noise_bound(n, rho) for n, rho in zip(all_sizes, rhos, strict=True)]
+        gaps["dependent"][name] = [dependent_bound(n, rho) for n, rho in zip(all_sizes, rhos, strict=True)]
+    gaps["bound"]["adpsgd-fixed, exact"] = [fixed_ring_exact(n) for n in all_sizes]
+    titles = {
+        "rho": "rho, by what the mean square is multiplied in a step",
+        "bound": "(1 - 1/N)/(1 - rho): bound on copies, noise that is independent of the models",
+        "dependent": "(1 - 1/N)/(1 - sqrt(rho))^2: the same for any noise",
+    }
+    for key, title in titles.items():
+        _table(title, [f"N={size}" for size in all_sizes], gaps[key])
+    result["gaps"] = gaps
     delayed = [delay_by_one(size, 400 if quick else 4000) for size in sizes]
     result["delay_by_one"] = dict(zip(columns, delayed, strict=True))
     for capacity in (8.0, 4.0, 3.0, 2.0, 1.0):
@@ -257,6 +306,9 @@ def main() -> None:
         }
         _table(f"spread, variants of ours, links that carry {capacity:g}", columns, rows)
         result["variants"][f"{capacity:g}"] = rows
+    two = [run(lambda world: Expair(world, exchanges_per_step=2), size, capacity=8.0) for size in sizes]
+    result["two_a_step"] = {"spread": [one["spread"] for one in two], "copies": [one["copies"] for one in two]}
+    _table("expair, two exchanges started a step, links that carry 8", columns, result["two_a_step"])
     whole = {name: [run(make, size, capacity=2.0, pieces=1)["spread"] for size in sizes if size < 64]
              for name, make in STRATEGIES.items()}  # fmt: skip
     _table("spread, the model in one piece, links that carry 2", columns, whole)
