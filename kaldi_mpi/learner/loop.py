@@ -113,7 +113,7 @@ class Learner:
         self.model.train()
         if self.step == 0:
             self.validate(0, self.flat.to_numpy(), 0.0)
-        started, waited, first_frames = time.monotonic(), self._seconds_waited(), self.frames
+        started, traffic, first_frames = time.monotonic(), self._traffic(), self.frames
         for phase in self.phases:
             if self.step >= phase.end_step:
                 continue
@@ -123,16 +123,17 @@ class Learner:
                 AsynchronousPhase(self, phase).run()
             else:
                 run_synchronous(self, phase)
-        self._report(time.monotonic() - started, self._seconds_waited() - waited, self.frames - first_frames)
+        waited, sent = (now - before for now, before in zip(self._traffic(), traffic, strict=True))
+        self._report(time.monotonic() - started, waited, int(sent), self.frames - first_frames)
 
-    def _seconds_waited(self) -> float:
-        """For other learners, in all the worlds in which this one meets them."""
+    def _traffic(self) -> tuple[float, int]:
+        """Seconds waited for other learners and bytes sent to them, in all the worlds in which this one meets them."""
         worlds = [self.world, *(world for phase in self.phases for world in (phase.peers, phase.group) if world)]
-        return sum({id(world): world.seconds_waited for world in worlds}.values())
+        unique = {id(world): world for world in worlds}.values()
+        return sum(world.seconds_waited for world in unique), sum(world.bytes_sent for world in unique)
 
-    def _report(self, seconds: float, waited: float, frames: int) -> None:
+    def _report(self, seconds: float, waited: float, sent: int, frames: int) -> None:
         averages = sum(phase.strategy.num_averages for phase in self.phases)
-        sent = sum(phase.strategy.bytes_sent for phase in self.phases)
         mine = {
             "own_frames": self.own_frames, "seconds_waited": waited, "seconds_waited_for_data": self.data_waited,
             "averages": averages, "bytes_sent": sent,
