@@ -119,7 +119,7 @@ class Learner:
                 continue
             if len(self.phases) > 1 and self.world.rank == 0:
                 logger.info("from step %d: strategy %s", phase.first_step, phase.strategy.name)
-            if phase.strategy.asynchronous and self.world.size > 1:
+            if phase.strategy.asynchronous and (phase.peers or self.world).size > 1:
                 AsynchronousPhase(self, phase).run()
             else:
                 run_synchronous(self, phase)
