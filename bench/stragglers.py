@@ -93,15 +93,15 @@ class Bench:
         return float(said[2])
 
     def factors(self, strategy: str, ranks: int, slowdowns: Sequence[float], epochs: float) -> dict[str, float]:
-        """The factor of each slowdown: disturbed runs between undisturbed ones, over the mean of those."""
+        """The factor of each slowdown: disturbed runs between undisturbed ones, over those; medians."""
         undisturbed = [self.seconds(strategy, ranks, None, epochs)]
         disturbed: dict[str, list[float]] = {f"{slowdown:g}": [] for slowdown in slowdowns}
         for _ in range(self._options.rounds):
             for slowdown, seconds in disturbed.items():
                 seconds.append(self.seconds(strategy, ranks, float(slowdown), epochs))
             undisturbed.append(self.seconds(strategy, ranks, None, epochs))
-        usual = statistics.mean(undisturbed)
-        return {slowdown: round(statistics.mean(seconds) / usual, 3) for slowdown, seconds in disturbed.items()}
+        usual = statistics.median(undisturbed)
+        return {slowdown: round(statistics.median(seconds) / usual, 3) for slowdown, seconds in disturbed.items()}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--utterances", type=int, default=1000, help="of the corpus, about 40 frames each")
     add("--chunks", type=int, default=1, help="of 10 frames in a learner's minibatch")
     add("--steps", type=int, default=600, help="undisturbed steps of each learner in a training")
-    add("--rounds", type=int, default=1, help="disturbed runs for each figure; their mean counts")
+    add("--rounds", type=int, default=1, help="disturbed runs for each figure; their median counts")
     return parser.parse_args(arguments)
 
 
