@@ -79,15 +79,20 @@ def prepare(share: float) -> Path:
     if not (RECIPE / "exp" / f"{gmm()}_ali" / "final.mdl").exists():
         print("preparing the recipe's data, alignments and graph", flush=True)
         run("./run.sh --stop-stage 3")
-    source = RECIPE / "data" / "train_hires"
+    return subset("train_hires", share)
+
+
+def subset(name: str, share: float) -> Path:
+    """The data directory of every round(1 / share)-th utterance of data/NAME, made anew."""
+    source = RECIPE / "data" / name
     if share == 1.0:
         return source
     every = round(1 / share)
-    target = source.with_name(f"train_hires_1of{every}")
+    target = source.with_name(f"{name}_1of{every}")
     target.mkdir(exist_ok=True)
-    for name in ("feats.scp", "utt2spk", "text"):
-        lines = (source / name).read_text().splitlines(keepends=True)
-        (target / name).write_text("".join(lines[::every]))
+    for file in ("feats.scp", "utt2spk", "text"):
+        lines = (source / file).read_text().splitlines(keepends=True)
+        (target / file).write_text("".join(lines[::every]))
     return target
 
 
@@ -113,10 +118,11 @@ def train(what: Training) -> dict[str, Any]:
     return result
 
 
-def word_error_rate(what: Training, num_jobs: int = 2) -> float:
-    """Decode and score, if it has not been done; per cent."""
+def word_error_rate(what: Training, share: float = 1.0, num_jobs: int = 2) -> float:
+    """Decode a share of the recipe's test utterances and score, if it has not been done; per cent."""
+    data = subset("test_hires", share).relative_to(RECIPE)
     decoded = f"exp/{what.name}/decode_test"
     if not list((RECIPE / decoded).glob("wer_*")):
-        run(f"decode.sh --nj {num_jobs} exp/{gmm()}/graph data/test_hires {decoded}")
+        run(f"decode.sh --nj {num_jobs} exp/{gmm()}/graph {data} {decoded}")
     best = run(f"python3 -m kaldi_mpi.kaldi.best_wer {decoded}")
     return float(best.split()[1])
