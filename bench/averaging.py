@@ -160,10 +160,10 @@ class TimedWorld:
         self._world.sum_(buffer, wire)
         self._seconds += time.perf_counter() - began
 
-    def start_sum(self, buffer: Flat, wire: str = "float32", source: Flat | None = None) -> Pending:
-        """A sum in the background, whose end a thread waits for."""
+    def start_mean(self, source: Flat, into: Flat, wire: str = "float32") -> Pending:
+        """A mean in the background, whose end a thread waits for."""
         began = time.perf_counter()
-        pending: Pending = self._world.start_sum(buffer, wire, source)
+        pending: Pending = self._world.start_mean(source, into, wire)
 
         def wait() -> None:
             pending.wait()
@@ -199,10 +199,11 @@ class Synchronous:
         if communicate:
             strategy.start_step(self.values, step)
         time.sleep(self.device)
+        base = None
         if communicate:
             strategy.combine_gradients(self.change, step)
-            strategy.before_update(self.values, step)
-        self.values += self.change
+            base = strategy.base(step)
+        np.add(self.values if base is None else base, self.change, out=self.values)
         updated = time.perf_counter()
         if communicate and strategy.note(step):
             strategy.mix_parameters(self.values)

@@ -92,9 +92,12 @@ class Training:
         self.g[:] = own
         meanwhile()
         self.strategy.combine_gradients(self.g, step)
-        self.strategy.before_update(self.w, step)
+        base = self.strategy.base(step)
         if frames or strategy.moves_together:
-            self.optimiser.step(world.size * RATES[index] * strategy.rate_factor, 1)
+            rate = world.size * RATES[index] * strategy.rate_factor
+            self.optimiser.step(rate, 1, base=None if base is None else torch.from_numpy(base))
+        elif base is not None:
+            self.w[:] = base
         if self.strategy.note(step) and self.strategy.mix_parameters(self.w):
             self.optimiser.forget()
 
@@ -314,7 +317,9 @@ def test_delay_by_one_uses_models_without_the_step_that_is_being_taken() -> None
         for index in range(2):
             step = Step(index, 5, 10)
             strategy.start_step(w, step)
-            strategy.before_update(w, step)
+            base = strategy.base(step)
+            assert base is not None
+            w[:] = base
             seen.append(float(w[0]))
             w += 10 * (1 + world.rank)  # the optimiser
         return seen
@@ -333,7 +338,9 @@ def spread_and_mean(world: World, strategy: Strategy, frames: int) -> tuple[floa
     step = Step(0, frames, sum(world.gather(frames)))
     strategy.begin(w)
     strategy.start_step(w, step)
-    strategy.before_update(w, step)
+    base = strategy.base(step)
+    if base is not None:
+        w[:] = base
     after_step(strategy, w, step)
     after = world.sum_float64(weight * w.astype(np.float64))
     models = world.gather(w)

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.shared import rounded
 from kaldi_mpi.averaging.strategy import Collective, Flat, Pending, Step, Strategy
 
 
@@ -38,35 +37,30 @@ class Delay1(Strategy):
         super().__init__(world)
         self.transfer_dtype = transfer_dtype
         self._pending: Pending | None = None
-        self._sum: Flat | None = None  # (P,) float32, while it is on its way
+        self._mean: Flat | None = None  # (P,) float32, while it is on its way
 
     def start_step(self, parameters: Flat, step: Step) -> None:
         """Set out for the mean."""
-        if self.world.size == 1 or self._sum is not None:  # not None: restored in the middle of this step
+        if self.world.size == 1 or self._mean is not None:  # not None: restored in the middle of this step
             return
-        # No copy of the parameters, which wait for the mean: passes over memory here are not hidden.
-        self._sum = np.empty_like(parameters)
-        self._pending = self.world.start_sum(self._sum, self.transfer_dtype, parameters)
-        self._count(self._sum, self.transfer_dtype)
+        # No copy of the parameters, which wait for the mean: a pass over memory here would not be hidden.
+        self._mean = np.empty_like(parameters)
+        self._pending = self.world.start_mean(parameters, self._mean, self.transfer_dtype)
+        self._count(self._mean, self.transfer_dtype)
 
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
 
-    def before_update(self, parameters: Flat, step: Step) -> None:
-        """Put the mean in the place of `parameters`, to which the optimiser then adds its change."""
+    def base(self, step: Step) -> Flat | None:
+        """The mean h of (2)."""
         if self.world.size == 1:
-            return
-        assert self._sum is not None, "start_step() has not been called"
+            return None
+        assert self._mean is not None, "start_step() has not been called"
         self._wait()
-        if self.transfer_dtype == "float32":
-            np.divide(self._sum, np.float32(self.world.size), out=parameters)
-        else:
-            self._sum /= np.float32(self.world.size)
-            self._sum -= rounded(parameters, self.transfer_dtype)
-            parameters += self._sum
-        self._sum = None
+        mean, self._mean = self._mean, None
+        return mean
 
     def finish(self, parameters: Flat) -> None:
         """The final model is the learners' mean."""
@@ -76,12 +70,10 @@ class Delay1(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """Adds the mean that is on its way, for which it waits."""
         self._wait()
-        return super().state_dict() | {
-            "sum": None if self._sum is None else self._sum.copy(),
-        }
+        return super().state_dict() | {"mean": None if self._mean is None else self._mean.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._pending = None
-        self._sum = None if state["sum"] is None else state["sum"].copy()
+        self._mean = None if state["mean"] is None else state["mean"].copy()

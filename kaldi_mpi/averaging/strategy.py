@@ -11,7 +11,7 @@ Two families differ in who waits for whom:
 
 *Synchronous* strategies (`Strategy`) are called by the learner's thread, at the same steps on all ranks:
 
-    start_step -> forward, backward -> combine_gradients -> before_update -> optimiser -> note,
+    start_step -> forward, backward -> combine_gradients -> base -> optimiser -> note,
     and if due mix_parameters;   finish once at the end
 
 *Asynchronous* strategies (`kaldi_mpi.averaging.exchange.Exchanging`) mix a published model, of which the
@@ -62,10 +62,11 @@ class Collective(Protocol):
         every rank and in every run. `wire` is the type in which the contributions travel; the sum is float32.
         """
 
-    def start_sum(self, buffer: Flat, wire: str = "float32", source: Flat | None = None) -> Pending:
-        """The same, in the background: `buffer` is lent until `Pending.wait` returns.
+    def start_mean(self, source: Flat, into: Flat, wire: str = "float32") -> Pending:
+        """Put x_i + mean(q(x)) - q(x_i), x being `source` and q the rounding to `wire`, into `into`.
 
-        With `source` its sum is put into `buffer`; it is lent as well, and left as it is.
+        In the background: both are lent until `Pending.wait` returns. The mean of x over the ranks is kept; in
+        float32 `into` is that mean.
         """
 
 
@@ -103,7 +104,7 @@ class Strategy:
     def start_step(self, parameters: Flat, step: Step) -> None:
         """Called before the gradient is computed; may start communication of `parameters`.
 
-        They stay as they are until `before_update`, which is called with the same values.
+        They are lent to the strategy, and stay as they are, until `base` is called.
         """
 
     def combine_gradients(self, gradients: Flat, step: Step) -> None:
@@ -114,8 +115,13 @@ class Strategy:
             step: the step that they belong to.
         """
 
-    def before_update(self, parameters: Flat, step: Step) -> None:
-        """Called when the gradient is there, before the optimiser's change is added to `parameters`."""
+    def base(self, step: Step) -> Flat | None:
+        """Called when the gradient is there: the vector to which the optimiser's change is to be added.
+
+        (P,) float32, the caller's own; None: the parameters themselves. What is returned takes their place in
+        the very pass that adds the change, so that a mean that is there already costs the learner no time.
+        """
+        return None
 
     def note(self, step: Step) -> bool:
         """Take note of a step that the optimiser has taken; returns whether to mix parameters now."""

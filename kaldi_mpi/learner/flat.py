@@ -90,6 +90,13 @@ class FlatParameters:
             buffer = self._shown
         rule(buffer.numpy())
 
+    def on_device(self, values: NDArray[np.float32]) -> torch.Tensor:
+        """`values`, (P,) float32, on the model's device; in main memory they are not copied."""
+        if self._staging is None:
+            return torch.from_numpy(values)
+        self._staging.copy_(torch.from_numpy(values))
+        return self._staging.to(self.values.device)
+
     def to_numpy(self) -> NDArray[np.float32]:
         """A copy of the parameters, (P,) float32."""
         return self.values.cpu().numpy().copy()

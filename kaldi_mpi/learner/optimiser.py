@@ -51,13 +51,20 @@ class KaldiSgd:
         self._skipped_in_a_row = 0
 
     @torch.no_grad()
-    def step(self, learning_rate: float, num_chunks: float, change: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        learning_rate: float,
+        num_chunks: float,
+        change: torch.Tensor | None = None,
+        base: torch.Tensor | None = None,
+    ) -> None:
         """Move the parameters along the gradients that lie in the flat buffer.
 
         Args:
             learning_rate: the actual learning rate, a.
             num_chunks: chunks in the minibatch, n (for l2 alone), with Kaldi's factor 1/N.
             change: (P,) float32; if given, the change of (4) is written there and the parameters stay.
+            base: (P,) float32; if given, the parameters become this plus the change.
 
         Raises:
             KaldiMpiError: 50 minibatches in a row gave no finite change: the training has diverged.
@@ -78,10 +85,14 @@ class KaldiSgd:
             self.delta.zero_()
             if change is not None:
                 change.zero_()
+            if base is not None:
+                self._flat.values.copy_(base)
             return
         for c, factor in zip(self._flat.components, factors, strict=True):
             if change is None:
-                self._flat.values[c.where].add_(self.delta[c.where], alpha=scale * factor)
+                values = self._flat.values[c.where]
+                from_ = values if base is None else base[c.where]
+                torch.add(from_, self.delta[c.where], alpha=scale * factor, out=values)
             else:
                 torch.mul(self.delta[c.where], scale * factor, out=change[c.where])
         if self._momentum:

@@ -52,13 +52,15 @@ def _take(learner: Learner, phase: Phase, minibatch: Minibatch, global_chunks: i
         flat.gradients /= phase.group.size
     elif size > 1 and _overrides(strategy, "combine_gradients"):
         flat.mix(flat.gradients, lambda g: strategy.combine_gradients(g, step))
-    if _overrides(strategy, "before_update"):
-        flat.mix(flat.values, lambda w: strategy.before_update(w, step))
+    base = strategy.base(step)
+    moved = None if base is None else flat.on_device(base)
     together = strategy.moves_together or phase.group is not None
     if minibatch.frames or together:
         chunks = global_chunks if together else len(minibatch.labels)
         rate = learner.rate.actual(learner.frames, size) * strategy.rate_factor
-        learner.optimiser.step(rate, chunks / size)
+        learner.optimiser.step(rate, chunks / size, base=moved)
+    elif moved is not None:
+        flat.values.copy_(moved)
     if strategy.note(step) and flat.mix(flat.values, strategy.mix_parameters):
         learner.optimiser.forget()
     learner.step += 1

@@ -76,7 +76,8 @@ def _by_pieces(
         outgoing: what travels of a piece of the buffer.
         finish: from (N, n) contributions in rank order to the (n,) result that is given to all.
         store: called with (piece of the buffer, what travelled of it, result); None receives results in place.
-        source: what is added up, of the buffer's size and not changed; None: the buffer itself.
+        source: what is added up, of the buffer's size and not changed; None: the buffer itself. `store` then finds
+            its values in the buffer.
     """
     source = buffer if source is None else source
     where = [slice(start, min(start + piece, buffer.size)) for start in range(0, buffer.size, piece)]
@@ -95,6 +96,8 @@ def _by_pieces(
         result = values if store is None else np.empty_like(values)
         yield part.spread(mine, result)
         if store is not None:
+            if source is not buffer:
+                values[:] = source[here]
             store(values, part.out, result)
 
 
@@ -102,27 +105,25 @@ def _add_wire(received: Numbers) -> NDArray[np.float32]:
     return sum_in_rank_order([from_wire(piece) for piece in received])
 
 
-def sum_float32(
+def sum_float32(carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32") -> Task:
+    """Replace a (P,) float32 buffer by its sum over ranks; contributions travel in `wire`, results in float32."""
+
+    def outgoing(values: Numbers) -> Numbers:
+        return values if wire == "float32" else quantized(values, wire)
+
+    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, PIECE)
+
+
+def mean_into(
     carrier: Carrier,
     stream: int,
     buffer: NDArray[np.float32],
     wire: str = "float32",
     source: NDArray[np.float32] | None = None,
 ) -> Task:
-    """Put into a (P,) float32 buffer the sum over ranks of `source` (None: of the buffer).
+    """x_i + mean(q(x)) - q(x_i) into the buffer, where q rounds to `wire`: the mean over ranks is conserved.
 
-    Contributions travel in `wire`, results in float32.
-    """
-
-    def outgoing(values: Numbers) -> Numbers:
-        return values if wire == "float32" else quantized(values, wire)
-
-    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, PIECE, source)
-
-
-def mean_into(carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32") -> Task:
-    """x_i <- x_i + mean(q(x)) - q(x_i), where q rounds to `wire`: the mean over ranks is conserved.
-
+    x is `source`, which is not changed, or the buffer itself where that is None.
     In float32 q is the identity and all ranks get the mean itself, the same bits.
     """
     size = carrier.size
@@ -141,7 +142,7 @@ def mean_into(carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: 
         mean -= from_wire(sent)
         values += mean
 
-    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, PIECE)
+    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, PIECE, source)
 
 
 def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64]) -> Task:

@@ -52,19 +52,22 @@ class CommWorld:
         """See `World.sum_`."""
         self.start_sum(buffer, wire).wait()
 
-    def start_sum(
-        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
-    ) -> _Pending:
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> _Pending:
         """See `World.start_sum`."""
-        if source is not None and _flat(source, np.float32).size != buffer.size:
-            raise ValueError(f"the sum of {source.size} numbers does not fit into {buffer.size}")
-        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire, source)
+        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
         return _Pending(self, self._submit(task, f"sum of {buffer.size}"))
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """See `World.mean_into`."""
-        task = collectives.mean_into(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
-        self._count_wait(self._submit(task, f"mean of {buffer.size}"))
+        self.start_mean(buffer, buffer, wire).wait()
+
+    def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> _Pending:
+        """See `World.start_mean`."""
+        if _flat(source, np.float32).size != into.size:
+            raise ValueError(f"the mean of {source.size} numbers does not fit into {into.size}")
+        apart = None if source is into else source
+        task = collectives.mean_into(self._carrier, COLLECTIVES, _flat(into, np.float32), wire, apart)
+        return _Pending(self, self._submit(task, f"mean of {into.size}"))
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """See `World.sum_float64`."""

@@ -111,21 +111,20 @@ class World(Protocol):
             wire: ``float32``, ``float16`` or ``bfloat16``: how the contributions travel. Results are float32.
         """
 
-    def start_sum(
-        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
-    ) -> Pending:
-        """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order.
-
-        Args:
-            wire: as for `sum_`.
-            source: what is summed, of the same size, lent as well and left as it is; None: `buffer`.
-        """
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order."""
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """x_i <- x_i + mean(q(x)) - q(x_i), in place, where q rounds to `wire`.
 
         The mean over ranks stays what it was, to float32 rounding; each rank keeps what q lost of its own x_i.
         With ``float32`` all ranks hold the mean afterwards, the same bits. Alone, nothing changes.
+        """
+
+    def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """`mean_into` in the background: what it would make of `source` is put into `into`, of the same size.
+
+        Both are lent until `Pending.wait` returns; `source` stays as it is (unless it is `into` itself).
         """
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -228,16 +227,17 @@ class SoloWorld:
     def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Nothing to add."""
 
-    def start_sum(
-        self, buffer: NDArray[np.float32], wire: str = "float32", source: NDArray[np.float32] | None = None
-    ) -> Pending:
+    def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
         """Nothing to add."""
-        if source is not None:
-            buffer[:] = source
         return _Done()
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Its own mean."""
+
+    def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """Its own mean."""
+        into[:] = source
+        return _Done()
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """A copy."""
