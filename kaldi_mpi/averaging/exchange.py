@@ -154,7 +154,7 @@ class Exchanging(Strategy):
     def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
         """A message of this strategy has come from `source`."""
         kind, number, piece, their_steps = numbers
-        theirs = payload.view(self.shared.wire)
+        theirs = self.shared.received(payload)
         mine = self._open.get(piece)
         if kind == REQUEST and self.merges and mine is not None and mine.partner == source:
             self._apply(Event.CROSS, piece, number, their_steps, theirs, self.weight)

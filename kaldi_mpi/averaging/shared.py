@@ -84,6 +84,9 @@ class Shared(Protocol):
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
         """x <- x + weight * (theirs - mine); either may be float32 whatever the wire type."""
 
+    def received(self, payload: NDArray[np.uint8]) -> Wire:
+        """The numbers in the bytes of a message; needs no lock."""
+
     def to_numpy(self) -> Flat:
         """A copy of all of x, (P,), each piece as it is when its turn comes; takes the locks itself."""
 
@@ -130,6 +133,10 @@ class SharedModel:
             difference = from_wire(theirs[block]) - from_wire(mine[block])
             difference *= np.float32(weight)
             values[block] += difference
+
+    def received(self, payload: NDArray[np.uint8]) -> Wire:
+        """See `Shared.received`."""
+        return payload.view(self.wire)
 
     def to_numpy(self) -> Flat:
         """See `Shared.to_numpy`."""

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.learner.evaluator import Evaluator
 from kaldi_mpi.learner.loop import Learner, spread_of
 from kaldi_mpi.learner.plan import Phase, TicketMap
@@ -96,7 +97,8 @@ class AsynchronousPhase:
             tell(self._peers, True, "start", number, is_new, learner.flat.to_numpy())
         if is_new:
             strategy.begin(learner.flat.to_numpy())
-        self._shared = make_published(learner.flat.values, learner.around.piece_size, learner.around.wire)
+        direct = strategy.name not in CENTRES  # centres are in main memory
+        self._shared = make_published(learner.flat.values, learner.around.piece_size, learner.around.wire, direct)
         strategy.connect(
             self._shared,
             lambda to, numbers, payload: links.send(STRATEGY_CHANNEL, to, numbers, payload),
@@ -108,7 +110,7 @@ class AsynchronousPhase:
         self._evaluator = Evaluator(learner) if first else None
         self._snapshots = Snapshots(links, strategy, self._shared, self._begin_iteration, self._evaluate)
         self._marks: dict[int, int] = {}
-        links.on_message(STRATEGY_CHANNEL, strategy.receive)
+        links.on_message(STRATEGY_CHANNEL, strategy.receive, self._shared.allocate)
         self._client.attach(self._server)
         self._snapshots.attach()
         if self._phase.dedicated_server:

@@ -2,7 +2,8 @@
 
 On a GPU, x stays in device memory, so that the learner's step (x <- x + change, w <- x) costs two passes of
 device memory and nothing crosses the bus. Snapshots and differences of the pieces that travel go through
-page-locked memory on a stream of their own, beside the learner's kernels. Events order the two streams piece
+page-locked memory on a stream of their own, beside the learner's kernels, or stay on the device where MPI takes its
+addresses. Events order the two streams piece
 by piece: neither sees a piece half-changed by the other.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,12 +20,20 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.shared import WIRE_TYPES, Shared, SharedModel, Wire
 from kaldi_mpi.averaging.strategy import Flat
+from kaldi_mpi.transport.cuda import takes_device_pointers
+from kaldi_mpi.transport.world import Allocate
 
 _TORCH_WIRE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Published(Shared, Protocol):
-    """A `Shared` model with what its own learner does to it."""
+    """A `Shared` model with what its own learner does to it.
+
+    Attributes:
+        allocate: where messages are to arrive (`Links.on_message`); None: in main memory.
+    """
+
+    allocate: Allocate | None
 
     def push_pull(self, piece: int, change: torch.Tensor, copy: torch.Tensor) -> None:
         """x <- x + change; copy <- x, on one piece of (P,) tensors on the learner's device."""
@@ -35,6 +44,8 @@ class Published(Shared, Protocol):
 
 class HostPublished(SharedModel):
     """`SharedModel`, whose learner's tensors are in main memory too."""
+
+    allocate: Allocate | None = None
 
     def push_pull(self, piece: int, change: Any, copy: Any) -> None:
         """See `Published.push_pull`."""
@@ -48,10 +59,13 @@ class DevicePublished:
         values: (P,) float32 on the device, the model at the start; copied.
         piece_size: parameters of a piece.
         wire: ``float32``, ``float16`` or ``bfloat16``.
+        direct: snapshots stay on the device, and MPI is given their addresses.
     """
 
-    def __init__(self, values: torch.Tensor, piece_size: int, wire: str) -> None:
+    def __init__(self, values: torch.Tensor, piece_size: int, wire: str, direct: bool = False) -> None:
         self._x = values.detach().clone()
+        self._direct = direct
+        self.allocate: Allocate | None = self._on_device if direct else None
         self.wire = np.dtype(WIRE_TYPES[wire])
         self._wire_type = _TORCH_WIRE[wire]
         total = values.numel()
@@ -71,9 +85,13 @@ class DevicePublished:
             yield
 
     def snapshot(self, piece: int) -> Wire:
-        """See `Shared.snapshot`; returns when the copy is in (page-locked) main memory."""
+        """See `Shared.snapshot`; returns when the copy is complete, in page-locked main memory or on the device."""
         with self._ordered(piece, self._stream):
-            narrow = self._x[self.where[piece]].to(self._wire_type)
+            narrow = self._x[self.where[piece]].to(self._wire_type, copy=True)
+            if self._direct:
+                if self._stream is not None:
+                    self._stream.synchronize()
+                return cast(Wire, narrow)
             host = torch.empty(narrow.shape, dtype=self._wire_type, pin_memory=self._cuda)
             host.copy_(narrow, non_blocking=True)
         if self._stream is not None:
@@ -102,6 +120,16 @@ class DevicePublished:
             copy[where] = self._x[where]
         self.steps[piece] += 1
 
+    def received(self, payload: Any) -> Wire:
+        """See `Shared.received`; a message that came before `allocate` was known is in main memory."""
+        if isinstance(payload, np.ndarray):
+            return payload.view(self.wire)
+        return cast(Wire, payload.view(self._wire_type))
+
+    def _on_device(self, size: int) -> torch.Tensor:
+        """Memory for the `size` bytes of a message."""
+        return torch.empty(size, dtype=torch.uint8, device=self._x.device)
+
     def to_numpy(self) -> Flat:
         """See `Shared.to_numpy`."""
         out = np.empty(self._x.numel(), np.float32)
@@ -116,7 +144,9 @@ class DevicePublished:
             with self.lock(piece), self._ordered(piece, None):
                 self._x[where] = torch.from_numpy(values[where]).to(self._x.device)
 
-    def _to_device(self, wire: Wire) -> torch.Tensor:
+    def _to_device(self, wire: Wire | torch.Tensor) -> torch.Tensor:
+        if isinstance(wire, torch.Tensor):
+            return wire.to(torch.float32)
         host = torch.from_numpy(np.ascontiguousarray(wire).view(np.int16 if wire.dtype == np.uint16 else wire.dtype))
         if wire.dtype == np.uint16:
             host = host.view(torch.bfloat16)
@@ -145,8 +175,13 @@ def _as_wire(host: torch.Tensor) -> NDArray[Any]:
     return np.asarray(host.numpy())
 
 
-def make_published(values: torch.Tensor, piece_size: int, wire: str) -> Published:
-    """The published model for a learner whose parameters are `values`, (P,) float32 on its device."""
+def make_published(values: torch.Tensor, piece_size: int, wire: str, direct: bool = False) -> Published:
+    """The published model for a learner whose parameters are `values`, (P,) float32 on its device.
+
+    Args:
+        piece_size, wire: see `DevicePublished`.
+        direct: give MPI device addresses, where the library takes them.
+    """
     if values.device.type == "cuda":
-        return DevicePublished(values, piece_size, wire)
+        return DevicePublished(values, piece_size, wire, direct and takes_device_pointers())
     return HostPublished(values.numpy(), piece_size, wire)

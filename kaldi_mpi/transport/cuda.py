@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 from kaldi_mpi.errors import ConfigError
 
@@ -36,12 +37,19 @@ def takes_device_pointers() -> bool:
     return query() == 1
 
 
-def describe() -> str:
-    """One line for the log: how parameters of a GPU travel.
+def device_bytes(tensor: Any) -> Any:
+    """The bytes of a contiguous tensor, as a flat uint8 tensor in the same memory."""
+    import torch
 
-    They are staged in either case: pieces are rounded to the wire type and mixed on a stream of their own, and
-    what goes to MPI is the page-locked copy. A library that takes device addresses is named, not used.
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def describe() -> str:
+    """One line for the log: how parameters of a GPU travel between learners that exchange by pairs.
+
+    Pieces are rounded to the wire type and mixed on a stream of their own in either case. Sums over all
+    learners (of synchronous strategies) and centres are in main memory always.
     """
     if takes_device_pointers():
-        return "parameters pass through page-locked memory (this MPI library would take device addresses)"
+        return "exchanged parameters go to MPI by their device addresses (it is CUDA-aware); sums by page-locked memory"
     return "parameters pass through page-locked memory (this MPI library takes no device addresses)"

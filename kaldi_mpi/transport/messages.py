@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from kaldi_mpi.transport import collectives
 from kaldi_mpi.transport.carrier import BACKGROUND, HEADERS, PAYLOADS, Carrier
 from kaldi_mpi.transport.comm_thread import CommThread, Lane
-from kaldi_mpi.transport.world import MAX_NUMBERS, Handler
+from kaldi_mpi.transport.cuda import device_bytes
+from kaldi_mpi.transport.world import MAX_NUMBERS, Allocate, Handler
 
 _HEADER = 3 + MAX_NUMBERS  # channel, bytes of payload, count of numbers, numbers
 _MOST_AT_ONCE = 16  # messages taken in before the thread looks at its other work
@@ -34,7 +35,7 @@ class _Incoming:
         self.header = np.zeros(_HEADER, np.int64)
         self.headed = False
         self.here = False
-        self.payload = np.empty(0, np.uint8)
+        self.payload: Any = np.empty(0, np.uint8)
 
 
 class MessageLinks:
@@ -49,6 +50,7 @@ class MessageLinks:
         self._thread, self._carrier, self._wait = thread, carrier, wait
         self._lane = Lane(f"background sum of world {carrier.size}")
         self._handlers: dict[int, Handler] = {}
+        self._allocators: dict[int, Allocate] = {}
         self._kept: dict[int, deque[tuple[int, tuple[int, ...], NDArray[np.uint8]]]] = {}
         self._coming: list[deque[_Incoming]] = [deque() for _ in range(self.size)]
         self._next = _Incoming()
@@ -59,14 +61,18 @@ class MessageLinks:
         """See `Links.post`."""
         self._thread.post(action)
 
-    def on_message(self, channel: int, handler: Handler | None) -> None:
+    def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
         """See `Links.on_message`."""
+        if allocate is not None:
+            self._allocators[channel] = allocate
+        elif handler is None:
+            self._allocators.pop(channel, None)
         if self._thread.is_current():
             self._attach(channel, handler)
         else:
             self._thread.post(lambda: self._attach(channel, handler))
 
-    def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
         """See `Links.send`."""
         if not self._thread.is_current():
             raise RuntimeError("messages are sent on the communication thread: use post")
@@ -74,16 +80,16 @@ class MessageLinks:
             raise ValueError(f"no rank {to} in a world of {self.size}")
         if len(numbers) > MAX_NUMBERS:
             raise ValueError(f"{len(numbers)} numbers in a message: at most {MAX_NUMBERS} go")
-        data = np.empty(0, np.uint8) if payload is None else np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
+        data = _bytes_of(payload)
         if to == self.rank:
-            self._thread.post(functools.partial(self._hand_over, channel, to, tuple(map(int, numbers)), data.copy()))
+            self._thread.post(functools.partial(self._hand_over, channel, to, tuple(map(int, numbers)), _copy(data)))
             return
         header = np.zeros(_HEADER, np.int64)
-        header[:3] = channel, data.size, len(numbers)
+        header[:3] = channel, data.nbytes, len(numbers)
         header[3 : 3 + len(numbers)] = numbers
         self.sending += 1
         self._thread.track(self._carrier.send(header, to, HEADERS), functools.partial(self._sent, header))
-        if data.size:
+        if data.nbytes:
             self.sending += 1
             self._thread.track(self._carrier.send(data, to, PAYLOADS), functools.partial(self._sent, data))
 
@@ -130,7 +136,7 @@ class MessageLinks:
                 self._handlers[channel](*kept.popleft())
         self._thread.listen(self, bool(self._handlers) or self._draining)
 
-    def _sent(self, _array: NDArray[Any]) -> None:
+    def _sent(self, _array: Any) -> None:
         self.sending -= 1
 
     def _headed(self, source: int, incoming: _Incoming) -> None:
@@ -139,11 +145,11 @@ class MessageLinks:
         for one in list(self._coming[source]):
             if not one.headed:
                 break
-            if one.payload.size or one.here:
+            if one.payload.nbytes or one.here:
                 continue
             size = int(one.header[1])
             if size:
-                one.payload = np.empty(size, np.uint8)
+                one.payload = self._allocators.get(int(one.header[0]), _main_memory)(size)
                 transfer = self._carrier.receive(one.payload, source, PAYLOADS)
                 self._thread.track(transfer, functools.partial(self._arrived, source, one))
             else:
@@ -167,3 +173,20 @@ class MessageLinks:
             self._kept.setdefault(channel, deque()).append((source, numbers, payload))
         else:
             handler(source, numbers, payload)
+
+
+def _main_memory(size: int) -> NDArray[np.uint8]:
+    return np.empty(size, np.uint8)
+
+
+def _bytes_of(payload: Any) -> Any:
+    """The bytes of an array, or of a tensor in a device's memory, as a flat view."""
+    if payload is None:
+        return np.empty(0, np.uint8)
+    if isinstance(payload, np.ndarray):
+        return np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
+    return device_bytes(payload)
+
+
+def _copy(data: Any) -> Any:
+    return data.copy() if isinstance(data, np.ndarray) else data.clone()

@@ -31,6 +31,11 @@ from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV
 _SWITCH_SECONDS = 0.5e-3
 
 
+def _bytes(array: Any) -> Any:
+    """What mpi4py takes: bytes of main memory, or a tensor in device memory as it is, whose address it passes on."""
+    return array.view(np.uint8) if isinstance(array, np.ndarray) else array
+
+
 def _completed(requests: list[MPI.Request]) -> Sequence[int]:
     return MPI.Request.Testsome(requests) or ()
 
@@ -66,12 +71,12 @@ class MpiCarrier:
         """See `Carrier.send`."""
         self.bytes_sent += array.nbytes
         peer = self._ranks[to]
-        return Transfer(self._comm.Isend(array.view(np.uint8), peer, self._tag + stream), "to", peer)
+        return Transfer(self._comm.Isend(_bytes(array), peer, self._tag + stream), "to", peer)
 
     def receive(self, array: NDArray[Any], source: int, stream: int) -> Transfer:
         """See `Carrier.receive`."""
         peer = self._ranks[source]
-        return Transfer(self._comm.Irecv(array.view(np.uint8), peer, self._tag + stream), "from", peer)
+        return Transfer(self._comm.Irecv(_bytes(array), peer, self._tag + stream), "from", peer)
 
     def probe(self, header: NDArray[Any]) -> tuple[int, Transfer] | None:
         """See `Carrier.probe`."""

@@ -20,6 +20,7 @@ MAX_NUMBERS = 8  # in a message
 
 # (source, numbers, payload as bytes)
 Handler = Callable[[int, tuple[int, ...], NDArray[np.uint8]], None]
+Allocate = Callable[[int], Any]  # where a payload of so many bytes is to arrive
 
 
 class Pending(Protocol):
@@ -47,15 +48,19 @@ class Links(Protocol):
     def post(self, action: Callable[[], None]) -> None:
         """From any thread: run `action` on the communication thread soon, in the order posted."""
 
-    def on_message(self, channel: int, handler: Handler | None) -> None:
+    def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
         """Have messages of `channel` handed to handler(source, numbers, payload) on the communication thread.
 
         Those that came before there was a handler are kept and handed over now. None detaches. In order with
-        `post`, when called from another thread.
+        `post`, when called from another thread. Payloads arrive in main memory, or, under an MPI library that
+        takes device addresses, where `allocate(bytes)` says (a uint8 tensor in a device's memory).
         """
 
-    def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
         """On the communication thread: send up to 8 whole numbers and an array of any type, without waiting.
+
+        With an MPI library that takes device addresses it may be a contiguous tensor in a device's memory. None
+        sends the numbers alone.
 
         The payload must stay as it is until it has arrived; it arrives as bytes (uint8). A message to oneself
         is handed over later, never inside this call.
@@ -174,7 +179,7 @@ class SoloLinks:
             finally:
                 self._running.release()
 
-    def on_message(self, channel: int, handler: Handler | None) -> None:
+    def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
         """See `Links.on_message`."""
         self._handlers.pop(channel, None)
         if handler is not None:
