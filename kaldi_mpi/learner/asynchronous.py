@@ -221,6 +221,7 @@ class AsynchronousPhase:
         learner, ends = self._learner, step == self._phase.end_step
         if self._leads:
             if self._evaluator is not None:
+                self._peers.links.wait(self._snapshots.quiet)
                 self._evaluator.drain()
             own = self._shared.to_numpy()
             self._tell("mean")

@@ -42,6 +42,7 @@ class Snapshots:
     ) -> None:
         self._links, self._strategy, self._shared = links, strategy, shared
         self._begun, self._done = begun, done
+        self._under_way = 0  # on rank 0
         self._squares: dict[int, list[float]] = {}  # by iteration: |x_i|^2 of the ranks heard of
         self._means: dict[int, NDArray[np.float32]] = {}
 
@@ -53,8 +54,13 @@ class Snapshots:
         """Stop listening; nothing may be under way."""
         self._links.on_message(CHANNEL, None)
 
+    def quiet(self) -> bool:
+        """Whether all snapshots that this rank asked for have been handed to `done`."""
+        return self._under_way == 0
+
     def take(self, iteration: int) -> None:
         """Have all ranks take a snapshot; rank 0 alone."""
+        self._under_way += 1
         for rank in range(self._links.size):
             self._links.send(CHANNEL, rank, (_TAKE, iteration), None)
 
@@ -88,4 +94,5 @@ class Snapshots:
         if type(self._strategy).share is Exchanging.share:
             # sum |x_i|^2 / N - |mean|^2, whose rounding may leave it just below 0.
             spread = max(0.0, sum(squares) / len(squares) - float(np.dot(mean.astype(np.float64), mean)))
+        self._under_way -= 1
         self._done(iteration, mean, spread)
