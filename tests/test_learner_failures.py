@@ -131,7 +131,7 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
         (["--trainer.num-epochs=some"], "argument --trainer.num-epochs: expected a number, got 'some'"),
         (["--trainer.optimization.momentum=1"], "must be below 1"),
         (["--binary=yes"], "argument --binary: expected true or false, got 'yes'"),
-        (["--strategy=gossip"], "--strategy gossip: unknown"),
+        (["--strategy=gossip"], "--strategy gossip: there is no strategy 'gossip'; there are allreduce, "),
         (["--feat.cmvn-opts=--norm-meens=true"], "--feat.cmvn-opts: '--norm-meens=true' is not one of"),
         (["--feat.cmvn-opts=--norm-means=maybe"], "--norm-means: expected true or false, got 'maybe'"),
         (["--egs.opts=--num-utts-subset few"], "--egs.opts: --num-utts-subset: expected a number, got 'few'"),

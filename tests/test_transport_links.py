@@ -376,8 +376,9 @@ def test_long_waits_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     with caplog.at_level(logging.WARNING, logger="kaldi_mpi"):
         assert run_world(2, learner) == [2.0, 2.0]
     told = [message for message in caplog.messages if "learner rank 0 has waited" in message]
-    assert 2 <= len(told) <= 4, told
-    assert "for sum of 5; at collective 1 (sum of 5); transfers under way: from rank 1" in told[0]
+    about = [message for message in told if "for sum of 5" in message]  # a busy machine is slow at the barrier too
+    assert 2 <= len(about) <= 4, told
+    assert "for sum of 5; at collective 1 (sum of 5); transfers under way: from rank 1" in about[0]
 
 
 def test_a_learner_alone() -> None:
