@@ -35,3 +35,10 @@ def test_it_counts_steps_exchanges_and_ages(tmp_path: Path, capsys: pytest.Captu
 def test_a_directory_without_journals_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path)]) == 1
     assert f"{tmp_path}/journal: no journals" in capsys.readouterr().err
+
+
+def test_a_journal_that_nobody_wants_keeps_nothing() -> None:
+    journal = Journal(wanted=False)
+    for step in range(10):
+        journal.record(Event.STEP, 0, step)
+    assert len(journal.records()) == 0

@@ -53,9 +53,11 @@ class Journal:
 
     Args:
         path: where to write them; None keeps them in memory (`records`).
+        wanted: False takes nothing down.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, wanted: bool = True) -> None:
+        self._wanted = wanted
         self._start = time.monotonic()
         self._events: list[tuple[float, int, int, int, int, int, int, int, int, int]] = []
         self._lock = threading.Lock()
@@ -74,6 +76,8 @@ class Journal:
         age: int = 0,
     ) -> None:
         """Take down one event; call it while the piece is locked."""
+        if not self._wanted:
+            return
         row = (
             time.monotonic() - self._start,
             int(event),

@@ -75,8 +75,8 @@ class AsynchronousPhase:
             self._map = TicketMap(
                 learner.world.size // self._group_size, learner.plan.steps_per_epoch, chunks.steps_per_epoch
             )
-            journal_path = around.journal_dir and around.journal_dir / f"learner.{learner.world.rank}"
-            self._journal = Journal(journal_path if self._leads else None)
+            path = around.journal_dir / f"learner.{learner.world.rank}" if around.journal_dir and self._leads else None
+            self._journal = Journal(path, wanted=path is not None)
             try:
                 if self._leads:
                     self._connect()

@@ -70,7 +70,7 @@ class Server:
             strategy.begin(values)
         shared = make_published(torch.from_numpy(values), options.settings.piece_size, options.settings.transfer_dtype)
         path = Path(options.dir) / "journal" / f"learner.{everyone.rank}" if options.journal else None
-        journal = Journal(path)
+        journal = Journal(path, wanted=path is not None)
         strategy.connect(
             shared, lambda to, numbers, payload: links.send(STRATEGY_CHANNEL, to, numbers, payload), journal
         )
