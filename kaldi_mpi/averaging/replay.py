@@ -26,7 +26,7 @@ from kaldi_mpi.errors import DataError
 
 Vector = NDArray[np.float64]
 Change = Callable[[int, int, Vector], Vector]
-_Key = tuple[int, int, int]  # rank that started the exchange, its number, piece
+Key = tuple[int, int, int]  # rank that started the exchange, its number, piece
 
 
 @dataclasses.dataclass
@@ -44,6 +44,44 @@ class Replayed:
     copies: Vector
     total: Vector
     steps: list[int]
+
+
+def pieces(size: int, piece_size: int | None) -> list[slice]:
+    """Where the pieces of a model of `size` parameters lie; one piece for None."""
+    step = piece_size or max(1, size)
+    return [slice(first, min(first + step, size)) for first in range(0, max(1, size), step)]
+
+
+def play(journals: Sequence[Records], happen: Callable[[int, Event, int, int, int, int], bool]) -> None:
+    """Let the events of all journals happen, each journal's in its order.
+
+    Args:
+        journals: for each rank its events.
+        happen: ``happen(rank, event, piece, number, partner, theirs)`` does one event, or returns that it must wait
+            for another rank's.
+
+    Raises:
+        DataError: the journals do not fit together: what is left waits for events that there are not.
+    """
+    at = [0] * len(journals)
+    moved = True
+    while moved:
+        moved = False
+        for rank, records in enumerate(journals):
+            while at[rank] < len(records):
+                row = records[at[rank]]
+                fields = (int(row[name]) for name in ("piece", "number", "partner", "theirs"))
+                if not happen(rank, Event(int(row["event"])), *fields):
+                    break
+                at[rank] += 1
+                moved = True
+    for rank, records in enumerate(journals):
+        if at[rank] < len(records):
+            row = records[at[rank]]
+            raise DataError(
+                f"journals do not fit together: event {at[rank]} of rank {rank} ({Event(int(row['event'])).name}, "
+                f"exchange {int(row['number'])} with rank {int(row['partner'])}) has no other side"
+            )
 
 
 def replay(
@@ -68,16 +106,15 @@ def replay(
     Raises:
         DataError: the journals do not fit together (an exchange's other side is missing).
     """
-    size = piece_size or max(1, start.size)
-    where = [slice(first, min(first + size, start.size)) for first in range(0, max(1, start.size), size)]
+    where = pieces(start.size, piece_size)
     models = np.tile(np.asarray(start, np.float64), (len(journals), 1))
     copies = models.copy()
     total = models.sum(0)
     changes = np.zeros_like(models)
     last_step = [-1] * len(journals)
-    requests: dict[_Key, Vector] = {}
-    replies: dict[_Key, tuple[Vector, float]] = {}
-    sent: dict[_Key, Vector] = {}  # the same snapshots, for the side that took them
+    requests: dict[Key, Vector] = {}
+    replies: dict[Key, tuple[Vector, float]] = {}
+    sent: dict[Key, Vector] = {}  # the same snapshots, for the side that took them
     under_way: set[tuple[int, int]] = set()  # (rank, piece)
 
     def happen(rank: int, event: Event, piece: int, number: int, partner: int, theirs: int) -> bool:
@@ -118,23 +155,5 @@ def replay(
             raise DataError(f"the journal of rank {rank} has an event {event.name}, which gossip does not")
         return True
 
-    at = [0] * len(journals)
-    moved = True
-    while moved:
-        moved = False
-        for rank, records in enumerate(journals):
-            while at[rank] < len(records):
-                row = records[at[rank]]
-                fields = (int(row[name]) for name in ("piece", "number", "partner", "theirs"))
-                if not happen(rank, Event(int(row["event"])), *fields):
-                    break
-                at[rank] += 1
-                moved = True
-    for rank, records in enumerate(journals):
-        if at[rank] < len(records):
-            row = records[at[rank]]
-            raise DataError(
-                f"journals do not fit together: event {at[rank]} of rank {rank} ({Event(int(row['event'])).name}, "
-                f"exchange {int(row['number'])} with rank {int(row['partner'])}) has no other side"
-            )
+    play(journals, happen)
     return Replayed(models, copies, total, [step + 1 for step in last_step])

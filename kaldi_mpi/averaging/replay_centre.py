@@ -18,17 +18,13 @@ x + delta v, which is the point that was published and mixed; and u with the fac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.journal import Event, Records
+from kaldi_mpi.averaging.replay import Change, Key, Vector, pieces, play
 from kaldi_mpi.errors import DataError
-
-Vector = NDArray[np.float64]
-Change = Callable[[int, int, Vector], Vector]
-_Key = tuple[int, int, int]  # rank that started the exchange, its number, piece
 
 
 @dataclasses.dataclass
@@ -60,23 +56,23 @@ class _Replay:
         alpha: float | None,
         momentum: float,
         num_learners: int,
-        size: int,
+        piece_size: int | None,
     ) -> None:
-        self.where = [slice(first, min(first + size, start.size)) for first in range(0, max(1, start.size), size)]
+        self.where = pieces(start.size, piece_size)
         self.x = np.tile(np.asarray(start, np.float64), (num_ranks, 1))
         self.copies, self.base = self.x.copy(), self.x.copy()
         self.velocity, self.u = np.zeros_like(self.x), np.zeros_like(self.x)
         self.centre = np.array(start, np.float64)
         self.change, self.alpha, self.momentum, self.num_learners = change, alpha, momentum, num_learners
         self.steps = [0] * num_ranks
-        self.sent: dict[_Key, Vector] = {}  # s
-        self.pushed: dict[_Key, Vector] = {}  # what the owner awaits: s or p
-        self.given: dict[_Key, Vector] = {}  # r
+        self.sent: dict[Key, Vector] = {}  # s
+        self.pushed: dict[Key, Vector] = {}  # what the owner awaits: s or p
+        self.given: dict[Key, Vector] = {}  # r
         self.updates = [0] * len(self.where)
         self.seen: dict[tuple[int, int], int] = {}  # (learner, piece): updates when it was last given
         self.staleness: list[int] = []
 
-    def happen(self, rank: int, event: Event, piece: int, number: int, partner: int) -> bool:
+    def happen(self, rank: int, event: Event, piece: int, number: int, partner: int, _theirs: int) -> bool:
         """Do it, or return that it must wait for another rank's event."""
         part = self.where[piece]
         mine, theirs = (rank, number, piece), (partner, number, piece)
@@ -113,7 +109,7 @@ class _Replay:
         self.x[rank, part] = after + delta * self.velocity[rank, part]
         self.copies[rank, part] = self.x[rank, part]
 
-    def _take_in(self, key: _Key, c: Vector) -> None:
+    def _take_in(self, key: Key, c: Vector) -> None:
         learner, _, piece = key
         self.staleness.append(self.updates[piece] - self.seen.get((learner, piece), 0))
         self.updates[piece] += 1
@@ -123,7 +119,7 @@ class _Replay:
             self._give(key, c)
             c += self.alpha * (self.pushed.pop(key) - c)
 
-    def _give(self, key: _Key, c: Vector) -> None:
+    def _give(self, key: Key, c: Vector) -> None:
         learner, _, piece = key
         self.given[key] = c.copy()
         self.seen[learner, piece] = self.updates[piece]
@@ -154,25 +150,6 @@ def replay_centre(
     Raises:
         DataError: the journals do not fit together (an exchange's other side is missing).
     """
-    size = piece_size or max(1, start.size)
-    run = _Replay(len(journals), start, change, alpha, momentum, num_learners, size)
-    at = [0] * len(journals)
-    moved = True
-    while moved:
-        moved = False
-        for rank, records in enumerate(journals):
-            while at[rank] < len(records):
-                row = records[at[rank]]
-                piece, number, partner = (int(row[name]) for name in ("piece", "number", "partner"))
-                if not run.happen(rank, Event(int(row["event"])), piece, number, partner):
-                    break
-                at[rank] += 1
-                moved = True
-    for rank, records in enumerate(journals):
-        if at[rank] < len(records):
-            row = records[at[rank]]
-            raise DataError(
-                f"journals do not fit together: event {at[rank]} of rank {rank} ({Event(int(row['event'])).name}, "
-                f"exchange {int(row['number'])} with rank {int(row['partner'])}) has no other side"
-            )
+    run = _Replay(len(journals), start, change, alpha, momentum, num_learners, piece_size)
+    play(journals, run.happen)
     return ReplayedCentre(run.x, run.centre, run.steps, run.staleness)
