@@ -49,6 +49,7 @@ class Centred(Exchanging):
     """
 
     sends_rest: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False  # the centre is in main memory
 
     def __init__(
         self, world: Collective, frames_per_average: int | None = None, dedicated_server: bool = False

@@ -69,6 +69,7 @@ class Exchanging(Strategy):
         busy_weight: w of an answer that is given while a request of one's own is under way; None: no difference.
         merges: whether crossing requests of a pair are one exchange.
         may_block: whether `blocked` can ever say so; the learner then asks after each step.
+        on_device: whether what travels may stay in a device's memory.
         filters_change: whether `filter_change` does anything.
 
     Args:
@@ -80,6 +81,7 @@ class Exchanging(Strategy):
     asynchronous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     may_block: ClassVar[bool] = False
+    on_device: ClassVar[bool] = True
     filters_change: bool = False
     busy_weight: ClassVar[float | None] = None
     weight: float

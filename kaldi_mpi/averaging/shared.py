@@ -91,20 +91,19 @@ class Shared(Protocol):
         """A copy of all of x, (P,), each piece as it is when its turn comes; takes the locks itself."""
 
 
-class SharedModel:
-    """A published model in main memory.
+class Pieces:
+    """What published models have in common wherever they live: pieces, each with a lock and a count of steps.
 
     Args:
-        values: (P,) float32, the model at the start; copied.
+        size: parameters of the model.
         piece_size: parameters of a piece (the last one may be smaller).
         wire: ``float32``, ``float16`` or ``bfloat16``.
     """
 
-    def __init__(self, values: Flat, piece_size: int = DEFAULT_PIECE, wire: str = "float32") -> None:
-        self.values = values.copy()
+    def __init__(self, size: int, piece_size: int, wire: str) -> None:
         self.wire = np.dtype(WIRE_TYPES[wire])
-        starts = range(0, max(1, values.size), piece_size)
-        self.where = [slice(start, min(start + piece_size, values.size)) for start in starts]
+        starts = range(0, max(1, size), piece_size)
+        self.where = [slice(start, min(start + piece_size, size)) for start in starts]
         self.num_pieces = len(self.where)
         self.steps = [0] * self.num_pieces
         self._locks = [threading.Lock() for _ in self.where]
@@ -114,6 +113,20 @@ class SharedModel:
         """Hold the piece."""
         with self._locks[piece]:
             yield
+
+
+class SharedModel(Pieces):
+    """A published model in main memory.
+
+    Args:
+        values: (P,) float32, the model at the start; copied.
+        piece_size: parameters of a piece (the last one may be smaller).
+        wire: ``float32``, ``float16`` or ``bfloat16``.
+    """
+
+    def __init__(self, values: Flat, piece_size: int = DEFAULT_PIECE, wire: str = "float32") -> None:
+        super().__init__(values.size, piece_size, wire)
+        self.values = values.copy()
 
     def snapshot(self, piece: int) -> Wire:
         """See `Shared.snapshot`."""

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.learner.evaluator import Evaluator
 from kaldi_mpi.learner.loop import Learner, spread_of
 from kaldi_mpi.learner.plan import Phase, TicketMap
@@ -97,8 +96,8 @@ class AsynchronousPhase:
             tell(self._peers, True, "start", number, is_new, learner.flat.to_numpy())
         if is_new:
             strategy.begin(learner.flat.to_numpy())
-        direct = strategy.name not in CENTRES  # centres are in main memory
-        self._shared = make_published(learner.flat.values, learner.around.piece_size, learner.around.wire, direct)
+        around = learner.around
+        self._shared = make_published(learner.flat.values, around.piece_size, around.wire, strategy.on_device)
         strategy.connect(
             self._shared,
             lambda to, numbers, payload: links.send(STRATEGY_CHANNEL, to, numbers, payload),

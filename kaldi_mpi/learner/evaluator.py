@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.evaluate import compute_prob
+from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.transport.world import SoloWorld
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ class Evaluator:
     """
 
     def __init__(self, learner: Learner) -> None:
-        # A deep copy of the flat buffers' views would keep the buffers' whole memory once for each tensor.
-        from kaldi_mpi.learner.flat import FlatParameters
-
         self._learner = learner
         self._model = copy.deepcopy(learner.model)
         self._flat = FlatParameters(self._model)

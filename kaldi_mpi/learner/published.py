@@ -10,7 +10,6 @@ by piece: neither sees a piece half-changed by the other.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.shared import WIRE_TYPES, Shared, SharedModel, Wire
+from kaldi_mpi.averaging.shared import Pieces, Shared, SharedModel, Wire
 from kaldi_mpi.averaging.strategy import Flat
 from kaldi_mpi.transport.cuda import takes_device_pointers
 from kaldi_mpi.transport.world import Allocate
@@ -52,7 +51,7 @@ class HostPublished(SharedModel):
         super().push_pull(piece, change.numpy(), copy.numpy())
 
 
-class DevicePublished:
+class DevicePublished(Pieces):
     """A published model in a device's memory; also works for CPU tensors, without streams.
 
     Args:
@@ -63,26 +62,15 @@ class DevicePublished:
     """
 
     def __init__(self, values: torch.Tensor, piece_size: int, wire: str, direct: bool = False) -> None:
+        super().__init__(values.numel(), piece_size, wire)
         self._x = values.detach().clone()
         self._direct = direct
         self.allocate: Allocate | None = self._on_device if direct else None
-        self.wire = np.dtype(WIRE_TYPES[wire])
         self._wire_type = _TORCH_WIRE[wire]
-        total = values.numel()
-        self.where = [slice(s, min(s + piece_size, total)) for s in range(0, max(1, total), piece_size)]
-        self.num_pieces = len(self.where)
-        self.steps = [0] * self.num_pieces
-        self._locks = [threading.Lock() for _ in self.where]
         self._cuda = values.device.type == "cuda"
         self._stream = torch.cuda.Stream(values.device) if self._cuda else None
         # The last use of each piece, on either stream: whoever comes next waits for it on the device.
         self._used: list[torch.cuda.Event | None] = [None] * self.num_pieces
-
-    @contextlib.contextmanager
-    def lock(self, piece: int) -> Iterator[None]:
-        """Hold the piece."""
-        with self._locks[piece]:
-            yield
 
     def snapshot(self, piece: int) -> Wire:
         """See `Shared.snapshot`; returns when the copy is complete, in page-locked main memory or on the device."""
