@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,14 +26,17 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.evaluator import Evaluator
-from kaldi_mpi.learner.loop import Learner, spread_of
 from kaldi_mpi.learner.plan import Phase, TicketMap
 from kaldi_mpi.learner.published import make_published
 from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
 from kaldi_mpi.loader import Minibatch, MinibatchReader
+
+if TYPE_CHECKING:
+    from kaldi_mpi.learner.loop import Learner
 
 
 class AsynchronousPhase:

@@ -162,3 +162,11 @@ def lda_statistics(
     for array in stats.arrays():
         array[...] = how.world.sum_float64(array)
     return stats
+
+
+def spread_of(own: NDArray[np.float32], mean: NDArray[np.float32], world: World) -> float:
+    """(1/N) sum_i |x_i - mean|^2, on every rank."""
+    if world.size == 1:
+        return 0.0
+    difference = own.astype(np.float64) - mean
+    return float(world.sum_float64(np.array([difference @ difference]))[0]) / world.size

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as functional
 from numpy.typing import NDArray
 
+from kaldi_mpi.learner.asynchronous import AsynchronousPhase
 from kaldi_mpi.learner.evaluate import Pass, Score, compute_prob, with_parameters
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.inject import Injector
@@ -26,6 +27,7 @@ from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.plan import Phase, Plan
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.setup import Data
+from kaldi_mpi.learner.synchronous import run_synchronous
 from kaldi_mpi.loader import ChunkShape, Minibatch
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.iteration import IterationLogs
@@ -106,10 +108,6 @@ class Learner:
 
     def run(self) -> None:
         """Train from the present step to the last; afterwards all learners hold the final model."""
-        # Here, since both need the learner to be defined.
-        from kaldi_mpi.learner.asynchronous import AsynchronousPhase
-        from kaldi_mpi.learner.synchronous import run_synchronous
-
         self.model.train()
         if self.step == 0:
             self.validate(0, self.flat.to_numpy(), 0.0)
@@ -238,11 +236,3 @@ class Learner:
         self.optimiser.load_state_dict(state["optimiser"])
         for phase, saved in zip(self.phases, state["strategies"], strict=True):
             phase.strategy.load_state_dict(saved)
-
-
-def spread_of(own: NDArray[np.float32], mean: NDArray[np.float32], world: World) -> float:
-    """(1/N) sum_i |x_i - mean|^2, on every rank."""
-    if world.size == 1:
-        return 0.0
-    difference = own.astype(np.float64) - mean
-    return float(world.sum_float64(np.array([difference @ difference]))[0]) / world.size

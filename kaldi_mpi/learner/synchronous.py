@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kaldi_mpi.averaging import Step, Strategy
-from kaldi_mpi.learner.loop import Learner, spread_of
+from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.plan import Phase
 from kaldi_mpi.loader import Minibatch, MinibatchReader
+
+if TYPE_CHECKING:
+    from kaldi_mpi.learner.loop import Learner
 
 
 def run_synchronous(learner: Learner, phase: Phase) -> None:
