@@ -138,6 +138,13 @@ class Status:
             )
 
 
+def say_abort(rank: int, status: int) -> None:
+    """Leave word that this rank is about to end the run with an MPI abort, unless it has already said why."""
+    folder = os.environ.get(STATUS_DIR_ENV)
+    if folder and all(s["state"] != "failed" for s in read_status(Path(folder)) if s["rank"] == rank):
+        Status(rank).write("failed", f"it ended the run with status {status}")
+
+
 def read_status(folder: Path) -> list[dict[str, Any]]:
     """All learners' status files in order of rank."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank.*")]

@@ -24,7 +24,7 @@ from kaldi_mpi.transport import guard
 from kaldi_mpi.transport.carrier import HEADERS, NUM_STREAMS
 from kaldi_mpi.transport.comm_thread import CommThread, Transfer
 from kaldi_mpi.transport.comm_world import CommWorld
-from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV
+from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV, say_abort
 
 # A thread that computes in Python holds the interpreter for this long before another thread gets a turn; the
 # communication thread needs several turns to answer a message. Python's own 5 ms would make that 50 ms.
@@ -147,6 +147,8 @@ class MpiWorld(CommWorld):
     def _abort_run(self, status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
+        # mpiexec kills all: without this word it is chance who is found dead first.
+        say_abort(MPI.COMM_WORLD.Get_rank(), status)
         self._comm.Abort(status)
         os._exit(status)  # MPI_Abort does not return; this tells the type checker so
 
