@@ -43,11 +43,10 @@ static void normalise(const km_corpus *corpus, int32_t utterance, int32_t rows, 
     }
 }
 
-static int rows_of(const km_corpus *corpus, int32_t utterance, int32_t first, int32_t count, float *out,
-                   km_scratch *scratch, km_error *error) {
-    const km_file *file = corpus->files + corpus->file_of[utterance];
+static int rows_of(const km_corpus *corpus, int32_t utterance, const km_view *view, int32_t first,
+                   int32_t count, float *out, km_scratch *scratch, km_error *error) {
     const int32_t row = corpus->first_row[utterance] + first;
-    if (km_matrix_rows(file, corpus->matrices + utterance, row, count, out, scratch, error) != KM_OK) {
+    if (km_matrix_rows(view, corpus->matrices + utterance, row, count, out, scratch, error) != KM_OK) {
         error->utterance = utterance;
         return KM_FAILED;
     }
@@ -57,7 +56,8 @@ static int rows_of(const km_corpus *corpus, int32_t utterance, int32_t first, in
 
 int km_corpus_features(const km_corpus *corpus, int32_t utterance, float *out, km_error *error) {
     km_scratch scratch = {0};
-    int status = rows_of(corpus, utterance, 0, corpus->num_frames[utterance], out, &scratch, error);
+    const km_view view = {corpus->files + corpus->file_of[utterance], NULL, 0, 0};
+    int status = rows_of(corpus, utterance, &view, 0, corpus->num_frames[utterance], out, &scratch, error);
     km_scratch_free(&scratch);
     return status;
 }
@@ -66,8 +66,9 @@ static int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;
 }
 
-int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk, float *feats,
-                    int64_t *labels, km_scratch *scratch, km_error *error) {
+int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
+                    const km_view *view, const km_out *out, km_scratch *scratch, km_error *error) {
+    float *feats = out->feats;
     const int64_t length = corpus->num_frames[chunk->utterance];
     const size_t dim = (size_t)corpus->dim, row_bytes = dim * sizeof(float);
     const int64_t begin = (int64_t)chunk->start - shape->left + shape->label_delay;
@@ -76,7 +77,8 @@ int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chu
     const int64_t low = clamp(begin, 0, length - 1), high = clamp(begin + rows - 1, 0, length - 1);
     const int64_t before = begin < 0 ? -begin : 0, count = high - low + 1;
     float *decoded = feats + (size_t)before * dim;
-    if (rows_of(corpus, chunk->utterance, (int32_t)low, (int32_t)count, decoded, scratch, error) != KM_OK)
+    if (rows_of(corpus, chunk->utterance, view, (int32_t)low, (int32_t)count, decoded, scratch, error) !=
+        KM_OK)
         return KM_FAILED;
     for (int64_t row = 0; row < before; row++)
         memcpy(feats + (size_t)row * dim, decoded, row_bytes);
@@ -87,7 +89,7 @@ int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chu
     const int32_t *all = corpus->labels + corpus->first_label[chunk->utterance];
     for (int32_t i = 0; i < shape->width; i++) {
         const int64_t t = (int64_t)chunk->start + i;
-        labels[i] = t >= chunk->first_label && t < chunk->end_label ? all[t] : -1;
+        out->labels[i] = t >= chunk->first_label && t < chunk->end_label ? all[t] : -1;
     }
     return KM_OK;
 }

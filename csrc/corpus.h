@@ -24,6 +24,14 @@ typedef struct {
     int32_t scales;             /* 1: x * scale + offset, 0: x + offset */
 } km_corpus;
 
+/* Where one chunk goes. */
+typedef struct {
+    float *feats;    /* rows * dim */
+    int64_t *labels; /* width * targets pdf-ids, -1 where there is none */
+    float *weights;  /* width * targets; NULL where every weight is 1 */
+    float *ivector;  /* ivector_dim; NULL where there are none */
+} km_out;
+
 typedef struct {
     int32_t width;       /* labelled frames, > 0 */
     int32_t left, right; /* context rows before and after, >= 0 */
@@ -41,14 +49,16 @@ int km_cmvn_norms(const double *stats, int32_t dim, int32_t norm_vars, float *no
 /* The part of an utterance that one chunk is about. */
 typedef struct {
     int32_t utterance;
+    int32_t number;      /* of the chunk in its utterance */
     int32_t start;       /* time of the chunk's first label */
     int32_t first_label; /* the labelled frames are first_label .. end_label-1; the others are -1, because */
     int32_t end_label;   /* they are beyond the end or belong to the chunk before */
 } km_chunk;
 
-/* Writes the rows start-left+label_delay .. start+width-1+right+label_delay (the edge frames repeated
- * outside the utterance) and the width labels of one chunk. On failure error->utterance is set. */
-int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk, float *feats,
-                    int64_t *labels, km_scratch *scratch, km_error *error);
+/* `view` is of the utterance's archive. Writes the rows start-left+label_delay ..
+ * start+width-1+right+label_delay (the edge frames repeated outside the utterance) and the width labels of
+ * one chunk. On failure error->utterance is set. */
+int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
+                    const km_view *view, const km_out *out, km_scratch *scratch, km_error *error);
 
 #endif

@@ -50,6 +50,43 @@ int km_read_some(const km_file *file, int64_t offset, int64_t size, void *out, i
     return KM_OK;
 }
 
+int64_t km_view_size(const km_view *view) {
+    return view->file != NULL ? view->file->size : view->end;
+}
+
+int km_view_holds(const km_view *view, int64_t offset, int64_t size) {
+    return view->data != NULL && size >= 0 && offset >= view->begin && offset <= view->end &&
+           size <= view->end - offset;
+}
+
+/* That the file, as it was when it was opened, has these bytes: so that no size from a header is believed. */
+static int check_inside(const km_view *view, int64_t offset, int64_t size, km_error *error) {
+    const int64_t left = km_view_size(view) - offset;
+    if (offset >= 0 && size >= 0 && size <= left && view->file != NULL) return KM_OK;
+    return km_fail(error, offset,
+                   "truncated: %" PRId64 " bytes are needed here, and the file ends after %" PRId64, size,
+                   left > 0 ? left : 0);
+}
+
+int km_view_copy(const km_view *view, int64_t offset, int64_t size, void *out, km_scratch *scratch,
+                 km_error *error) {
+    if (km_view_holds(view, offset, size)) {
+        memcpy(out, view->data + (offset - view->begin), (size_t)size);
+        return KM_OK;
+    }
+    if (check_inside(view, offset, size, error) != KM_OK) return KM_FAILED;
+    return km_read(view->file, offset, size, out, scratch, error);
+}
+
+const unsigned char *km_view_bytes(const km_view *view, int64_t offset, int64_t size, km_scratch *scratch,
+                                   km_error *error) {
+    if (km_view_holds(view, offset, size)) return view->data + (offset - view->begin);
+    if (check_inside(view, offset, size, error) != KM_OK) return NULL;
+    if (km_scratch_reserve(scratch, size, error) != KM_OK) return NULL;
+    if (km_read(view->file, offset, size, scratch->data, scratch, error) != KM_OK) return NULL;
+    return scratch->data;
+}
+
 int km_read(const km_file *file, int64_t offset, int64_t size, void *out, km_scratch *scratch,
             km_error *error) {
     int64_t got;

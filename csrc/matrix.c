@@ -56,25 +56,25 @@ static int64_t column_header_bytes(const km_matrix *matrix) {
     return matrix->kind == KM_COLUMNS8 ? (int64_t)matrix->cols * 8 : 0;
 }
 
-static int check_sizes(const km_file *file, const km_matrix *matrix, int64_t at, km_error *error) {
+static int check_sizes(const km_view *view, const km_matrix *matrix, int64_t at, km_error *error) {
     if (matrix->rows < 0 || matrix->cols < 0)
         return km_fail(error, at, "matrix header with a negative size: %" PRId32 " rows, %" PRId32 " columns",
                        matrix->rows, matrix->cols);
     if (matrix->rows == 0 || matrix->cols == 0)
         return km_fail(error, at, "empty matrix: %" PRId32 " rows, %" PRId32 " columns", matrix->rows,
                        matrix->cols);
-    int64_t left = file->size - matrix->data - column_header_bytes(matrix);
+    int64_t left = km_view_size(view) - matrix->data - column_header_bytes(matrix);
     /* Divided rather than multiplied: rows * cols * 8 can exceed 64 bits. */
     int64_t row_bytes = matrix->cols * value_bytes(matrix->kind);
     if (left < row_bytes || left / row_bytes < matrix->rows)
         return km_fail(error, at,
                        "truncated archive or wrong size: the header says %" PRId32 " rows x %" PRId32
                        " columns, and %" PRId64 " bytes follow it",
-                       matrix->rows, matrix->cols, file->size - matrix->data);
+                       matrix->rows, matrix->cols, km_view_size(view) - matrix->data);
     return KM_OK;
 }
 
-static int open_full(const km_file *file, int64_t offset, const unsigned char *head, int64_t got,
+static int open_full(const km_view *view, int64_t offset, const unsigned char *head, int64_t got,
                      km_matrix *matrix, km_error *error) {
     enum { SIZES_AT = 5, SIZES_BYTES = 10 };
     if (got < SIZES_AT + SIZES_BYTES)
@@ -90,10 +90,10 @@ static int open_full(const km_file *file, int64_t offset, const unsigned char *h
     matrix->cols = int32_at(head + SIZES_AT + 6);
     matrix->min = matrix->range = 0.0F;
     matrix->data = offset + SIZES_AT + SIZES_BYTES;
-    return check_sizes(file, matrix, offset + SIZES_AT, error);
+    return check_sizes(view, matrix, offset + SIZES_AT, error);
 }
 
-static int open_compressed(const km_file *file, int64_t offset, const unsigned char *head, int64_t got,
+static int open_compressed(const km_view *view, int64_t offset, const unsigned char *head, int64_t got,
                            km_matrix *matrix, km_error *error) {
     int at = head[4] == ' ' ? 5 : 6;
     if (got < at + 16) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
@@ -106,17 +106,28 @@ static int open_compressed(const km_file *file, int64_t offset, const unsigned c
     if (!isfinite(matrix->min) || !isfinite(matrix->range) || !isfinite(matrix->min + matrix->range))
         return km_fail(error, offset + at, "header of a compressed matrix is not finite: min %g, range %g",
                        (double)matrix->min, (double)matrix->range);
-    return check_sizes(file, matrix, offset + at + 8, error);
+    return check_sizes(view, matrix, offset + at + 8, error);
 }
 
 int km_matrix_open(const km_file *file, int64_t offset, km_matrix *matrix, km_error *error) {
-    unsigned char head[HEADER_BYTES] = {0};
+    const km_view view = {file, NULL, 0, 0};
+    km_scratch scratch = {0};
+    const int status = km_matrix_find(&view, offset, matrix, &scratch, error);
+    km_scratch_free(&scratch);
+    return status;
+}
+
+int km_matrix_find(const km_view *view, int64_t offset, km_matrix *matrix, km_scratch *scratch,
+                   km_error *error) {
     char shown[24];
-    km_scratch counter = {0};
-    int64_t got;
-    if (offset < 0 || offset >= file->size)
-        return km_fail(error, offset, "offset is beyond the end of the file (%" PRId64 " bytes)", file->size);
-    if (km_read_some(file, offset, HEADER_BYTES, head, &got, &counter, error) != KM_OK) return KM_FAILED;
+    const int64_t left = km_view_size(view) - offset, got = left < HEADER_BYTES ? left : HEADER_BYTES;
+    if (offset < 0 || left <= 0)
+        return km_fail(error, offset, "offset is beyond the end of the file (%" PRId64 " bytes)",
+                       km_view_size(view));
+    const unsigned char *bytes = km_view_bytes(view, offset, got, scratch, error);
+    if (bytes == NULL) return KM_FAILED;
+    unsigned char head[HEADER_BYTES] = {0};
+    memcpy(head, bytes, (size_t)got);
     if (got < 2) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
     if (head[0] != '\0' || head[1] != 'B')
         return km_fail(
@@ -124,10 +135,10 @@ int km_matrix_open(const km_file *file, int64_t offset, km_matrix *matrix, km_er
             "no binary Kaldi object here (\\0B expected): a wrong offset, or a text archive, which is "
             "not supported; write it with copy-feats ark:... ark,scp:...");
     if (got >= 5 && (head[2] == 'F' || head[2] == 'D') && head[3] == 'M' && head[4] == ' ')
-        return open_full(file, offset, head, got, matrix, error);
+        return open_full(view, offset, head, got, matrix, error);
     int compressed = head[2] == 'C' && head[3] == 'M';
     if (compressed && (head[4] == ' ' || ((head[4] == '2' || head[4] == '3') && head[5] == ' ')))
-        return open_compressed(file, offset, head, got, matrix, error);
+        return open_compressed(view, offset, head, got, matrix, error);
     if (got < 6) return km_fail(error, offset, "truncated archive: the file ends in the matrix header");
     printable(head + 2, got - 2, shown);
     return km_fail(error, offset + 2, "unknown token '%s': FM, DM, CM, CM2 or CM3 expected", shown);
@@ -150,26 +161,30 @@ static void decode_column(const unsigned char *bytes, int32_t count, const float
     }
 }
 
-static int rows_of_columns(const km_file *file, const km_matrix *matrix, int32_t first, int32_t count,
+static int rows_of_columns(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count,
                            float *out, km_scratch *scratch, km_error *error) {
     const int64_t rows = matrix->rows, cols = matrix->cols, head = column_header_bytes(matrix);
-    const int whole = matrix->rows <= ROWS_READ_WHOLE;
+    const int whole =
+        matrix->rows <= ROWS_READ_WHOLE || km_view_holds(view, matrix->data, head + rows * cols);
     const int64_t stride = whole ? rows : count, skip = whole ? first : 0;
-    if (km_scratch_reserve(scratch, head + stride * cols, error) != KM_OK) return KM_FAILED;
+    const unsigned char *data;
     if (whole) {
-        int64_t needed = head + (cols - 1) * rows + first + count;
-        if (km_read(file, matrix->data, needed, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+        const int64_t needed = head + (cols - 1) * rows + first + count;
+        data = km_view_bytes(view, matrix->data, needed, scratch, error);
+        if (data == NULL) return KM_FAILED;
     } else {
-        if (km_read(file, matrix->data, head, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+        if (km_scratch_reserve(scratch, head + stride * cols, error) != KM_OK) return KM_FAILED;
+        if (km_read(view->file, matrix->data, head, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
         for (int64_t col = 0; col < cols; col++)
-            if (km_read(file, matrix->data + head + col * rows + first, count,
+            if (km_read(view->file, matrix->data + head + col * rows + first, count,
                         scratch->data + head + col * stride, scratch, error) != KM_OK)
                 return KM_FAILED;
+        data = scratch->data;
     }
     for (int64_t col = 0; col < cols; col++) {
         uint16_t percentile[4];
         float values[4];
-        memcpy(percentile, scratch->data + col * 8, sizeof percentile);
+        memcpy(percentile, data + col * 8, sizeof percentile);
         for (int i = 0; i < 4; i++) {
             if (i > 0 && percentile[i] < percentile[i - 1])
                 return km_fail(
@@ -177,7 +192,7 @@ static int rows_of_columns(const km_file *file, const km_matrix *matrix, int32_t
                     "corrupt compressed matrix: the percentiles of column %" PRId64 " are not in order", col);
             values[i] = matrix->min + matrix->range * 1.52590218966964e-05F * (float)percentile[i];
         }
-        decode_column(scratch->data + head + col * stride + skip, count, values, out + col, matrix->cols);
+        decode_column(data + head + col * stride + skip, count, values, out + col, matrix->cols);
     }
     return KM_OK;
 }
@@ -219,30 +234,30 @@ static int check_finite(const km_matrix *matrix, int64_t at, int64_t count, cons
                    (double)values[i < count ? i : 0], i % matrix->cols);
 }
 
-int km_matrix_rows(const km_file *file, const km_matrix *matrix, int32_t first, int32_t count, float *out,
+int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count, float *out,
                    km_scratch *scratch, km_error *error) {
     if (first < 0 || count <= 0 || first > matrix->rows - count)
         return km_fail(error, -1,
                        "rows %" PRId32 " .. +%" PRId32 " asked for of a matrix with %" PRId32 " rows", first,
                        count, matrix->rows);
-    if (matrix->kind == KM_COLUMNS8) return rows_of_columns(file, matrix, first, count, out, scratch, error);
+    if (matrix->kind == KM_COLUMNS8) return rows_of_columns(view, matrix, first, count, out, scratch, error);
     const int64_t width = value_bytes(matrix->kind), values = (int64_t)count * matrix->cols;
     const int64_t at = matrix->data + (int64_t)first * matrix->cols * width;
     if (matrix->kind == KM_FLOAT) {
-        if (km_read(file, at, values * width, out, scratch, error) != KM_OK) return KM_FAILED;
+        if (km_view_copy(view, at, values * width, out, scratch, error) != KM_OK) return KM_FAILED;
         return check_finite(matrix, at, values, out, error);
     }
-    if (km_scratch_reserve(scratch, values * width, error) != KM_OK) return KM_FAILED;
-    if (km_read(file, at, values * width, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+    const unsigned char *data = km_view_bytes(view, at, values * width, scratch, error);
+    if (data == NULL) return KM_FAILED;
     switch (matrix->kind) {
     case KM_ROWS16:
-        decode_linear16(scratch->data, values, matrix, out);
+        decode_linear16(data, values, matrix, out);
         return KM_OK;
     case KM_ROWS8:
-        decode_linear8(scratch->data, values, matrix, out);
+        decode_linear8(data, values, matrix, out);
         return KM_OK;
     default:
-        doubles_to_floats(scratch->data, values, out);
+        doubles_to_floats(data, values, out);
         return check_finite(matrix, at, values, out, error);
     }
 }

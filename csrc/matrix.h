@@ -32,10 +32,14 @@ int km_matrix_open(const km_file *file, int64_t offset, km_matrix *matrix, km_er
 int km_matrix_doubles(const km_file *file, const km_matrix *matrix, double *out, km_error *error);
 /* python: end */
 
+/* The same for a view, whose scratch it may use. */
+int km_matrix_find(const km_view *view, int64_t offset, km_matrix *matrix, km_scratch *scratch,
+                   km_error *error);
+
 /* Decodes rows first .. first+count-1 into out (count * cols floats, row-major). Needs 0 <= first,
  * 0 < count and first + count <= rows. A value that is not finite is an error: it would spoil the training
  * silently. */
-int km_matrix_rows(const km_file *file, const km_matrix *matrix, int32_t first, int32_t count, float *out,
+int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count, float *out,
                    km_scratch *scratch, km_error *error);
 
 #endif

@@ -129,7 +129,8 @@ km_chunk km_plan_chunk(const km_plan *plan, uint32_t chunk) {
     const int32_t nominal = (int32_t)(chunk - plan->first_chunk[utterance]) * plan->width;
     const int moved = nominal > length - plan->width; /* the last one, of an uneven length */
     const int32_t start = moved ? (length > plan->width ? length - plan->width : 0) : nominal;
-    const km_chunk result = {utterance, start, nominal, moved ? length : nominal + plan->width};
+    const km_chunk result = {utterance, (int32_t)(chunk - plan->first_chunk[utterance]), start, nominal,
+                             moved ? length : nominal + plan->width};
     return result;
 }
 

@@ -61,8 +61,10 @@ static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_sc
     for (int64_t i = 0; i < share.count && status == KM_OK; i++) {
         if (atomic_load_explicit(&ring->stop, memory_order_relaxed)) break;
         const km_chunk chunk = km_plan_chunk(ring->plan, order[share.first + i]);
-        status = km_corpus_chunk(ring->corpus, shape, &chunk, into->feats + (size_t)i * feats_size,
-                                 into->labels + i * shape->width, scratch, &into->error);
+        const km_view view = {ring->corpus->files + ring->corpus->file_of[chunk.utterance], NULL, 0, 0};
+        const km_out out = {into->feats + (size_t)i * feats_size, into->labels + i * shape->width, NULL,
+                            NULL};
+        status = km_corpus_chunk(ring->corpus, shape, &chunk, &view, &out, scratch, &into->error);
     }
     into->minibatch.step = step;
     into->minibatch.buffer = (int32_t)(position % ring->depth);
