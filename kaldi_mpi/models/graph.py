@@ -21,6 +21,8 @@ from kaldi_mpi.models.descriptor import Descriptor, DescriptorError
 
 Range = tuple[int, int]
 FOREVER = 1 << 40
+# nnet3's name of the input that holds one vector a chunk, at time 0, instead of one a frame.
+IVECTOR = "ivector"
 EVERYWHERE: Range = (-FOREVER, FOREVER)
 EMPTY: Range = (FOREVER, -FOREVER)
 
@@ -114,6 +116,8 @@ class Graph:
                     raise self.error(node.name, f"its input {name} does not exist")
                 if isinstance(self.nodes[name], OutputNode):
                     raise self.error(node.name, f"its input {name} is an output node")
+            if isinstance(node, DimRangeNode) and node.input_node == IVECTOR:
+                raise self.error(node.name, f"takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0)")
             if isinstance(node, DimRangeNode):
                 whole = self._dims[node.input_node]
                 if node.offset < 0 or node.offset + node.dim > whole:
@@ -125,8 +129,13 @@ class Graph:
 
     def _check_descriptor(self, node: ComponentNode | OutputNode) -> None:
         for part in _walk(node.input):
-            if part.op in ("Switch", "Failover", "Round", "ReplaceIndex"):
+            if part.op in ("Switch", "Failover", "Round"):
                 raise self.error(node.name, f"{part.op} in a descriptor is not supported yet")
+            if part.op == "ReplaceIndex" and str(part) != f"ReplaceIndex({IVECTOR}, t, 0)":
+                raise self.error(node.name, f"{part}: only ReplaceIndex({IVECTOR}, t, 0) is supported")
+            bare = (node.input,) if part is node.input and not part.op else part.children
+            if part.op != "ReplaceIndex" and any(not term.op and term.name == IVECTOR for term in bare):
+                raise self.error(node.name, f"takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0)")
             if part.op == "Offset" and len(part.arguments) > 2:
                 raise self.error(node.name, "Offset of the x index is not supported")
         try:
@@ -180,11 +189,14 @@ class Graph:
         return Descriptor("", (unit.input_node,)) if isinstance(unit, DimRangeNode) else unit.input
 
     def computable(self, given: Range) -> dict[str, Range]:
-        """Frames that each node can have when the inputs have `given`."""
+        """Frames that each node can have when the input of frames has `given` (an i-vector has time 0 alone)."""
         found: dict[str, Range] = {}
         for unit in self.units:
             descriptor = self.unit_inputs(unit)
-            frames = given if descriptor is None else defined(descriptor, found)
+            if descriptor is not None:
+                frames = defined(descriptor, found)
+            else:
+                frames = (0, 0) if isinstance(unit, InputNode) and unit.name == IVECTOR else given
             for name in unit.members if isinstance(unit, LstmGroup) else (unit.name,):
                 found[name] = frames
         return found
@@ -217,7 +229,7 @@ def defined(descriptor: Descriptor, nodes: Mapping[str, Range]) -> Range:
     """Frames at which a descriptor has a value."""
     if not descriptor.op:
         return nodes[descriptor.name]
-    if descriptor.op in ("IfDefined", "Const"):
+    if descriptor.op in ("IfDefined", "Const", "ReplaceIndex"):  # of an i-vector, which is always given
         return EVERYWHERE
     if descriptor.op == "Offset":
         first, last = defined(descriptor.children[0], nodes)
@@ -234,6 +246,9 @@ def _demand(descriptor: Descriptor, frames: Range, computable: Mapping[str, Rang
     elif descriptor.op == "Offset":
         offset = descriptor.integer(1)
         _demand(descriptor.children[0], (frames[0] + offset, frames[1] + offset), computable, wanted)
+    elif descriptor.op == "ReplaceIndex":
+        time = descriptor.integer(2)
+        _demand(descriptor.children[0], (time, time), computable, wanted)
     elif descriptor.op == "IfDefined":
         part = intersection(frames, defined(descriptor.children[0], computable))
         if part[0] <= part[1]:

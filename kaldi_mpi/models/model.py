@@ -23,7 +23,7 @@ from kaldi_mpi.models.components import (
 )
 from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
-from kaldi_mpi.models.graph import FOREVER, Graph, LstmGroup, Range, defined, intersection
+from kaldi_mpi.models.graph import FOREVER, IVECTOR, Graph, LstmGroup, Range, defined, intersection
 from kaldi_mpi.models.lstm import LstmSettings, lstm
 
 
@@ -59,12 +59,14 @@ class _Value:
 
 
 class AcousticModel(nn.Module):
-    """A network of nnet3's components, with one input and one output named ``output``.
+    """A network of nnet3's components: frames, and maybe an i-vector a chunk, to one output named ``output``.
 
     The same class holds networks that were built from an xconfig and that were read from a Kaldi file.
 
     Attributes:
+        input_name: the input node of the frames; that of an i-vector is named ``ivector``, as in nnet3.
         input_dim, output_dim: columns of features and of the output.
+        ivector_dim: columns of the i-vector; 0: the network takes none.
         left_context, right_context: input frames needed beside an output frame, as nnet3-info prints them.
         config: the nodes.
 
@@ -80,13 +82,16 @@ class AcousticModel(nn.Module):
         self.by_name: dict[str, ComponentModule] = dict(components)
         self.graph = Graph(config, self.by_name)
         outputs = [node for node in config.nodes if isinstance(node, OutputNode)]
-        inputs = [node for node in config.nodes if isinstance(node, InputNode)]
+        all_inputs = [node for node in config.nodes if isinstance(node, InputNode)]
+        inputs = [node for node in all_inputs if node.name != IVECTOR]
         if len(inputs) != 1 or len(outputs) != 1 or outputs[0].name != "output":
             raise ConfigError(
-                f"{config.source}: a network with one input and one output named 'output' is supported, "
-                f"this has inputs {[node.name for node in inputs]} and outputs {[node.name for node in outputs]}"
+                f"{config.source}: a network with one input of frames (and one named '{IVECTOR}', if wanted) and one "
+                f"output named 'output' is supported, this has inputs {[node.name for node in all_inputs]} "
+                f"and outputs {[node.name for node in outputs]}"
             )
         self.input_name = inputs[0].name
+        self.ivector_dim = sum(node.dim for node in all_inputs if node.name == IVECTOR)
         self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim("output")
         # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
         self.left_context = max(0, self.graph.computable((0, FOREVER))["output"][0])
@@ -113,6 +118,7 @@ class AcousticModel(nn.Module):
         first: int,
         num_out: int,
         *,
+        ivectors: Tensor | None = None,
         min_deriv_time: int | None = None,
         max_deriv_time: int | None = None,
     ) -> Tensor:
@@ -120,6 +126,7 @@ class AcousticModel(nn.Module):
 
         Args:
             feats: (B, T, input_dim) float32, `feats[:, 0]` is time `first`.
+            ivectors: (B, ivector_dim) float32, where the network takes i-vectors.
             min_deriv_time, max_deriv_time: nnet3's ``optimization.*-deriv-time``: at frames outside this range
                 (ends included) no node has a gradient, they are only computed forward.
 
@@ -127,13 +134,14 @@ class AcousticModel(nn.Module):
             (B, num_out, output_dim).
 
         Raises:
-            ValueError: the features do not reach as far as the output needs.
+            ValueError: the features do not reach as far as the output needs, or i-vectors are missing or have
+                another shape, or the network takes none.
         """
-        output = self._run("output", feats, first, num_out, min_deriv_time, max_deriv_time)
+        output = self._run("output", feats, first, num_out, ivectors, min_deriv_time, max_deriv_time)
         return output.transpose(0, 1)
 
-    def whole_utterance(self, feats: Tensor) -> Tensor:
-        """(T, input_dim) -> (T, output_dim), without gradient.
+    def whole_utterance(self, feats: Tensor, ivector: Tensor | None = None) -> Tensor:
+        """(T, input_dim), (ivector_dim,) -> (T, output_dim), without gradient.
 
         As Kaldi evaluates an utterance in one chunk: the first and last frame repeated for the model's own
         contexts, recurrences begun where their input can first be computed.
@@ -147,9 +155,13 @@ class AcousticModel(nn.Module):
         right = feats[-1:].expand(self.right_context, -1)
         padded = torch.cat([left, feats, right]).unsqueeze(0)
         with torch.no_grad():
-            return self(padded, -self.left_context, feats.shape[0])[0]
+            ivectors = None if ivector is None else ivector.unsqueeze(0)
+            output: Tensor = self(padded, -self.left_context, feats.shape[0], ivectors=ivectors)
+            return output[0]
 
-    def node_input(self, component: str, feats: Tensor, first: int, num_out: int) -> Tensor:
+    def node_input(
+        self, component: str, feats: Tensor, first: int, num_out: int, ivectors: Tensor | None = None
+    ) -> Tensor:
         """What a component gets at frames 0 .. num_out - 1: (B, num_out, its input_dim), without gradient.
 
         Raises:
@@ -159,7 +171,7 @@ class AcousticModel(nn.Module):
         for node in self.config.nodes:
             if isinstance(node, ComponentNode) and node.component == component:
                 with torch.no_grad():
-                    return self._run(node.name, feats, first, num_out, None, None, True).transpose(0, 1)
+                    return self._run(node.name, feats, first, num_out, ivectors, None, None, True).transpose(0, 1)
         raise KeyError(component)
 
     def updatable_components(self) -> list[Component]:
@@ -182,12 +194,17 @@ class AcousticModel(nn.Module):
         feats: Tensor,
         first: int,
         num_out: int,
+        ivectors: Tensor | None,
         min_deriv_time: int | None,
         max_deriv_time: int | None,
         only_input: bool = False,
     ) -> Tensor:
         if feats.dim() != 3 or feats.shape[2] != self.input_dim:
             raise ValueError(f"features of shape {tuple(feats.shape)} for a network of input-dim {self.input_dim}")
+        wanted = (feats.shape[0], self.ivector_dim) if self.ivector_dim else None
+        if (None if ivectors is None else tuple(ivectors.shape)) != wanted:
+            have = "none" if ivectors is None else f"{tuple(ivectors.shape)}"
+            raise ValueError(f"i-vectors: {have} given, {wanted or 'none'} expected")
         given = (first, first + feats.shape[1] - 1)
         computable = self.graph.computable(given)
         frames = (0, num_out - 1)
@@ -200,6 +217,8 @@ class AcousticModel(nn.Module):
         needed = self.graph.needed(node, frames, computable)
         run = _Run(self, needed, (min_deriv_time, max_deriv_time), feats.shape[0], feats)
         run.values[self.input_name] = _Value(first, feats.transpose(0, 1))
+        if ivectors is not None:
+            run.values[IVECTOR] = _Value(0, ivectors.unsqueeze(0))
         for unit in self.graph.units:
             if isinstance(unit, LstmGroup):
                 if unit.value in needed:
@@ -300,6 +319,9 @@ class _Run:
         if op == "Const":
             shape = (last - first + 1, self.batch, descriptor.integer(1))
             return self.like.new_full(shape, float(str(descriptor.arguments[0])))
+        if op == "ReplaceIndex":
+            time = descriptor.integer(2)
+            return self.evaluate(descriptor.children[0], time, time).expand(last - first + 1, -1, -1)
         if op == "IfDefined":
             return self.if_defined(descriptor.children[0], first, last)
         terms = [self.evaluate(part, first, last) for part in descriptor.children]
