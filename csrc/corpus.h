@@ -53,6 +53,7 @@ typedef struct {
     int32_t start;       /* time of the chunk's first label */
     int32_t first_label; /* the labelled frames are first_label .. end_label-1; the others are -1, because */
     int32_t end_label;   /* they are beyond the end or belong to the chunk before */
+    uint64_t draw;       /* random bits, for what is drawn for each chunk */
 } km_chunk;
 
 /* `view` is of the utterance's archive. Writes the rows start-left+label_delay ..

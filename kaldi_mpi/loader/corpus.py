@@ -16,23 +16,50 @@ from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_erro
 from kaldi_mpi.loader.scp import Location, parse_location, read_table, rows_in_range
 from kaldi_mpi.report.log import logger
 
+# A km_matrix of csrc/matrix.h.
+_MATRIX = np.dtype(
+    [("data", "i8"), ("kind", "i4"), ("rows", "i4"), ("cols", "i4"), ("min", "f4"), ("range", "f4")], align=True
+)
+
 
 class Corpus:
     """Utterances whose features stay on disk and are decoded chunk by chunk. Make one with `Corpus.open`.
 
+    An utterance is a unit of reading: its values lie in one run of bytes of one archive.
+
     Attributes:
         utterances: the keys, in the order of feats.scp (or as they were asked for).
-        num_frames: int32 array, frames of each utterance.
+        num_units: how many there are.
+        num_frames: int32 array, frames of each utterance; each has a label.
         total_frames: their sum.
+        file_of: int32 array, the archive of each utterance: an index into `paths`.
+        paths: the archives.
+        begin: int64 array, byte offset of the first value of each utterance in its archive.
+        end: int64 array, byte offset behind the last one. Of a row range in a matrix that is stored row by row
+            only these rows count; CM is stored column by column, and counts whole.
+        unit_bytes: int64 array, their difference.
         feat_dim: columns of the features.
+        ivector_dim: elements of the i-vector of each chunk; 0 where there is none.
+        num_targets: most labels of a frame.
+        has_weights: whether labels have weights other than 1.
         num_without_labels: utterances that were left out because they have no labels.
+        c_corpus: the C library's km_corpus.
     """
 
     utterances: list[str]
+    num_units: int
     num_frames: NDArray[np.int32]
     total_frames: int
+    file_of: NDArray[np.int32]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+    unit_bytes: NDArray[np.int64]
     feat_dim: int
+    ivector_dim: int
+    num_targets: int
+    has_weights: bool
     num_without_labels: int
+    c_corpus: Any
     _scp: str
     _norm_of: NDArray[np.int32]  # only with normalisation
 
@@ -113,19 +140,40 @@ class Corpus:
         count = len(self.utterances)
         self._archives = Archives()
         self._matrices = ffi.new("km_matrix[]", count)
-        self._file_of = np.empty(count, dtype=np.int32)
+        self.file_of = np.empty(count, dtype=np.int32)
         self._first_row = np.array([location.first_row for location in self._locations], dtype=np.int32)
         self.num_frames = np.empty(count, dtype=np.int32)
         for i, (key, location) in enumerate(zip(self.utterances, self._locations, strict=True)):
             index = self._archives.open(location.path, named_in=self._scp, key=key)
             matrix = self._matrices + i
             self._archives.open_matrix(index, location.offset, matrix, key=key)
-            self._file_of[i] = index
+            self.file_of[i] = index
             self.num_frames[i] = rows_in_range(location, matrix.rows, file=self._scp, key=key)
             self._check_dim(key, location, matrix)
         self.feat_dim = int(self._matrices[0].cols)
         self.total_frames = int(self.num_frames.sum(dtype=np.int64))
         self._index = {key: i for i, key in enumerate(self.utterances)}
+        self.num_units = count
+        self.ivector_dim, self.num_targets, self.has_weights = 0, 1, False
+        self._find_bytes()
+
+    def _find_bytes(self) -> None:
+        """Where the values of each utterance lie, headers not counted: these are in memory."""
+        matrices = np.frombuffer(ffi.buffer(self._matrices), dtype=_MATRIX)
+        value_bytes = np.ones(lib.KM_ROWS8 + 1, dtype=np.int64)
+        value_bytes[lib.KM_FLOAT], value_bytes[lib.KM_DOUBLE], value_bytes[lib.KM_ROWS16] = 4, 8, 2
+        row_bytes = matrices["cols"] * value_bytes[matrices["kind"]]
+        by_column = matrices["kind"] == lib.KM_COLUMNS8
+        percentiles = 8 * matrices["cols"].astype(np.int64)
+        first = np.where(by_column, 0, self._first_row * row_bytes)
+        size = np.where(by_column, percentiles + matrices["rows"] * row_bytes, self.num_frames * row_bytes)
+        self.begin = matrices["data"] + first
+        self.end = self.begin + size
+        self.unit_bytes = size
+
+    @property
+    def paths(self) -> list[str]:
+        return self._archives.paths
 
     def _check_dim(self, key: str, location: Location, matrix: Any) -> None:
         dim = self._matrices[0].cols
@@ -161,7 +209,7 @@ class Corpus:
         norm_of = self._norm_of if norms is not None else np.zeros(0, dtype=np.int32)
         fields = {
             "files": self._archives.table(),
-            "file_of": borrow(self._file_of, "int32_t", np.int32),
+            "file_of": borrow(self.file_of, "int32_t", np.int32),
             "matrices": self._matrices,
             "first_row": borrow(self._first_row, "int32_t", np.int32),
             "num_frames": borrow(self.num_frames, "int32_t", np.int32),
@@ -173,7 +221,7 @@ class Corpus:
         self._lent = fields
         sizes = {"num_utterances": len(self.utterances), "dim": self.feat_dim, "scales": int(norm_vars)}
         self.c_corpus = ffi.new("km_corpus *", {**fields, **sizes})
-        for array in (self.num_frames, self._labels):
+        for array in (self.num_frames, self.file_of, self.begin, self.end, self.unit_bytes, self._labels):
             array.flags.writeable = False
 
     def location_of(self, utterance: int) -> tuple[str, str]:
