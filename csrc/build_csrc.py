@@ -15,7 +15,19 @@ from cffi import FFI
 
 CSRC = Path(__file__).resolve().parent
 # In order of dependence: a header may use what the ones before it declare.
-HEADERS = ["error.h", "file.h", "matrix.h", "int_archive.h", "random.h", "corpus.h", "plan.h", "ring.h"]
+HEADERS = [
+    "error.h",
+    "file.h",
+    "matrix.h",
+    "block.h",
+    "text_matrix.h",
+    "int_archive.h",
+    "posterior.h",
+    "random.h",
+    "corpus.h",
+    "plan.h",
+    "ring.h",
+]
 SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
 STANDARD = ["-std=c11", "-O3"]
 # The file that cffi generates is compiled with these flags too, and is not clean under -Wpedantic and
