@@ -25,7 +25,13 @@ HEADERS = [
     "posterior.h",
     "random.h",
     "corpus.h",
+    "example.h",
+    "examples.h",
+    "egs_scan.h",
+    "examples.h",
+    "split.h",
     "plan.h",
+    "store.h",
     "ring.h",
 ]
 SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
