@@ -28,7 +28,6 @@ HEADERS = [
     "example.h",
     "examples.h",
     "egs_scan.h",
-    "examples.h",
     "split.h",
     "plan.h",
     "store.h",
