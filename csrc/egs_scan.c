@@ -4,7 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK_BYTES = 1 << 22, MAX_EXAMPLE_BYTES = 1 << 30, MAX_KEY = 4096, MAX_SHAPES = 4096 };
+enum {
+    BLOCK_BYTES = 1 << 22,
+    MAX_EXAMPLE_BYTES = 1 << 30,
+    MAX_KEY = 4096,
+    MAX_SHAPES = 4096,
+    MAX_ROWS = 1 << 24
+};
 
 /* The rows of one n in one input or output. */
 typedef struct {
@@ -157,6 +163,8 @@ static int add_unit(scan *s, const km_roles *roles, const member *m, int32_t n, 
                        "'input' has t %" PRId32 " to %" PRId32 ", which does not cover the output's %" PRId32
                        " to %" PRId32,
                        m->input.first, m->input.last, m->output.first, m->output.last);
+    if (left >= MAX_ROWS || right >= MAX_ROWS || m->output.count >= MAX_ROWS)
+        return km_fail(error, at, "a chunk of %" PRId32 " frames is not supported", m->input.count);
     if (roles->ivector.name_length != 0 && m->ivectors != 1)
         return km_fail(error, roles->ivector.indexes,
                        "'ivector' has %" PRId32 " rows with n %" PRId32 ", and must have one", m->ivectors,
@@ -176,7 +184,7 @@ static int read_example(scan *s, km_cursor *cursor, km_error *error) {
     km_egs_index *index = s->index;
     const int64_t begin = cursor->at;
     km_roles roles;
-    int32_t count;
+    int32_t count = 0;
     if (km_example_roles(cursor, s->output, &roles, error) != KM_OK) return KM_FAILED;
     if (cursor->at - begin > MAX_EXAMPLE_BYTES)
         return km_fail(error, begin, "an example of more than 1 GiB is not supported");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class SparseRows:
         """The pairs of each row."""
         pairs = list(zip(self.columns.tolist(), self.values.tolist(), strict=True))
         bounds = self.first.tolist()
-        return [pairs[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        return [pairs[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 @dataclass

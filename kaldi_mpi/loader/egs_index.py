@@ -1,0 +1,256 @@
+"""The index of archives of examples: where each chunk lies and what shape it has; made once, and kept in a file."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.atomic import atomic_write
+from kaldi_mpi.errors import DataError
+from kaldi_mpi.loader.example import key_at
+from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
+from kaldi_mpi.report.log import logger
+
+_VERSION = 1
+# A km_unit of csrc/egs_scan.h.
+_UNIT = np.dtype([("begin", "i8"), ("size", "i4"), ("n", "i4"), ("frames", "i4"), ("shape", "i4")])
+_COLUMNS = {"file_of": "i4", "begin": "i8", "end": "i8", "n": "i4", "frames": "i4", "shape_of": "i4"}
+_TOTALS = ("feat_dim", "ivector_dim", "num_pdfs", "num_targets", "has_weights", "num_without_labels")
+
+
+@dataclass
+class EgsIndex:
+    """What one pass over the archives has found; see `Examples` for the columns, of one element a unit.
+
+    Attributes:
+        shapes: int32 (shapes, 3): width, left and right.
+        num_pdfs: columns of the output.
+        num_without_labels: chunks without any label, which are left out.
+    """
+
+    file_of: NDArray[np.int32]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+    n: NDArray[np.int32]
+    frames: NDArray[np.int32]
+    shape_of: NDArray[np.int32]
+    shapes: NDArray[np.int32]
+    feat_dim: int
+    ivector_dim: int
+    num_pdfs: int
+    num_targets: int
+    has_weights: bool
+    num_without_labels: int
+
+
+@dataclass
+class _Scanned:
+    """The index of one archive; empty: there is no example in it."""
+
+    units: NDArray[np.void]
+    shapes: list[tuple[int, int, int]]
+    dims: dict[str, int]
+    num_targets: int
+    has_weights: bool
+
+
+def make_index(paths: Sequence[str], files: Any, output: str, threads: int) -> EgsIndex:
+    """Go through all archives, once, one after the other or several at a time.
+
+    Args:
+        paths: the archives, for messages.
+        files: C array of ``km_file``, one for each.
+        output: name of the output whose rows are the labels.
+        threads: how many archives to read at a time.
+
+    Raises:
+        DataError: an archive cannot be read, is malformed or empty, or does not fit the others; names archive,
+            key and byte offset.
+    """
+
+    def scan(i: int) -> _Scanned:
+        return _scan(files + i, paths[i], output)
+
+    with ThreadPoolExecutor(max_workers=max(1, min(threads, len(paths)))) as pool:
+        try:
+            return _join(list(pool.map(scan, range(len(paths)))), paths, output)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _scan(file: Any, path: str, output: str) -> _Scanned:
+    index, error = ffi.new("km_egs_index *"), new_error()
+    if lib.km_egs_scan(file, output.encode(), index, error) != lib.KM_OK:
+        raise_data_error(error, file=path, key=key_at(path, index.entry))
+    try:
+        size = index.num_units * _UNIT.itemsize
+        units = np.frombuffer(bytearray(ffi.buffer(index.units, size)) if size else b"", dtype=_UNIT)
+        shapes = [(s.width, s.left, s.right) for s in ffi.unpack(index.shapes, index.num_shapes)] if size else []
+        dims = {"input": index.feat_dim, "ivector": index.ivector_dim, output: index.num_pdfs}
+        return _Scanned(units, shapes, dims, index.num_targets, bool(index.has_weights))
+    finally:
+        lib.km_egs_index_free(index)
+
+
+def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
+    """One index of all archives; `parts` is emptied on the way, so that nothing is in memory twice for long."""
+    dims: dict[str, int] = {}
+    of = ""
+    for part, path in zip(parts, paths, strict=True):
+        if not len(part.units):
+            raise DataError("no example in it", file=path)
+        dims, of = dims or part.dims, of or path
+        for name, dim in part.dims.items():
+            if dims[name] != dim:
+                raise DataError(f"'{name}' has dimension {dim}, and {dims[name]} in {of}", file=path)
+    labelled = [part.units["frames"] > 0 for part in parts]
+    count = sum(int(mask.sum()) for mask in labelled)
+    total = sum(len(part.units) for part in parts)
+    if not count:
+        raise DataError(f"no row of '{output}' has a label", file=paths[0])
+    columns: dict[str, NDArray[Any]] = {name: np.empty(count, dtype) for name, dtype in _COLUMNS.items()}
+    shapes: dict[tuple[int, int, int], int] = {}
+    most = max(part.num_targets for part in parts)
+    has_weights = any(part.has_weights for part in parts)
+    at = 0
+    for number, mask in enumerate(labelled):
+        part, parts[number] = parts[number], _Scanned(np.empty(0, _UNIT), [], {}, 0, False)
+        ids = np.array([shapes.setdefault(shape, len(shapes)) for shape in part.shapes], dtype=np.int32)
+        units = part.units if mask.all() else part.units[mask]
+        rows = slice(at, at + len(units))
+        at += len(units)
+        columns["file_of"][rows] = number
+        columns["begin"][rows] = units["begin"]
+        columns["end"][rows] = units["begin"] + units["size"]
+        columns["n"][rows] = units["n"]
+        columns["frames"][rows] = units["frames"]
+        columns["shape_of"][rows] = ids[units["shape"]]
+    return EgsIndex(
+        **columns,
+        shapes=np.array(list(shapes), dtype=np.int32),
+        feat_dim=dims["input"],
+        ivector_dim=dims["ivector"],
+        num_pdfs=dims[output],
+        num_targets=most,
+        has_weights=has_weights,
+        num_without_labels=total - count,
+    )
+
+
+class EgsIdentity(NamedTuple):
+    """What an index is of.
+
+    Attributes:
+        names: the output's name, then the full names of the archives.
+        status: int64 (archives, 2), the size and the time of modification (ns) of each.
+    """
+
+    names: NDArray[np.str_]
+    status: NDArray[np.int64]
+
+
+def identity_of(paths: Sequence[str], output: str) -> EgsIdentity:
+    """The archives as they are now.
+
+    Raises:
+        DataError: one is gone.
+    """
+    status = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror or error}", file=path) from error
+        status.append((found.st_size, found.st_mtime_ns))
+    return EgsIdentity(np.array([output, *map(os.path.abspath, paths)]), np.array(status, dtype=np.int64))
+
+
+def save_index(index: EgsIndex, cache: str | os.PathLike[str], identity: EgsIdentity) -> None:
+    """Write an index to a file, as a whole or not at all.
+
+    Args:
+        index: what was found.
+        cache: the file.
+        identity: of the archives, from before they were gone through.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in (*_COLUMNS, "shapes")}
+    totals = np.array([_VERSION, *(int(getattr(index, name)) for name in _TOTALS)], dtype=np.int64)
+    with atomic_write(cache) as stream:
+        np.savez(stream, names=identity.names, status=identity.status, totals=totals, **arrays)
+
+
+def load_index(cache: str | os.PathLike[str], identity: EgsIdentity) -> EgsIndex | None:
+    """Read what `save_index` wrote; None, with a line in the log, if it is of other archives or damaged.
+
+    It is checked in full, and so is each example when it is decoded.
+    """
+    file = os.fspath(cache)
+    if not os.path.exists(file):
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            same = (np.array_equal(stored[name], wanted) for name, wanted in identity._asdict().items())
+            if not all(same):
+                logger.info("the index %s is of other archives, or they have changed: it is made anew", file)
+                return None
+            return _checked(stored, identity.status[:, 0])
+    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, MemoryError) as error:
+        logger.warning("the index %s cannot be used (%s): it is made anew", file, str(error) or type(error).__name__)
+        return None
+
+
+def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
+    """The index in an npz file; ValueError if it contradicts itself or the archives' sizes."""
+    totals, shapes = stored["totals"], stored["shapes"]
+    if totals.dtype != np.int64 or totals.shape != (1 + len(_TOTALS),) or totals[0] != _VERSION:
+        raise ValueError("it was written by another version")
+    values = dict(zip(_TOTALS, map(int, totals[1:]), strict=True))
+    columns = {name: stored[name] for name in _COLUMNS}
+    count = len(columns["begin"])
+    right_types = all(
+        array.dtype == np.dtype(_COLUMNS[name]) and array.shape == (count,) for name, array in columns.items()
+    )
+    if not right_types or shapes.dtype != np.int32 or shapes.ndim != 2 or shapes.shape[1] != 3 or not count:
+        raise ValueError("its arrays do not fit together")
+    file_of, begin, end = columns["file_of"], columns["begin"], columns["end"]
+    fits = (
+        _within(file_of, 0, len(sizes))
+        and _within(columns["shape_of"], 0, len(shapes))
+        and _within(columns["n"], 0, 2**31)
+        and _within(columns["frames"], 1, 2**31)
+        and bool((columns["frames"] <= shapes[columns["shape_of"], 0]).all())
+        and bool(((begin >= 0) & (begin < end) & (end <= sizes[file_of]) & (end - begin <= 2**30)).all())
+        and _within(shapes[:, 0], 1, 2**24)
+        and _within(shapes[:, 1:], 0, 2**24)
+        and all(1 <= values[name] < 2**31 for name in ("feat_dim", "num_pdfs"))
+        and all(0 <= values[name] < 2**31 for name in ("ivector_dim", "num_without_labels"))
+        and 1 <= values["num_targets"] <= lib.KM_MAX_TARGETS
+        and values["has_weights"] in (0, 1)
+    )
+    if not fits:
+        raise ValueError("it holds values that are not possible")
+    return EgsIndex(
+        **columns,
+        shapes=shapes,
+        feat_dim=values["feat_dim"],
+        ivector_dim=values["ivector_dim"],
+        num_pdfs=values["num_pdfs"],
+        num_targets=values["num_targets"],
+        has_weights=bool(values["has_weights"]),
+        num_without_labels=values["num_without_labels"],
+    )
+
+
+def _within(array: NDArray[Any], least: int, limit: int) -> bool:
+    return bool(array.size) and int(array.min()) >= least and int(array.max()) < limit

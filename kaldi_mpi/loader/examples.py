@@ -1,0 +1,193 @@
+"""Examples on disk as a source of minibatches: an egs directory, its index, and the chunks in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.loader.archives import Archives
+from kaldi_mpi.loader.chunking import ChunkShape
+from kaldi_mpi.loader.egs_dir import EgsInfo, find_archives
+from kaldi_mpi.loader.egs_index import EgsIndex, identity_of, load_index, make_index, save_index
+from kaldi_mpi.loader.example import key_before
+from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
+from kaldi_mpi.report.log import logger
+
+__all__ = ["ExampleChunk", "Examples"]
+
+# Archives that are read at a time when the index is made.
+_THREADS = 2
+
+
+@dataclass
+class ExampleChunk:
+    """One unit, decoded.
+
+    Attributes:
+        feats: float32 (rows, feat_dim).
+        labels: int64 (width, num_targets); -1: none.
+        weights: float32 like labels, 0 where there is no label; None where every weight is 1.
+        ivector: float32 (ivector_dim,), or None.
+    """
+
+    feats: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32] | None
+    ivector: NDArray[np.float32] | None
+
+
+class Examples:
+    """The chunks of an egs directory, which stay on disk. Make one with `Examples.open`.
+
+    A unit is one chunk: an example, or one n of a merged example.
+
+    Attributes:
+        num_units: how many there are.
+        shapes: the different shapes of chunks.
+        shape_of: int32 array, the shape of each unit: an index into `shapes`.
+        num_frames: int32 array, labelled frames of each unit, at least 1.
+        total_frames: their sum.
+        file_of: int32 array, the archive of each unit: an index into `paths`.
+        paths: the archives.
+        begin: int64 array, byte offset of each unit's example in its archive (of its ``\\0B``).
+        end: int64 array, byte offset behind it.
+        unit_bytes: int64 array, their difference; each unit of a merged example has all of its bytes.
+        n: int32 array, the n of each unit's Index.
+        feat_dim: columns of ``input``.
+        ivector_dim: columns of ``ivector``; 0: there is none.
+        num_pdfs: columns of the output.
+        num_targets: the most pairs (pdf, weight) of any output row.
+        has_weights: whether a weight other than 1 occurs.
+        num_without_labels: chunks that were left out because no row of their output has an entry.
+        c_examples: the C library's km_examples.
+    """
+
+    shapes: list[ChunkShape]
+    paths: list[str]
+    _archives: Archives
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        output: str = "output",
+        index_cache: str | os.PathLike[str] | None = None,
+        threads: int = _THREADS,
+    ) -> Examples:
+        """Open archives of examples, and find all chunks by one pass over them, or from a file with the index.
+
+        Args:
+            source: a directory as ``steps/nnet3/get_egs.sh`` leaves it (``egs.1.ark``, ...), of which ``info``
+                is checked as well; one archive (``combine.egs``, ``valid_diagnostic.egs``); or a list of them.
+            output: name of the output whose rows are the labels; other outputs are passed over.
+            index_cache: where the index is kept; made if it is not there, and made anew if an archive's size or
+                time of modification is another. Its directory must exist.
+            threads: archives that are read at a time when the index is made.
+
+        Raises:
+            DataError: an archive is missing or malformed, or does not fit the others or ``info``; names archive,
+                key and byte offset.
+            ConfigError: `output` is no possible name, or `threads` no possible number.
+        """
+        if not output or any(c <= " " for c in output) or output in ("input", "ivector"):
+            raise ConfigError(f"'{output}' cannot be the name of an output")
+        if threads < 1:
+            raise ConfigError(f"number of threads is {threads}, and must be at least 1")
+        paths, info = find_archives(source)
+        archives = Archives()
+        named_in = os.fspath(source) if isinstance(source, str | os.PathLike) else "the list of archives"
+        for number, path in enumerate(paths):
+            if archives.open(path, named_in=named_in, key=os.path.basename(path)) != number:
+                raise ConfigError(f"{path} is named twice")
+        files = archives.table()
+        identity = identity_of(paths, output)
+        index = None if index_cache is None else load_index(index_cache, identity)
+        if index is None:
+            index = make_index(paths, files, output, threads)
+            if index_cache is not None:
+                save_index(index, index_cache, identity)
+        examples = cls()
+        examples._archives = archives
+        examples._take(index, paths, files, output)
+        if info is not None:
+            examples._check_info(info)
+        if index.num_without_labels:
+            logger.warning("%d chunks of %s have no label and are left out", index.num_without_labels, named_in)
+        return examples
+
+    def _take(self, index: EgsIndex, paths: list[str], files: Any, output: str) -> None:
+        """Keep the index, and build the C view of it."""
+        self.paths = paths
+        self.num_units = len(index.begin)
+        self.shapes = [ChunkShape(*map(int, shape)) for shape in index.shapes]
+        self.file_of, self.begin, self.end, self.n = index.file_of, index.begin, index.end, index.n
+        self.num_frames, self.shape_of = index.frames, index.shape_of
+        self.unit_bytes = self.end - self.begin
+        self.total_frames = int(self.num_frames.sum(dtype=np.int64))
+        self.feat_dim, self.ivector_dim, self.num_pdfs = index.feat_dim, index.ivector_dim, index.num_pdfs
+        self.num_targets, self.has_weights = index.num_targets, index.has_weights
+        self.num_without_labels = index.num_without_labels
+        # Lent to C for as long as this object lives.
+        self._lent = {
+            "output": ffi.new("char[]", output.encode()),
+            "files": files,
+            "file_of": borrow(self.file_of, "int32_t", np.int32),
+            "begin": borrow(self.begin, "int64_t", np.int64),
+            "end": borrow(self.end, "int64_t", np.int64),
+            "n": borrow(self.n, "int32_t", np.int32),
+        }
+        sizes = {name: getattr(self, name) for name in ("num_units", "feat_dim", "ivector_dim", "num_pdfs")}
+        self.c_examples = ffi.new("km_examples *", {**self._lent, **sizes, "num_targets": self.num_targets})
+        for array in (self.file_of, self.begin, self.end, self.n, self.num_frames, self.shape_of, self.unit_bytes):
+            array.flags.writeable = False
+
+    def _check_info(self, info: EgsInfo) -> None:
+        info.check("feat_dim", self.feat_dim)
+        info.check("ivector_dim", self.ivector_dim)
+        for shape in self.shapes:
+            info.check_context(shape)
+
+    def location_of(self, unit: int) -> tuple[str, str]:
+        """The archive and the key of a unit's example; for messages (the key is read from the archive)."""
+        path = self.paths[int(self.file_of[unit])]
+        return path, key_before(path, int(self.begin[unit]))
+
+    def chunk(self, unit: int) -> ExampleChunk:
+        """Decode one unit, 0 <= unit < num_units.
+
+        Raises:
+            DataError: the archive cannot be read, or has changed since the index was made.
+            IndexError: no such unit.
+        """
+        if not 0 <= unit < self.num_units:
+            raise IndexError(f"unit {unit} of {self.num_units}")
+        shape = self.shapes[int(self.shape_of[unit])]
+        targets = (shape.width, self.num_targets)
+        chunk = ExampleChunk(
+            np.empty((shape.rows, self.feat_dim), dtype=np.float32),
+            np.empty(targets, dtype=np.int64),
+            np.empty(targets, dtype=np.float32) if self.has_weights else None,
+            np.empty(self.ivector_dim, dtype=np.float32) if self.ivector_dim else None,
+        )
+        out = ffi.new("km_out *")
+        out.feats = feats = borrow(chunk.feats.reshape(-1), "float", np.float32)
+        out.labels = labels = borrow(chunk.labels.reshape(-1), "int64_t", np.int64)
+        lent = [feats, labels]
+        if chunk.weights is not None:
+            lent.append(borrow(chunk.weights.reshape(-1), "float", np.float32))
+            out.weights = lent[-1]
+        if chunk.ivector is not None:
+            lent.append(borrow(chunk.ivector, "float", np.float32))
+            out.ivector = lent[-1]
+        c_shape, error = ffi.new("km_shape *", (shape.width, shape.left, shape.right, 0)), new_error()
+        if lib.km_examples_read(self.c_examples, c_shape, unit, out, error) != lib.KM_OK:
+            file, key = self.location_of(unit)
+            raise_data_error(error, file=file, key=key)
+        return chunk
