@@ -2,17 +2,17 @@
 
 #include "ring.h"
 
+#include "thread.h"
+
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 typedef struct {
-    float *feats;
-    int64_t *labels;
+    km_buffer buffer;
     int64_t step;  /* to be read at the last position requested of this slot; unused for a run of steps */
     int64_t ready; /* the position that it holds; -1 before the first one */
     int failed;
@@ -21,15 +21,17 @@ typedef struct {
 } slot;
 
 struct km_ring {
-    const km_corpus *corpus;
-    km_plan *plan;
-    km_shape shape;
-    int32_t rank, depth, num_threads;
+    km_ring_config config;
+    km_store *store;
+    km_shape *shapes;
+    int32_t num_threads;
     int on_request;
     int64_t first_step; /* at position 0, unless on request */
     slot *slots;
     pthread_t *threads;
-    atomic_int stop; /* written under the mutex; also looked at without it, between chunks */
+    int32_t *bad;         /* the units that could not be read, */
+    km_error *bad_errors; /* and why */
+    atomic_int stop;      /* written under the mutex; also looked at without it, between chunks */
 
     pthread_mutex_t mutex; /* guards everything below, slot.step and slot.ready */
     pthread_cond_t work;   /* `requested`, `released`, `end` or `stop` changed */
@@ -43,51 +45,112 @@ struct km_ring {
     km_counters counters;
 };
 
-static double seconds_now(void) {
-    struct timespec now;
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+/* With the mutex held: whether the unit is among the bad ones. */
+static int is_bad(const km_ring *ring, int32_t unit) {
+    for (int32_t i = 0; i < ring->counters.bad; i++)
+        if (ring->bad[i] == unit) return 1;
+    return 0;
+}
+
+/* Takes note of a unit that could not be read; whether one more is tolerated. */
+static int tolerate(km_ring *ring, int32_t unit, const km_error *error) {
+    (void)pthread_mutex_lock(&ring->mutex);
+    int good = is_bad(ring, unit);
+    if (!good && ring->counters.bad < ring->config.skip_bad) {
+        ring->bad[ring->counters.bad] = unit;
+        ring->bad_errors[ring->counters.bad++] = *error;
+        good = 1;
+    }
+    (void)pthread_mutex_unlock(&ring->mutex);
+    return good;
+}
+
+/* Where chunk `i` of a minibatch goes. */
+static km_out place_of(const km_ring *ring, const km_buffer *buffer, const km_shape *shape, int64_t i) {
+    const km_ring_config *config = &ring->config;
+    const size_t rows = (size_t)shape->left + (size_t)shape->width + (size_t)shape->right, at = (size_t)i;
+    const size_t feats = rows * (size_t)config->dim, labels = (size_t)shape->width * (size_t)config->targets;
+    return (km_out){
+        buffer->feats + at * feats,
+        buffer->labels + at * labels,
+        buffer->weights != NULL ? buffer->weights + at * labels : NULL,
+        buffer->ivectors != NULL ? buffer->ivectors + at * (size_t)config->ivector_dim : NULL,
+    };
+}
+
+static void clear(const km_ring *ring, const km_shape *shape, const km_out *out) {
+    const size_t rows = (size_t)shape->left + (size_t)shape->width + (size_t)shape->right;
+    const size_t labels = (size_t)shape->width * (size_t)ring->config.targets;
+    memset(out->feats, 0, rows * (size_t)ring->config.dim * sizeof(float));
+    for (size_t i = 0; i < labels; i++)
+        out->labels[i] = -1;
+    if (out->weights != NULL) memset(out->weights, 0, labels * sizeof(float));
+    if (out->ivector != NULL) memset(out->ivector, 0, (size_t)ring->config.ivector_dim * sizeof(float));
+}
+
+/* Decodes one chunk into its place. */
+static int fill_chunk(km_ring *ring, const km_shape *shape, const km_chunk *chunk,
+                      const km_resident *resident, const km_out *out, km_scratch *scratch, km_error *error) {
+    const km_ring_config *config = &ring->config;
+    const km_view view = km_store_view(ring->store, resident, chunk->utterance);
+    if (config->examples != NULL)
+        return km_examples_chunk(config->examples, shape, chunk->utterance, &view, out, scratch, error);
+    return km_corpus_chunk(config->corpus, shape, chunk, &view, out, scratch, error);
+}
+
+/* Decodes this rank's chunks of a step into the slot; sets how many labelled frames of bad units it has. */
+static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const km_resident *resident,
+                       slot *into, km_scratch *scratch, int64_t *lost) {
+    const km_shape *shape = ring->shapes + step->shape;
+    for (int64_t i = 0; i < share.count; i++) {
+        if (atomic_load_explicit(&ring->stop, memory_order_relaxed)) break;
+        const km_chunk chunk = km_plan_chunk(ring->config.plan, step->epoch, step->chunks[share.first + i]);
+        const km_out out = place_of(ring, &into->buffer, shape, i);
+        if (fill_chunk(ring, shape, &chunk, resident, &out, scratch, &into->error) == KM_OK) continue;
+        if (!tolerate(ring, chunk.utterance, &into->error)) return KM_FAILED;
+        clear(ring, shape, &out);
+        *lost += chunk.end_label - chunk.first_label;
+    }
+    return KM_OK;
 }
 
 /* Fills the slot with one step's share of this rank; no lock is held. */
-static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_scratch *scratch) {
-    const km_shape *shape = &ring->shape;
-    const uint32_t *order = km_plan_acquire(ring->plan, step, &into->error);
-    if (order == NULL) return KM_FAILED;
-    const km_span share = km_plan_share(ring->plan, step, ring->rank);
-    const size_t feats_size =
-        ((size_t)shape->left + (size_t)shape->width + (size_t)shape->right) * (size_t)ring->corpus->dim;
-    int status = KM_OK;
-    for (int64_t i = 0; i < share.count && status == KM_OK; i++) {
-        if (atomic_load_explicit(&ring->stop, memory_order_relaxed)) break;
-        const km_chunk chunk = km_plan_chunk(ring->plan, order[share.first + i]);
-        const km_view view = {ring->corpus->files + ring->corpus->file_of[chunk.utterance], NULL, 0, 0};
-        const km_out out = {into->feats + (size_t)i * feats_size, into->labels + i * shape->width, NULL,
-                            NULL};
-        status = km_corpus_chunk(ring->corpus, shape, &chunk, &view, &out, scratch, &into->error);
-    }
-    into->minibatch.step = step;
-    into->minibatch.buffer = (int32_t)(position % ring->depth);
-    into->minibatch.num_chunks = (int32_t)share.count;
-    into->minibatch.frames = km_plan_frames(ring->plan, order, share);
-    into->minibatch.global_frames = km_plan_frames(ring->plan, order, km_plan_step(ring->plan, step));
-    km_plan_release(ring->plan, step);
+static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_scratch *scratch,
+                double *disk_waited) {
+    km_plan *plan = ring->config.plan;
+    km_step found;
+    if (km_plan_acquire(plan, step, &found, &into->error) != KM_OK) return KM_FAILED;
+    const km_resident *resident = km_store_acquire(ring->store, found.pool, disk_waited);
+    const km_span share = km_plan_share(plan, &found, ring->config.rank), all = {0, found.count};
+    int64_t lost = 0;
+    const int status = fill_chunks(ring, &found, share, resident, into, scratch, &lost);
+    into->minibatch = (km_minibatch){
+        .step = step,
+        .buffer = (int32_t)(position % ring->config.depth),
+        .shape = found.shape,
+        .num_chunks = (int32_t)share.count,
+        .epoch = found.epoch,
+        .frames = km_plan_frames(plan, &found, share) - lost,
+        .global_frames = km_plan_frames(plan, &found, all),
+    };
+    km_store_release(ring->store, resident);
+    km_plan_release(plan, found.pool);
     return status;
 }
 
 /* With the mutex held: whether the next position has a step and a free buffer. */
 static int has_work(const km_ring *ring) {
-    return ring->taken < ring->requested && ring->taken - ring->released < ring->depth;
+    return ring->taken < ring->requested && ring->taken - ring->released < ring->config.depth;
 }
 
 /* With the mutex held: waits until there is work; 0 where the ring is stopped or has come to its end instead.
  */
 static int wait_for_work(km_ring *ring) {
     if (!ring->stop && ring->taken < ring->end && !has_work(ring)) {
-        const double since = seconds_now();
+        const double since = km_seconds();
         while (!ring->stop && ring->taken < ring->end && !has_work(ring))
             (void)pthread_cond_wait(&ring->work, &ring->mutex);
-        ring->counters.readers_waited += seconds_now() - since;
+        ring->counters.readers_waited += km_seconds() - since;
     }
     return !ring->stop && ring->taken < ring->end;
 }
@@ -106,15 +169,17 @@ static void *read_steps(void *argument) {
     (void)pthread_mutex_lock(&ring->mutex);
     while (wait_for_work(ring)) {
         const int64_t position = ring->taken++;
-        slot *mine = ring->slots + position % ring->depth;
+        slot *mine = ring->slots + position % ring->config.depth;
         const int64_t step = ring->on_request ? mine->step : ring->first_step + position;
         (void)pthread_mutex_unlock(&ring->mutex);
 
         const int64_t before = scratch.bytes_read;
-        const int status = fill(ring, step, position, mine, &scratch);
+        double disk_waited = 0.0;
+        const int status = fill(ring, step, position, mine, &scratch, &disk_waited);
 
         (void)pthread_mutex_lock(&ring->mutex);
         ring->counters.bytes_read += scratch.bytes_read - before;
+        ring->counters.disk_waited += disk_waited;
         mine->failed = status != KM_OK;
         mine->ready = position;
         if (mine->failed) end_at(ring, position + 1); /* nothing after it will be asked for */
@@ -125,60 +190,70 @@ static void *read_steps(void *argument) {
     return NULL;
 }
 
-/* Signals are the consumer's affair: a reader thread must not be the one that Ctrl-C interrupts. */
-static int start_threads(km_ring *ring, int32_t threads) {
-    sigset_t all, before;
+static int start_threads(km_ring *ring) {
     int status = 0;
-    (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (status == 0 && ring->num_threads < threads) {
-        status = pthread_create(ring->threads + ring->num_threads, NULL, read_steps, ring);
+    while (status == 0 && ring->num_threads < ring->config.threads) {
+        status = km_thread_start(ring->threads + ring->num_threads, read_steps, ring);
         if (status == 0) ring->num_threads++;
     }
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     return status;
 }
 
-km_ring *km_ring_new(const km_corpus *corpus, km_plan *plan, const km_shape *shape, int32_t rank,
-                     int32_t threads, int32_t depth, float *const *feats, int64_t *const *labels,
-                     int64_t first_step, int64_t end_step, km_error *error) {
-    const int on_request = first_step == KM_ON_REQUEST;
-    if (threads <= 0 || depth <= 0 || (first_step < 0 && !on_request) || rank < 0) {
-        (void)km_fail(error, -1, "a ring needs threads, buffers and a step to start from");
+static int allocate(km_ring *ring) {
+    const km_ring_config *config = &ring->config;
+    const size_t bad = config->skip_bad > 0 ? (size_t)config->skip_bad : 1;
+    ring->slots = calloc((size_t)config->depth, sizeof *ring->slots);
+    ring->threads = calloc((size_t)config->threads, sizeof *ring->threads);
+    ring->shapes = calloc((size_t)config->num_shapes, sizeof *ring->shapes);
+    ring->bad = calloc(bad, sizeof *ring->bad);
+    ring->bad_errors = calloc(bad, sizeof *ring->bad_errors);
+    return ring->slots != NULL && ring->threads != NULL && ring->shapes != NULL && ring->bad != NULL &&
+           ring->bad_errors != NULL;
+}
+
+static void release(km_ring *ring) {
+    free(ring->slots);
+    free(ring->threads);
+    free(ring->shapes);
+    free(ring->bad);
+    free(ring->bad_errors);
+    free(ring);
+}
+
+km_ring *km_ring_new(const km_ring_config *config, km_error *error) {
+    const int on_request = config->first_step == KM_ON_REQUEST;
+    if (config->threads <= 0 || config->depth <= 0 || (config->first_step < 0 && !on_request) ||
+        config->rank < 0 || config->num_shapes <= 0) {
+        (void)km_fail(error, -1, "a ring needs threads, buffers, shapes and a step to start from");
         return NULL;
     }
     km_ring *ring = calloc(1, sizeof *ring);
-    slot *slots = calloc((size_t)depth, sizeof *slots);
-    pthread_t *handles = calloc((size_t)threads, sizeof *handles);
-    if (ring == NULL || slots == NULL || handles == NULL) {
-        free(ring);
-        free(slots);
-        free(handles);
-        (void)km_fail(error, -1, "out of memory: a ring of %d buffers", (int)depth);
+    if (ring != NULL) ring->config = *config;
+    if (ring == NULL || !allocate(ring)) {
+        if (ring != NULL) release(ring);
+        (void)km_fail(error, -1, "out of memory: a ring of %d buffers", (int)config->depth);
         return NULL;
     }
-    ring->corpus = corpus;
-    ring->plan = plan;
-    ring->shape = *shape;
-    ring->rank = rank;
-    ring->depth = depth;
-    ring->slots = slots;
-    ring->threads = handles;
+    memcpy(ring->shapes, config->shapes, (size_t)config->num_shapes * sizeof *ring->shapes);
+    ring->store = km_store_new(&config->units, config->plan, config->bytes_per_second, error);
+    if (ring->store == NULL) {
+        release(ring);
+        return NULL;
+    }
     ring->on_request = on_request;
-    ring->first_step = first_step;
+    ring->first_step = config->first_step;
     ring->requested = on_request ? 0 : INT64_MAX;
-    ring->end = on_request ? INT64_MAX : end_step - first_step;
-    for (int32_t i = 0; i < depth; i++) {
-        slots[i].feats = feats[i];
-        slots[i].labels = labels[i];
-        slots[i].ready = -1;
+    ring->end = on_request ? INT64_MAX : config->end_step - config->first_step;
+    for (int32_t i = 0; i < config->depth; i++) {
+        ring->slots[i].buffer = config->buffers[i];
+        ring->slots[i].ready = -1;
     }
     (void)pthread_mutex_init(&ring->mutex, NULL);
     (void)pthread_cond_init(&ring->work, NULL);
     (void)pthread_cond_init(&ring->data, NULL);
-    const int status = start_threads(ring, threads);
+    const int status = start_threads(ring);
     if (status == 0) return ring;
-    (void)km_fail(error, -1, "cannot start %d reader threads: %s", (int)threads, strerror(status));
+    (void)km_fail(error, -1, "cannot start %d reader threads: %s", (int)config->threads, strerror(status));
     km_ring_free(ring);
     return NULL;
 }
@@ -189,6 +264,7 @@ void km_ring_stop(km_ring *ring) {
     (void)pthread_cond_broadcast(&ring->work);
     (void)pthread_cond_signal(&ring->data);
     (void)pthread_mutex_unlock(&ring->mutex);
+    km_store_stop(ring->store);
 }
 
 void km_ring_free(km_ring *ring) {
@@ -196,12 +272,11 @@ void km_ring_free(km_ring *ring) {
     km_ring_stop(ring);
     for (int32_t i = 0; i < ring->num_threads; i++)
         (void)pthread_join(ring->threads[i], NULL);
+    km_store_free(ring->store);
     (void)pthread_cond_destroy(&ring->data);
     (void)pthread_cond_destroy(&ring->work);
     (void)pthread_mutex_destroy(&ring->mutex);
-    free(ring->threads);
-    free(ring->slots);
-    free(ring);
+    release(ring);
 }
 
 int km_ring_request(km_ring *ring, int64_t step) {
@@ -209,10 +284,10 @@ int km_ring_request(km_ring *ring, int64_t step) {
     (void)pthread_mutex_lock(&ring->mutex);
     if (!ring->on_request || ring->finished) {
         result = KM_END;
-    } else if (ring->requested - ring->delivered >= ring->depth) {
+    } else if (ring->requested - ring->delivered >= ring->config.depth) {
         result = KM_FULL;
     } else {
-        ring->slots[ring->requested % ring->depth].step = step;
+        ring->slots[ring->requested % ring->config.depth].step = step;
         ring->requested++;
         (void)pthread_cond_signal(&ring->work);
     }
@@ -231,9 +306,9 @@ void km_ring_finish(km_ring *ring) {
 
 /* With the mutex held: waits until the position is ready, or will never be, or the time is over. */
 static void wait_for_data(km_ring *ring, int64_t position, int32_t milliseconds) {
-    const slot *wanted = ring->slots + position % ring->depth;
+    const slot *wanted = ring->slots + position % ring->config.depth;
     if (wanted->ready == position) return;
-    const double since = seconds_now();
+    const double since = km_seconds();
     struct timespec until; /* the clock that condition variables use unless told otherwise */
     (void)clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += milliseconds / 1000;
@@ -245,7 +320,7 @@ static void wait_for_data(km_ring *ring, int64_t position, int32_t milliseconds)
     int status = 0;
     while (wanted->ready != position && position < ring->end && !ring->stop && status != ETIMEDOUT)
         status = pthread_cond_timedwait(&ring->data, &ring->mutex, &until);
-    ring->counters.consumer_waited += seconds_now() - since;
+    ring->counters.consumer_waited += km_seconds() - since;
 }
 
 int km_ring_next(km_ring *ring, int32_t milliseconds, km_minibatch *minibatch, km_error *error) {
@@ -256,7 +331,7 @@ int km_ring_next(km_ring *ring, int32_t milliseconds, km_minibatch *minibatch, k
         (void)pthread_cond_broadcast(&ring->work);
     }
     const int64_t position = ring->delivered;
-    const slot *next = ring->slots + position % ring->depth;
+    const slot *next = ring->slots + position % ring->config.depth;
     if (position < ring->end) wait_for_data(ring, position, milliseconds);
     if (position >= ring->end) {
         result = KM_END;
@@ -277,4 +352,17 @@ void km_ring_counters(km_ring *ring, km_counters *counters) {
     (void)pthread_mutex_lock(&ring->mutex);
     *counters = ring->counters;
     (void)pthread_mutex_unlock(&ring->mutex);
+    counters->bytes_read += km_store_bytes_read(ring->store);
+    counters->memory = km_store_memory(ring->store) + km_plan_memory(ring->config.plan);
+}
+
+int km_ring_bad(km_ring *ring, int32_t number, km_error *error) {
+    int result = KM_END;
+    (void)pthread_mutex_lock(&ring->mutex);
+    if (number >= 0 && number < ring->counters.bad) {
+        *error = ring->bad_errors[number];
+        result = KM_OK;
+    }
+    (void)pthread_mutex_unlock(&ring->mutex);
+    return result;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def copies(reader: MinibatchReader) -> Iterator[Minibatch]:
     """Minibatches that stay valid."""
     with reader:
         for m in reader:
-            yield Minibatch(m.feats.copy(), m.labels.copy(), m.frames, m.global_frames, m.epoch, m.step)
+            yield dataclasses.replace(m, feats=m.feats.copy(), labels=m.labels.copy())
 
 
 def expected_rows(written: Written, shape: ChunkShape, labels: np.ndarray) -> np.ndarray:

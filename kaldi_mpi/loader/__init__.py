@@ -11,17 +11,26 @@ readers take minibatches from it::
 """
 
 from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, to_pdfs
+from kaldi_mpi.loader.chunking import Chunking, ChunkShape
 from kaldi_mpi.loader.corpus import Corpus
-from kaldi_mpi.loader.plan import ChunkPlan
-from kaldi_mpi.loader.reader import ChunkShape, Counters, Minibatch, MinibatchReader
+from kaldi_mpi.loader.plan import ChunkPlan, Place
+from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
+from kaldi_mpi.loader.rule import MinibatchRule
+from kaldi_mpi.loader.source import Source
 
 __all__ = [
+    "Buffer",
     "ChunkPlan",
     "ChunkShape",
+    "Chunking",
     "Corpus",
     "Counters",
     "Minibatch",
     "MinibatchReader",
+    "MinibatchRule",
+    "Place",
+    "Source",
+    "new_buffers",
     "read_alignments",
     "read_int_vectors",
     "to_pdfs",

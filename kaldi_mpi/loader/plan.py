@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.loader.chunking import Chunking, ChunkShape
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
+from kaldi_mpi.loader.rule import MinibatchRule
+from kaldi_mpi.loader.source import Source
 
 ENDLESS = 2**62  # steps
+DEFAULT_MEMORY = 128 * 2**20
+
+Cut = ChunkShape | Chunking | None
+Size = int | MinibatchRule
 
 
 def check_range(what: str, value: int, least: int, limit: int) -> None:
@@ -17,66 +27,182 @@ def check_range(what: str, value: int, least: int, limit: int) -> None:
         raise ConfigError(f"{what} is {value}, and must be at least {least} and below {limit}")
 
 
-class ChunkPlan:
-    """The chunks of a corpus in the order of each epoch, shared out in global steps; the same on all ranks.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place in the data, to be saved: what an epoch has delivered up to it.
 
-    Args:
-        num_frames: (utterances,) int32, frames of each.
-        width: labelled frames of a chunk.
-        chunks_per_minibatch: chunks that one rank takes at a step.
-        size: number of ranks.
-        seed: of the order, 0 .. 2**64-1.
-        shuffle: False leaves the chunks in the order of the corpus, in every epoch.
+    Attributes:
+        epoch: from 0.
+        taken: of each shape of chunks, how many of the epoch have been delivered, over all ranks.
+        order: a digest of what decides the epoch's order: data, chunking, seed and memory. A place has a meaning in
+            this order only.
+    """
+
+    epoch: int
+    taken: tuple[int, ...]
+    order: str
+
+
+def shapes_of(source: Source, chunking: Cut) -> list[ChunkShape]:
+    """All shapes that chunks of a source may have.
 
     Raises:
-        ConfigError: an argument out of its range.
+        ConfigError: a chunking for examples, which are cut already, or none for features.
+    """
+    own: list[ChunkShape] | None = getattr(source, "shapes", None)
+    if own is not None:
+        if chunking is not None:
+            raise ConfigError("examples are cut already: they have their own shapes, and take no chunking")
+        return own
+    if chunking is None:
+        raise ConfigError("features need a chunking: the width of chunks and their context")
+    return _chunking(chunking).shapes()
+
+
+def sizes_of(shapes: list[ChunkShape], minibatch: Size) -> list[int]:
+    """Chunks of a minibatch of each shape."""
+    rule = MinibatchRule.of(minibatch) if isinstance(minibatch, int) else minibatch
+    return [rule.largest(shape.rows) for shape in shapes]
+
+
+def _chunking(chunking: ChunkShape | Chunking) -> Chunking:
+    return Chunking.of(chunking) if isinstance(chunking, ChunkShape) else chunking
+
+
+class ChunkPlan:
+    """The chunks of a source in the order of each epoch, shared out in global steps; the same on all ranks.
+
+    The order of epoch e is drawn by (seed, e). Units (utterances, examples) are permuted and taken in pools, of as many
+    as have `memory` / 2 bytes on disk; the chunks of a pool are permuted. Walking through them, `size` times the
+    minibatch of chunks of one shape make a global step, and what is left at the end makes smaller ones. A source
+    that fits into one pool is so permuted as a whole.
+
+    Args:
+        source: a `Corpus` or `Examples`.
+        chunking: how utterances are cut; None for examples.
+        minibatch: chunks that one rank takes at a step: a number, or a rule for each size of chunks.
+        size: number of ranks.
+        seed: of the order, 0 .. 2**64-1.
+        shuffle: False leaves units and chunks in the order of the source, in every epoch.
+        memory: bytes of the source that may be in memory at a time.
+        start: where to go on; None: at the beginning. Steps are numbered from there. It may come from a plan of another
+            `size` or `minibatch`: the rest of its epoch is shared out anew.
+
+    Raises:
+        ConfigError: an argument out of its range, or a `start` in another order.
         DataError: memory cannot be had.
 
     Attributes:
-        steps_per_epoch: global steps.
-        num_chunks: chunks of an epoch, over all ranks.
+        shapes: of the chunks.
+        steps_per_epoch: global steps of a whole epoch.
+        steps_of_first_epoch: of the one in which the plan starts.
+        num_chunks: chunks of an epoch.
+        first_epoch: in which the plan starts.
+        order: the digest of the order, see `Place`.
         c_plan: the C library's km_plan.
     """
 
     def __init__(
         self,
-        num_frames: NDArray[np.int32],
-        width: int,
-        chunks_per_minibatch: int,
+        source: Source,
+        chunking: Cut,
+        minibatch: Size,
         *,
         size: int,
         seed: int,
         shuffle: bool = True,
+        memory: int = DEFAULT_MEMORY,
+        start: Place | None = None,
     ) -> None:
-        check_range("chunks per minibatch", chunks_per_minibatch, 1, 2**24)
+        self.shapes = shapes_of(source, chunking)
+        chunks = np.array(sizes_of(self.shapes, minibatch), dtype=np.int32)
         check_range("seed", seed, 0, 2**64)
         check_range("number of ranks", size, 1, 2**24)
+        check_range("memory for data, in bytes,", memory, 1, 2**62)
+        self.order = _digest(source, self.shapes, seed, shuffle, memory)
+        config = ffi.new("km_plan_config *")
+        config.num_units = source.num_units
+        config.num_frames = borrow(source.num_frames, "int32_t", np.int32)
+        config.unit_bytes = borrow(source.unit_bytes, "int64_t", np.int64)
+        config.pool_bytes = memory // 2
+        config.num_shapes = len(self.shapes)
+        config.chunks_per_minibatch = borrow(chunks, "int32_t", np.int32)
+        config.num_ranks, config.shuffle, config.seed = size, shuffle, seed
+        if chunking is None:
+            config.shape_of = borrow(source.shape_of, "int32_t", np.int32)  # type: ignore[attr-defined]
+        else:
+            _chunking(chunking).fill(config)
+        self.first_epoch = self._start_at(config, start)
         error = new_error()
-        # Lent to the plan for as long as it lives.
-        self._frames = borrow(num_frames, "int32_t", np.int32)
-        plan = lib.km_plan_new(
-            self._frames, len(self._frames), width, chunks_per_minibatch, size, seed, shuffle, error
-        )  # fmt: skip
+        plan = lib.km_plan_new(config, error)
         if plan == ffi.NULL:
             raise_data_error(error)
+        self._lent = source  # whose arrays the plan uses for as long as it lives
         self.c_plan = ffi.gc(plan, lib.km_plan_free)
         self.steps_per_epoch = int(lib.km_plan_steps_per_epoch(plan))
+        self.steps_of_first_epoch = int(lib.km_plan_steps_of_first_epoch(plan))
         self.num_chunks = int(lib.km_plan_num_chunks(plan))
-        self._chunks_per_step = chunks_per_minibatch * size
+
+    def _start_at(self, config: Any, start: Place | None) -> int:
+        if start is None:
+            return 0
+        if start.order != self.order or len(start.taken) != len(self.shapes):
+            raise ConfigError(
+                "the place to go on from is in another order of the data: data, chunk widths and contexts, seed and "
+                "the loader's memory must be those that it was saved with"
+            )
+        check_range("epoch", start.epoch, 0, 2**31)
+        self._taken = np.array(start.taken, dtype=np.int64)
+        config.epoch, config.taken = start.epoch, borrow(self._taken, "int64_t", np.int64)
+        return start.epoch
+
+    def end_of_epochs(self, num_epochs: int) -> int:
+        """How many steps there are until so many epochs have gone since the very first, this plan's start included."""
+        left = num_epochs - self.first_epoch
+        return self.steps_of_first_epoch + (left - 1) * self.steps_per_epoch if left > 0 else 0
+
+    def _summary(self, step: int) -> Any:
+        check_range("step", step, 0, ENDLESS)
+        summary, error = ffi.new("km_step_summary *"), new_error()
+        if lib.km_plan_summary(self.c_plan, step, summary, error) != lib.KM_OK:
+            raise_data_error(error)
+        return summary
 
     def frames_of_step(self, step: int) -> int:
         """Labelled frames of a global step over all ranks.
 
-        Steps of the same epoch are cheap one after the other; another epoch's order is drawn first.
+        Steps of the same pool are cheap one after the other; another pool's order is drawn first.
         """
-        check_range("step", step, 0, ENDLESS)
-        error = new_error()
-        frames = int(lib.km_plan_frames_of_step(self.c_plan, step, error))
-        if frames < 0:
-            raise_data_error(error)
-        return frames
+        return int(self._summary(step).frames)
 
     def chunks_of_step(self, step: int) -> int:
-        """Chunks of a global step over all ranks: those of a whole step, or what an epoch's last step has left."""
+        """Chunks of a global step over all ranks: those of a whole step, or what an epoch has left."""
+        return int(self._summary(step).chunks)
+
+    def shape_of_step(self, step: int) -> ChunkShape:
+        """The shape of a global step's chunks."""
+        return self.shapes[self._summary(step).shape]
+
+    def epoch_of_step(self, step: int) -> int:
+        """The epoch of a global step."""
+        return int(self._summary(step).epoch)
+
+    def place(self, step: int) -> Place:
+        """The place before a global step: `start` for a plan that goes on from there."""
         check_range("step", step, 0, ENDLESS)
-        return min(self._chunks_per_step, self.num_chunks - step % self.steps_per_epoch * self._chunks_per_step)
+        epoch, taken, error = ffi.new("int64_t *"), ffi.new("int64_t[]", len(self.shapes)), new_error()
+        if lib.km_plan_place(self.c_plan, step, epoch, taken, error) != lib.KM_OK:
+            raise_data_error(error)
+        return Place(int(epoch[0]), tuple(int(count) for count in taken), self.order)
+
+
+def _digest(source: Source, shapes: list[ChunkShape], seed: int, shuffle: bool, memory: int) -> str:
+    is_one_pool = int(source.unit_bytes.sum(dtype=np.int64)) <= memory // 2
+    digest = hashlib.sha256(repr((shapes, seed, shuffle, None if is_one_pool else memory // 2)).encode())
+    digest.update(np.ascontiguousarray(source.num_frames).data)
+    shape_of = getattr(source, "shape_of", None)
+    if shape_of is not None:
+        digest.update(np.ascontiguousarray(shape_of).data)
+    if not is_one_pool:
+        digest.update(np.ascontiguousarray(source.unit_bytes).data)
+    return digest.hexdigest()[:32]

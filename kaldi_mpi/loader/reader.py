@@ -5,54 +5,73 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.loader.corpus import Corpus
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.loader.chunking import ChunkShape
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.plan import ENDLESS, ChunkPlan, check_range
+from kaldi_mpi.loader.plan import DEFAULT_MEMORY, ENDLESS, ChunkPlan, Cut, Place, Size, check_range, shapes_of, sizes_of
+from kaldi_mpi.loader.source import Source
+from kaldi_mpi.report.log import logger
 
 # How long one wait in C lasts before Python may look at its signals (Ctrl-C), in milliseconds.
 _POLL_MS = 200
 
-Buffers = Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
-
-@dataclass(frozen=True)
-class ChunkShape:
-    """The shape of a chunk.
-
-    With labels at t = s .. s+width-1 it has the input rows s-left+label_delay .. s+width-1+right+label_delay;
-    rows before the first and after the last frame repeat that frame, as nnet3-get-egs does.
+class Buffer(NamedTuple):
+    """Memory for one minibatch: C-contiguous, writeable arrays, at least as large as the largest minibatch.
 
     Attributes:
-        width: labelled frames.
-        left: context rows before.
-        right: context rows after.
-        label_delay: frames by which the input runs ahead of the labels.
+        feats: float32, B * rows * feat_dim elements.
+        labels: int64, B * width * num_targets elements.
+        weights: float32, as many as labels; None where all weights are 1.
+        ivectors: float32, B * ivector_dim elements; None where there are none.
     """
 
-    width: int
-    left: int
-    right: int
-    label_delay: int = 0
+    feats: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
+    ivectors: NDArray[np.float32] | None = None
 
-    def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("left", 0), ("right", 0), ("label_delay", 0)):
-            if not least <= getattr(self, name) < 2**24:
-                raise ConfigError(f"chunk {name} is {getattr(self, name)}, and must be at least {least}")
 
-    @property
-    def rows(self) -> int:
-        """Input rows of a chunk."""
-        return self.left + self.width + self.right
+Allocate = Callable[[int, type[np.generic]], NDArray[Any]]
+
+
+def new_buffers(
+    source: Source, chunking: Cut, minibatch: Size, depth: int, allocate: Allocate = np.empty
+) -> list[Buffer]:
+    """Buffers for a reader of `source`.
+
+    Args:
+        source, chunking, minibatch: as for the reader.
+        depth: how many.
+        allocate: makes an array of (size, dtype); by default ordinary memory.
+    """
+    sizes = _largest(source, chunking, minibatch)
+
+    def one(size: int | None, dtype: type[np.generic]) -> Any:
+        return None if size is None else allocate(size, dtype)
+
+    dtypes: list[type[np.generic]] = [np.float32, np.int64, np.float32, np.float32]
+    return [Buffer(*(one(size, dtype) for size, dtype in zip(sizes, dtypes, strict=True))) for _ in range(depth)]
+
+
+def _largest(source: Source, chunking: Cut, minibatch: Size) -> tuple[int, int, int | None, int | None]:
+    """Elements that a buffer's arrays need; None: there is no such array."""
+    shapes = shapes_of(source, chunking)
+    pairs = list(zip(sizes_of(shapes, minibatch), shapes, strict=True))
+    feats = max(chunks * shape.rows for chunks, shape in pairs) * source.feat_dim
+    labels = max(chunks * shape.width for chunks, shape in pairs) * source.num_targets
+    ivectors = max(chunks for chunks, _ in pairs) * source.ivector_dim
+    return feats, labels, labels if source.has_weights else None, ivectors or None
 
 
 @dataclass
@@ -60,12 +79,16 @@ class Minibatch:
     """What one rank gets at one step. The arrays are valid until the reader's next ``__next__``.
 
     Attributes:
-        feats: float32 (B, left + width + right, feat_dim); B is smaller in an epoch's last step, maybe 0.
-        labels: int64 (B, width); -1 where there is no frame, or where the frame belongs to another chunk.
+        feats: float32 (B, rows, feat_dim); B is smaller in an epoch's last steps, maybe 0.
+        labels: int64 (B, W), or (B, W, K) where frames have up to K > 1 labels; -1 where there is no label: no
+            frame, or a frame that belongs to another chunk.
         frames: labelled frames here.
         global_frames: labelled frames of this step over all ranks.
         epoch: from 0.
-        step: global step, counted over all epochs.
+        step: global step, counted from where the reader's plan starts.
+        shape: of the chunks.
+        weights: float32 of the labels' shape; None: all are 1.
+        ivectors: float32 (B, ivector_dim), or None.
     """
 
     feats: NDArray[np.float32]
@@ -74,6 +97,9 @@ class Minibatch:
     global_frames: int
     epoch: int
     step: int
+    shape: ChunkShape
+    weights: NDArray[np.float32] | None = None
+    ivectors: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,44 +109,60 @@ class Counters:
     Attributes:
         consumer_waited: seconds that ``__next__`` waited for data, or for a request.
         readers_waited: seconds that the threads waited for a free buffer, or for a request, summed over them.
+        disk_waited: seconds that the threads waited for data to be read ahead, summed over them.
         bytes_read: bytes read from archives.
         frames: labelled frames delivered.
+        memory: bytes in use: data read ahead, its order, and the buffers.
+        bad: utterances or examples that could not be read and were left out.
+        seconds: since the reader was made.
     """
 
     consumer_waited: float
     readers_waited: float
+    disk_waited: float
     bytes_read: int
     frames: int
+    memory: int
+    bad: int
+    seconds: float
+
+    @property
+    def frames_per_second(self) -> float:
+        """Labelled frames delivered in a second, since the reader was made."""
+        return self.frames / max(self.seconds, 1e-9)
 
 
 class MinibatchReader(Iterator[Minibatch]):
     """Iterates over one rank's minibatches; close it, or use it as a context manager.
 
-    Epoch e visits all chunks in an order drawn by (seed, e), the same on all ranks. With `size` ranks of
-    `chunks_per_minibatch` chunks each, global step k takes the next size * chunks_per_minibatch chunks of
-    the order, and each rank its slice of them; every labelled frame is seen once an epoch. The order does not
-    depend on `threads` or `depth`, and the chunks of a step do not depend on how ranks and chunks share the
-    product size * chunks_per_minibatch.
+    The order is that of `ChunkPlan`: epoch e visits all chunks in an order drawn by (seed, e), the same on all ranks,
+    and each rank takes its part of each global step; every labelled frame is seen once an epoch. The order does
+    not depend on `threads` or `depth`, and the chunks of a step do not depend on how ranks and chunks share the
+    product of `size` and `minibatch`.
 
     A reader made with `on_request` reads the steps that `request` names, in the order of the requests; what a
     step holds is the same as above. Requests may come from any thread, of steps in any order and epochs in
     any mixture, up to `depth` at a time; `__next__` waits for them, and `finish` says that there are no more.
 
     Args:
-        corpus: what to read.
-        shape: of the chunks.
-        chunks_per_minibatch: chunks that one rank takes at a step.
+        source: what to read, a `Corpus` or `Examples`.
+        chunking: how utterances are cut: chunks of one shape, or of several; None for examples.
+        minibatch: chunks that one rank takes at a step: a number, or a rule for each size of chunks.
         seed: of the order, 0 .. 2**64-1.
         rank: this rank.
         size: number of ranks.
-        threads: reader threads.
+        threads: threads that decode; one more reads ahead.
         depth: buffers in the ring, when `buffers` is not given; depth - 1 minibatches are read ahead.
-        shuffle: False leaves the chunks in the order of the corpus, in every epoch.
+        shuffle: False leaves the chunks in the order of the source, in every epoch.
         first_step: global step to start with.
-        num_epochs: stop at the end of this many epochs (counted from step 0); None: never.
+        num_epochs: stop when so many epochs have gone since the very first; None: never.
         on_request: read what `request` names; `first_step` and `num_epochs` stay at their defaults.
-        buffers: the ring's memory, pairs (feats, labels) of writeable, C-contiguous arrays: float32
-            (chunks_per_minibatch, rows, feat_dim) and int64 (chunks_per_minibatch, width).
+        buffers: the ring's memory (see `new_buffers`).
+        memory: bytes of the source that are in memory at a time; half of it is what chunks are shuffled in.
+        start: place to go on from, also of another `size`; see `ChunkPlan`.
+        skip_bad: how many utterances or examples may turn out to be unreadable. They are delivered with features 0
+            and without labels, and logged; `global_frames` still counts their frames.
+        bytes_per_second: read from disk no faster than that; for tests and measurements.
 
     Raises:
         ConfigError: an argument out of its range.
@@ -134,9 +176,9 @@ class MinibatchReader(Iterator[Minibatch]):
 
     def __init__(
         self,
-        corpus: Corpus,
-        shape: ChunkShape,
-        chunks_per_minibatch: int,
+        source: Source,
+        chunking: Cut,
+        minibatch: Size,
         *,
         seed: int,
         rank: int = 0,
@@ -147,75 +189,90 @@ class MinibatchReader(Iterator[Minibatch]):
         first_step: int = 0,
         num_epochs: int | None = None,
         on_request: bool = False,
-        buffers: Buffers | None = None,
+        buffers: Sequence[Buffer] | None = None,
+        memory: int = DEFAULT_MEMORY,
+        start: Place | None = None,
+        skip_bad: int = 0,
+        bytes_per_second: int = 0,
     ) -> None:
         self.plan = ChunkPlan(
-            corpus.num_frames, shape.width, chunks_per_minibatch, size=size, seed=seed, shuffle=shuffle
+            source, chunking, minibatch, size=size, seed=seed, shuffle=shuffle, memory=memory, start=start
         )
         self.steps_per_epoch, self.num_chunks = self.plan.steps_per_epoch, self.plan.num_chunks
         check_range("rank", rank, 0, size)
         check_range("number of reader threads", threads, 1, 1024)
         check_range("depth of the reader's ring", depth, 1, 2**16)
         check_range("first step", first_step, 0, ENDLESS)
-        check_range("number of epochs", num_epochs or 0, 0, 2**32)
+        check_range("number of epochs", num_epochs or 0, 0, 2**31)
+        check_range("number of bad utterances to skip", skip_bad, 0, 2**24)
+        check_range("bytes per second", bytes_per_second, 0, 2**62)
         if on_request and (first_step or num_epochs is not None):
             raise ConfigError("a reader on request has neither a first step nor a number of epochs")
-        self._corpus = corpus
-        self._shape = shape
-        self._chunks_per_minibatch = chunks_per_minibatch
+        self._source = source
+        needed = _largest(source, chunking, minibatch)
         if buffers is None:
-            buffers = [self._new_buffer() for _ in range(depth)]
-        self._buffers = [self._checked_buffer(*pair) for pair in buffers]
+            buffers = new_buffers(source, chunking, minibatch, depth)
+        self._buffers = [_flat(buffer, needed) for buffer in buffers]
         check_range("number of buffers", len(self._buffers), 1, 2**16)
+        self._memory = sum(array.nbytes for buffer in self._buffers for array in buffer if array is not None)
+        self._made = time.monotonic()
 
-        end = ENDLESS if num_epochs is None else num_epochs * self.steps_per_epoch
-
-        feats = [borrow(pair[0].reshape(-1), "float", np.float32) for pair in self._buffers]
-        labels = [borrow(pair[1].reshape(-1), "int64_t", np.int64) for pair in self._buffers]
+        config = ffi.new("km_ring_config *")
+        lent = [self._lend_source(config), self._lend_buffers(config)]
+        config.plan = self.plan.c_plan
+        config.rank, config.threads = rank, threads
+        config.first_step = lib.KM_ON_REQUEST if on_request else first_step
+        config.end_step = ENDLESS if num_epochs is None else self.plan.end_of_epochs(num_epochs)
+        config.bytes_per_second, config.skip_bad = bytes_per_second, skip_bad
         error = new_error()
-        self._ring = lib.km_ring_new(
-            corpus.c_corpus,
-            self.plan.c_plan,
-            ffi.new("km_shape *", (shape.width, shape.left, shape.right, shape.label_delay)),
-            rank,
-            threads,
-            len(self._buffers),
-            ffi.new("float *[]", feats),
-            ffi.new("int64_t *[]", labels),
-            lib.KM_ON_REQUEST if on_request else first_step,
-            end,
-            error,
-        )
+        self._ring = lib.km_ring_new(config, error)
         if self._ring == ffi.NULL:
             raise_data_error(error)
         self._minibatch = ffi.new("km_minibatch *")
         self._final_counters: Counters | None = None
+        self._num_bad = 0  # of those, how many have been logged
         self._on_request = on_request
         self._next_lock = threading.Lock()  # held by __next__, also while it waits
         self._lock = threading.Lock()  # held by calls that do not wait
-        # The threads write into the buffers and read the corpus until they are joined: the finalizer keeps
+        # The threads write into the buffers and read the source until they are joined: the finalizer keeps
         # both, and the plan, alive until then, in whatever order this object's parts are collected.
-        lent = (corpus, self.plan, feats, labels)
-        self._stop = weakref.finalize(self, _stop, self._ring, (self._next_lock, self._lock), os.getpid(), lent)
+        keep = (source, self.plan, self._buffers, lent)
+        self._stop = weakref.finalize(self, _stop, self._ring, (self._next_lock, self._lock), os.getpid(), keep)
 
-    def _new_buffer(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        feats = np.empty((self._chunks_per_minibatch, self._shape.rows, self._corpus.feat_dim), np.float32)
-        return feats, np.empty((self._chunks_per_minibatch, self._shape.width), np.int64)
+    def _lend_source(self, config: Any) -> object:
+        """Write the source into the configuration; what is returned must live as long as the ring."""
+        source, shapes = self._source, self.plan.shapes
+        corpus = getattr(source, "c_corpus", None)
+        examples = getattr(source, "c_examples", None)
+        config.corpus = corpus if corpus is not None else ffi.NULL
+        config.examples = examples if examples is not None else ffi.NULL
+        units = config.units
+        units.num_units = source.num_units
+        units.files = corpus.files if corpus is not None else examples.files  # type: ignore[union-attr]
+        units.file_of = borrow(source.file_of, "int32_t", np.int32)
+        units.begin = borrow(source.begin, "int64_t", np.int64)
+        units.end = borrow(source.end, "int64_t", np.int64)
+        config.dim, config.ivector_dim, config.targets = source.feat_dim, source.ivector_dim, source.num_targets
+        c_shapes = ffi.new("km_shape[]", [(s.width, s.left, s.right, s.label_delay) for s in shapes])
+        config.num_shapes, config.shapes = len(shapes), c_shapes
+        return corpus, examples, c_shapes
 
-    def _checked_buffer(
-        self, feats: NDArray[np.float32], labels: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        wanted_feats = (self._chunks_per_minibatch, self._shape.rows, self._corpus.feat_dim)
-        wanted_labels = (self._chunks_per_minibatch, self._shape.width)
-        wanted = ((feats, wanted_feats, np.float32), (labels, wanted_labels, np.int64))
-        for array, shape, dtype in wanted:
-            flags = array.flags
-            if array.shape != shape or array.dtype != dtype or not (flags.c_contiguous and flags.writeable):
-                raise ConfigError(
-                    f"a minibatch buffer is {array.dtype} {array.shape}, and must be a writeable, "
-                    f"contiguous {np.dtype(dtype)} {shape}"
-                )
-        return feats, labels
+    def _lend_buffers(self, config: Any) -> object:
+        def pointer(array: NDArray[Any] | None, ctype: str, dtype: type[np.generic]) -> Any:
+            return ffi.NULL if array is None else borrow(array, ctype, dtype)
+
+        lent = [
+            (
+                pointer(buffer.feats, "float", np.float32),
+                pointer(buffer.labels, "int64_t", np.int64),
+                pointer(buffer.weights, "float", np.float32),
+                pointer(buffer.ivectors, "float", np.float32),
+            )
+            for buffer in self._buffers
+        ]
+        c_buffers = ffi.new("km_buffer[]", lent)
+        config.depth, config.buffers = len(lent), c_buffers
+        return lent, c_buffers
 
     def frames_of_step(self, step: int) -> int:
         """See `ChunkPlan.frames_of_step`."""
@@ -274,6 +331,7 @@ class MinibatchReader(Iterator[Minibatch]):
                 if not self._stop.alive:
                     raise ValueError("the minibatch reader is closed")
                 result = lib.km_ring_next(self._ring, _POLL_MS, self._minibatch, error)
+            self._log_bad()
             if result == lib.KM_READY:
                 return self._delivered()
             if result == lib.KM_END:
@@ -281,19 +339,36 @@ class MinibatchReader(Iterator[Minibatch]):
             if result != lib.KM_NOT_YET:
                 if error.utterance < 0:
                     raise_data_error(error)
-                file, key = self._corpus.location_of(error.utterance)
+                file, key = self._source.location_of(error.utterance)
                 raise_data_error(error, file=file, key=key)
+
+    def _log_bad(self) -> None:
+        """Warn of the units that were left out since the last call."""
+        error = new_error()
+        while self._stop.alive and lib.km_ring_bad(self._ring, self._num_bad, error) == lib.KM_OK:
+            self._num_bad += 1
+            file, key = self._source.location_of(error.utterance)
+            try:
+                raise_data_error(error, file=file, key=key)
+            except DataError as cause:
+                logger.warning("left out: %s", cause)
 
     def _delivered(self) -> Minibatch:
         got: Any = self._minibatch
-        feats, labels = self._buffers[got.buffer]
+        buffer, chunks = self._buffers[got.buffer], int(got.num_chunks)
+        shape, source = self.plan.shapes[got.shape], self._source
+        targets = (source.num_targets,) if source.num_targets > 1 else ()
+        labels = (chunks, shape.width, *targets)
         return Minibatch(
-            feats=feats[: got.num_chunks],
-            labels=labels[: got.num_chunks],
+            feats=_view(buffer.feats, (chunks, shape.rows, source.feat_dim)),
+            labels=_view(buffer.labels, labels),
             frames=int(got.frames),
             global_frames=int(got.global_frames),
-            epoch=int(got.step // self.steps_per_epoch),
+            epoch=int(got.epoch),
             step=int(got.step),
+            shape=shape,
+            weights=None if buffer.weights is None else _view(buffer.weights, labels),
+            ivectors=None if buffer.ivectors is None else _view(buffer.ivectors, (chunks, source.ivector_dim)),
         )
 
     def counters(self) -> Counters:
@@ -307,7 +382,14 @@ class MinibatchReader(Iterator[Minibatch]):
         counters = ffi.new("km_counters *")
         lib.km_ring_counters(self._ring, counters)
         return Counters(
-            counters.consumer_waited, counters.readers_waited, int(counters.bytes_read), int(counters.frames)
+            counters.consumer_waited,
+            counters.readers_waited,
+            counters.disk_waited,
+            int(counters.bytes_read),
+            int(counters.frames),
+            int(counters.memory) + self._memory,
+            int(counters.bad),
+            time.monotonic() - self._made,
         )
 
     def close(self) -> None:
@@ -336,3 +418,29 @@ def _stop(ring: Any, locks: tuple[threading.Lock, threading.Lock], pid: int, len
     lib.km_ring_stop(ring)  # so that a __next__ that waits lets go
     with locks[0], locks[1]:
         lib.km_ring_free(ring)
+
+
+def _flat(buffer: Buffer, needed: tuple[int, int, int | None, int | None]) -> Buffer:
+    """The buffer's arrays as vectors of their first elements, so many as are needed."""
+    dtypes = (np.float32, np.int64, np.float32, np.float32)
+    flat: list[Any] = []
+    for name, array, size, dtype in zip(Buffer._fields, Buffer(*buffer), needed, dtypes, strict=True):
+        if size is None or array is None:
+            if size is not None:
+                raise ConfigError(f"a minibatch buffer has no {name}, and the data have")
+            flat.append(None)
+            continue
+        if array.dtype != dtype or array.size < size or not (array.flags.c_contiguous and array.flags.writeable):
+            raise ConfigError(
+                f"a minibatch buffer's {name} are {array.dtype} with {array.size} elements, and must be a writeable, "
+                f"contiguous {np.dtype(dtype)} array with at least {size}"
+            )
+        flat.append(array.reshape(-1)[:size])
+    return Buffer(*flat)
+
+
+def _view(flat: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    count = 1
+    for length in shape:
+        count *= length
+    return flat[:count].reshape(shape)

@@ -1,0 +1,345 @@
+#define _POSIX_C_SOURCE 200809L
+
+#include "store.h"
+
+#include "thread.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One read asks for at most this many bytes, and reads over gaps up to that many: on a network file system a
+ * round trip costs as much as reading them. */
+enum { BLOCK_BYTES = 4 << 20, GAP_BYTES = 64 << 10, NUM_SLOTS = 2 };
+
+enum state { EMPTY, WANTED, LOADING, LOADED, FAILED };
+
+struct km_resident {
+    enum state state;
+    km_pool *pool; /* acquired; NULL where the slot is empty */
+    int64_t id;
+    int32_t users;
+    int was_used; /* by a reader, since it was claimed */
+    int follow;   /* the pool after it is to be claimed too, as soon as a slot is free */
+    int64_t last_used;
+    int32_t num_units;
+    int32_t *units; /* ascending */
+    int64_t *at;    /* per unit of the pool: where its bytes begin in the arena */
+    unsigned char *arena;
+    int64_t capacity;
+};
+
+struct km_store {
+    km_units units;
+    km_plan *plan;
+    int64_t bytes_per_second;
+    pthread_t thread;
+    pthread_mutex_t mutex; /* guards everything below but a slot that is LOADING, which is the thread's */
+    pthread_cond_t work;   /* a slot is WANTED, or stop */
+    pthread_cond_t loaded; /* a slot has been loaded, or has failed, or stop */
+    int stop;
+    int64_t clock;
+    int64_t bytes_read;
+    km_resident slots[NUM_SLOTS];
+};
+
+static int64_t bytes_of(const km_store *store, int32_t unit) {
+    return store->units.end[unit] - store->units.begin[unit];
+}
+
+static int is_stopped(km_store *store) {
+    (void)pthread_mutex_lock(&store->mutex);
+    const int stop = store->stop;
+    (void)pthread_mutex_unlock(&store->mutex);
+    return stop;
+}
+
+/* Makes room for the pool's bytes, and lists where each unit's will be. Units that share bytes (the examples
+ * of a merged one) share them here too. */
+static int lay_out(km_store *store, km_resident *slot) {
+    int32_t count;
+    const int32_t *units = km_pool_units(slot->pool, &count);
+    int32_t *kept = realloc(slot->units, (size_t)count * sizeof *kept);
+    if (kept != NULL) slot->units = kept;
+    int64_t *at = realloc(slot->at, (size_t)count * sizeof *at);
+    if (at != NULL) slot->at = at;
+    if (kept == NULL || at == NULL) return 0;
+    slot->num_units = count;
+    int64_t total = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const int32_t unit = units[i], before = i > 0 ? units[i - 1] : -1;
+        const int shared = before >= 0 && store->units.file_of[unit] == store->units.file_of[before] &&
+                           store->units.begin[unit] == store->units.begin[before];
+        slot->units[i] = unit;
+        slot->at[i] = shared ? slot->at[i - 1] : total;
+        if (!shared) total += bytes_of(store, unit);
+    }
+    if (total <= slot->capacity) return 1;
+    free(slot->arena);
+    slot->arena = malloc((size_t)total);
+    slot->capacity = slot->arena != NULL ? total : 0;
+    return slot->arena != NULL;
+}
+
+/* Sleeps for as long as the reading so far was too fast. */
+static void hold_back(km_store *store, double since, int64_t bytes) {
+    if (store->bytes_per_second <= 0) return;
+    const double due = since + (double)bytes / (double)store->bytes_per_second;
+    for (double left = due - km_seconds(); left > 0.0 && !is_stopped(store); left = due - km_seconds())
+        km_sleep(left < 0.02 ? left : 0.02);
+}
+
+/* One read of a file that holds units from..to-1 of the slot, scattered to their places. */
+static int read_block(const km_store *store, km_resident *slot, int32_t from, int32_t to, int64_t begin,
+                      int64_t end, km_scratch *block) {
+    const km_file *file = store->units.files + store->units.file_of[slot->units[from]];
+    km_error ignored; /* whoever needs these bytes will meet the error again */
+    if (end > file->size) return 0;
+    const int direct =
+        to - from == 1 ||
+        end - begin == slot->at[to - 1] + bytes_of(store, slot->units[to - 1]) - slot->at[from];
+    unsigned char *into = slot->arena + slot->at[from];
+    if (!direct) {
+        if (km_scratch_reserve(block, end - begin, &ignored) != KM_OK) return 0;
+        into = block->data;
+    }
+    if (km_read(file, begin, end - begin, into, block, &ignored) != KM_OK) return 0;
+    for (int32_t i = from; i < to && !direct; i++) {
+        const int32_t unit = slot->units[i];
+        memcpy(slot->arena + slot->at[i], into + (store->units.begin[unit] - begin),
+               (size_t)bytes_of(store, unit));
+    }
+    return 1;
+}
+
+/* Reads the slot's units, in ascending order and as many at once as lie close together. */
+static int load(km_store *store, km_resident *slot) {
+    if (!lay_out(store, slot)) return 0;
+    const km_units *units = &store->units;
+    const double since = km_seconds();
+    km_scratch block = {0};
+    int good = 1;
+    for (int32_t from = 0, to; from < slot->num_units && good; from = to) {
+        const int32_t first = slot->units[from];
+        const int64_t begin = units->begin[first];
+        int64_t end = units->end[first];
+        for (to = from + 1; to < slot->num_units; to++) {
+            const int32_t unit = slot->units[to];
+            const int64_t gap = units->begin[unit] - end;
+            const int same = units->begin[unit] == units->begin[slot->units[to - 1]];
+            if (units->file_of[unit] != units->file_of[first] || (!same && (gap < 0 || gap > GAP_BYTES)))
+                break;
+            if (units->end[unit] - begin > BLOCK_BYTES) break;
+            end = units->end[unit];
+        }
+        good = read_block(store, slot, from, to, begin, end, &block) && !is_stopped(store);
+        hold_back(store, since, block.bytes_read);
+    }
+    (void)pthread_mutex_lock(&store->mutex);
+    store->bytes_read += block.bytes_read;
+    (void)pthread_mutex_unlock(&store->mutex);
+    km_scratch_free(&block);
+    return good;
+}
+
+/* With the mutex held: the slot that has the pool, or is to have it. */
+static km_resident *find(km_store *store, int64_t id) {
+    for (int i = 0; i < NUM_SLOTS; i++)
+        if (store->slots[i].state != EMPTY && store->slots[i].id == id) return store->slots + i;
+    return NULL;
+}
+
+/* With the mutex held: gives the slot that nobody has used for longest to a pool, which it holds from now on;
+ * NULL where all are in use. */
+static km_resident *claim(km_store *store, km_pool *pool) {
+    km_resident *oldest = NULL;
+    for (int i = 0; i < NUM_SLOTS; i++) {
+        km_resident *slot = store->slots + i;
+        if (slot->users > 0 || slot->state == LOADING) continue;
+        if (oldest == NULL || slot->last_used < oldest->last_used) oldest = slot;
+    }
+    if (oldest == NULL) return NULL;
+    if (oldest->pool != NULL) km_plan_release(store->plan, oldest->pool);
+    km_plan_hold(store->plan, pool);
+    oldest->pool = pool;
+    oldest->id = km_pool_id(store->plan, pool);
+    oldest->state = WANTED;
+    oldest->follow = 1;
+    oldest->was_used = 0;
+    oldest->last_used = store->clock++;
+    (void)pthread_cond_signal(&store->work);
+    return oldest;
+}
+
+/* With the mutex held, which is let go meanwhile: claims a slot for the pool that comes after the slot's. */
+static void follow(km_store *store, km_resident *slot) {
+    slot->users++; /* so that it stays */
+    (void)pthread_mutex_unlock(&store->mutex);
+    km_pool *next = km_plan_acquire_next(store->plan, slot->pool);
+    (void)pthread_mutex_lock(&store->mutex);
+    slot->follow = 0;
+    if (next != NULL) {
+        if (find(store, km_pool_id(store->plan, next)) == NULL) slot->follow = claim(store, next) == NULL;
+        km_plan_release(store->plan, next);
+    }
+    slot->users--;
+}
+
+/* With the mutex held: what the thread does next; a pool that somebody waits for comes first. */
+static km_resident *next_wanted(km_store *store) {
+    km_resident *next = NULL;
+    for (int i = 0; i < NUM_SLOTS; i++)
+        if (store->slots[i].state == WANTED && (next == NULL || store->slots[i].users > 0))
+            next = store->slots + i;
+    return next;
+}
+
+/* With the mutex held: the slot used last, if the pool after it is still to be claimed and there is a slot
+ * for it. */
+static km_resident *next_followed(km_store *store) {
+    km_resident *last = NULL;
+    int is_free = 0;
+    for (int i = 0; i < NUM_SLOTS; i++)
+        if (last == NULL || store->slots[i].last_used > last->last_used) last = store->slots + i;
+    for (int i = 0; i < NUM_SLOTS; i++)
+        is_free |= store->slots + i != last && store->slots[i].users == 0 && store->slots[i].state != LOADING;
+    /* Not before somebody has used it: else one pool would pull the next after it, without end. */
+    return is_free && last->follow && last->was_used ? last : NULL;
+}
+
+static void *read_ahead(void *argument) {
+    km_store *store = argument;
+    (void)pthread_mutex_lock(&store->mutex);
+    while (!store->stop) {
+        km_resident *wanted = next_wanted(store);
+        km_resident *followed = wanted == NULL ? next_followed(store) : NULL;
+        if (followed != NULL) {
+            follow(store, followed);
+        } else if (wanted != NULL) {
+            wanted->state = LOADING;
+            (void)pthread_mutex_unlock(&store->mutex);
+            const int good = load(store, wanted);
+            (void)pthread_mutex_lock(&store->mutex);
+            wanted->state = good ? LOADED : FAILED;
+            (void)pthread_cond_broadcast(&store->loaded);
+        } else {
+            (void)pthread_cond_wait(&store->work, &store->mutex);
+        }
+    }
+    (void)pthread_mutex_unlock(&store->mutex);
+    return NULL;
+}
+
+km_store *km_store_new(const km_units *units, km_plan *plan, int64_t bytes_per_second, km_error *error) {
+    km_store *store = calloc(1, sizeof *store);
+    if (store == NULL) {
+        (void)km_fail(error, -1, "out of memory: a store");
+        return NULL;
+    }
+    store->units = *units;
+    store->plan = plan;
+    store->bytes_per_second = bytes_per_second;
+    (void)pthread_mutex_init(&store->mutex, NULL);
+    (void)pthread_cond_init(&store->work, NULL);
+    (void)pthread_cond_init(&store->loaded, NULL);
+    if (km_thread_start(&store->thread, read_ahead, store) == 0) return store;
+    (void)km_fail(error, -1, "cannot start a thread that reads ahead");
+    (void)pthread_cond_destroy(&store->loaded);
+    (void)pthread_cond_destroy(&store->work);
+    (void)pthread_mutex_destroy(&store->mutex);
+    free(store);
+    return NULL;
+}
+
+void km_store_stop(km_store *store) {
+    (void)pthread_mutex_lock(&store->mutex);
+    store->stop = 1;
+    (void)pthread_cond_broadcast(&store->work);
+    (void)pthread_cond_broadcast(&store->loaded);
+    (void)pthread_mutex_unlock(&store->mutex);
+}
+
+void km_store_free(km_store *store) {
+    if (store == NULL) return;
+    km_store_stop(store);
+    (void)pthread_join(store->thread, NULL);
+    for (int i = 0; i < NUM_SLOTS; i++) {
+        km_resident *slot = store->slots + i;
+        if (slot->pool != NULL) km_plan_release(store->plan, slot->pool);
+        free(slot->units);
+        free(slot->at);
+        free(slot->arena);
+    }
+    (void)pthread_cond_destroy(&store->loaded);
+    (void)pthread_cond_destroy(&store->work);
+    (void)pthread_mutex_destroy(&store->mutex);
+    free(store);
+}
+
+const km_resident *km_store_acquire(km_store *store, km_pool *pool, double *waited) {
+    (void)pthread_mutex_lock(&store->mutex);
+    km_resident *slot = find(store, km_pool_id(store->plan, pool));
+    if (slot == NULL) slot = claim(store, pool);
+    if (slot != NULL) {
+        slot->users++;
+        slot->last_used = store->clock++;
+        if (!slot->was_used) (void)pthread_cond_signal(&store->work);
+        slot->was_used = 1;
+        if (slot->state == WANTED || slot->state == LOADING) {
+            const double since = km_seconds();
+            while (!store->stop && (slot->state == WANTED || slot->state == LOADING))
+                (void)pthread_cond_wait(&store->loaded, &store->mutex);
+            *waited += km_seconds() - since;
+        }
+        if (slot->state != LOADED) {
+            slot->users--;
+            slot = NULL;
+        }
+    }
+    (void)pthread_mutex_unlock(&store->mutex);
+    return slot;
+}
+
+void km_store_release(km_store *store, const km_resident *resident) {
+    if (resident == NULL) return;
+    (void)pthread_mutex_lock(&store->mutex);
+    if (--store->slots[resident - store->slots].users == 0) (void)pthread_cond_signal(&store->work);
+    (void)pthread_mutex_unlock(&store->mutex);
+}
+
+km_view km_store_view(const km_store *store, const km_resident *resident, int32_t unit) {
+    const km_units *units = &store->units;
+    km_view view = {units->files + units->file_of[unit], NULL, 0, 0};
+    if (resident == NULL) return view;
+    int32_t low = 0, high = resident->num_units;
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        if (resident->units[middle] < unit)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low < resident->num_units && resident->units[low] == unit) {
+        view.data = resident->arena + resident->at[low];
+        view.begin = units->begin[unit];
+        view.end = units->end[unit];
+    }
+    return view;
+}
+
+int64_t km_store_bytes_read(km_store *store) {
+    (void)pthread_mutex_lock(&store->mutex);
+    const int64_t bytes = store->bytes_read;
+    (void)pthread_mutex_unlock(&store->mutex);
+    return bytes;
+}
+
+int64_t km_store_memory(km_store *store) {
+    int64_t bytes = BLOCK_BYTES;
+    (void)pthread_mutex_lock(&store->mutex);
+    for (int i = 0; i < NUM_SLOTS; i++)
+        if (store->slots[i].state != LOADING)
+            bytes += store->slots[i].capacity + 12 * (int64_t)store->slots[i].num_units;
+    (void)pthread_mutex_unlock(&store->mutex);
+    return bytes;
+}
