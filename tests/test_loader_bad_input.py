@@ -87,7 +87,7 @@ def test_minibatches_before_the_bad_one_are_delivered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "at", "field", "cause"),
     [
-        ("FM", 0, b"\1", "no binary Kaldi object here (\\0B expected): a wrong offset, or a text archive"),
+        ("FM", 0, b"\1", "no matrix here: neither \\0B nor '[', but '\\x01BFM "),
         ("FM", 2, b"XM ", "unknown token 'XM': FM, DM, CM, CM2 or CM3 expected"),
         ("FM", 2, b"FV ", "unknown token 'FV': "),
         ("CM", 2, b"CM4 ", "unknown token 'CM4': "),
@@ -205,13 +205,13 @@ def test_dimensions_that_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("utt\n", "{scp}, key utt: line 1: a key and a value are expected"),
-        ("utt a:1\n\n", "{scp}: line 2: a key and a value are expected"),
+        ("utt\n", "{scp}, key utt: line 1 has no value after the key"),
+        ("utt a:1\n\n", "{scp}: line 2 is blank: a key and a value are expected"),
         ("utt a:1\nutt b:2\n", "{scp}, key utt: line 2: the key comes twice"),
         ("utt \xff.ark:1\n", "{scp}, byte offset 4: not a text file in UTF-8"),
         ("utt missing.ark:4\n", "missing.ark, key utt: cannot open: No such file or directory (named in {scp})"),
         ("utt /:4\n", "/, key utt: not a regular file (named in {scp})"),
-        ("utt {scp}:3\n", "{scp}, key utt, byte offset 3: no binary Kaldi object here"),
+        ("utt {scp}:3\n", "{scp}, key utt, byte offset 4: no matrix here: neither \\0B nor '[', but "),
         ("utt {scp}:99999\n", "{scp}, key utt, byte offset 99999: offset is beyond the end of the file ("),
     ],
 )

@@ -62,6 +62,39 @@ class Archives:
         self._files.append(ffi.new("km_file *", {"fd": descriptor, "size": status.st_size}))
         return index
 
+    def adopt(self, name: str, descriptor: int) -> int:
+        """The index of a file that is open already and is ours from now on; it has no bytes until `resize`."""
+        self._descriptors.append(descriptor)
+        index = len(self.paths)
+        self.paths.append(name)
+        self._files.append(ffi.new("km_file *", {"fd": descriptor, "size": 0}))
+        return index
+
+    def alias(self, path: str, index: int) -> None:
+        """Have `open` find archive `index` by another name as well."""
+        self._index[path] = index
+
+    def resize(self, index: int, size: int) -> None:
+        """Set the size of an adopted file, in bytes, when more has been written to it."""
+        self._files[index].size = size
+
+    def peek(self, index: int, offset: int, count: int) -> bytes:
+        """Some bytes of archive `index`; fewer where it ends or cannot be read."""
+        try:
+            return os.pread(self._files[index].fd, count, offset)
+        except OSError:  # what is read in earnest at this place will say so
+            return b""
+
+    def block(self, index: int, matrix: Any, block: Any, values: NDArray[np.float32], *, key: str) -> None:
+        """Decode the ``km_block *`` of a matrix to (rows, cols) floats.
+
+        Raises:
+            DataError: the file cannot be read, or a value is not finite.
+        """
+        error, out = new_error(), borrow(values.reshape(-1), "float", np.float32)
+        if lib.km_matrix_block(self._files[index], matrix, block, out, error) != lib.KM_OK:
+            raise_data_error(error, file=self.paths[index], key=key)
+
     def open_matrix(self, index: int, offset: int, matrix: Any, *, key: str) -> None:
         """Read the matrix header at `offset` of archive `index` into the ``km_matrix *`` given.
 

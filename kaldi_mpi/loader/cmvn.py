@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.scp import parse_location, read_table
+from kaldi_mpi.loader.scp import read_table
+from kaldi_mpi.loader.tables import locate
 
 
 def speakers_of(utterances: Sequence[str], utt2spk: str | os.PathLike[str] | Mapping[str, str] | None) -> list[str]:
@@ -36,8 +37,8 @@ def read_norms(
     """Offsets and scales of some speakers: normalised = x * scale + offset.
 
     Args:
-        cmvn_scp: script file of matrices 2 x (dim + 1) as compute-cmvn-stats writes them: sums and count,
-            sums of squares.
+        cmvn_scp: script file (or rspecifier, see `tables.locate`) of matrices 2 x (dim + 1) as
+            compute-cmvn-stats writes them: sums and count, sums of squares.
         speakers: the keys wanted.
         dim: the features' dimension.
         norm_vars: scale to unit variance too; without it all scales are 1.
@@ -49,14 +50,14 @@ def read_norms(
         DataError: a speaker without statistics, of another dimension, or with a count below 1.
     """
     name = os.fspath(cmvn_scp)
-    table = read_table(name)
     archives = Archives()
+    locations = locate(name, archives, wanted=set(speakers), doubles=True).locations
     norms = np.empty((len(speakers), 2, dim), dtype=np.float32)
     matrix = ffi.new("km_matrix *")
     for speaker, norm in zip(speakers, norms, strict=True):
-        if speaker not in table:
+        if speaker not in locations:
             raise DataError("no normalisation statistics for this speaker", file=name, key=speaker)
-        location = parse_location(table[speaker], file=name, key=speaker)
+        location = locations[speaker]
         index = archives.open(location.path, named_in=name, key=speaker)
         archives.open_matrix(index, location.offset, matrix, key=speaker)
         if matrix.cols != dim + 1 or matrix.rows != 2:

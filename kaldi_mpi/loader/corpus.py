@@ -13,7 +13,8 @@ from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.cmvn import read_norms, speakers_of
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.scp import Location, parse_location, read_table, rows_in_range
+from kaldi_mpi.loader.scp import Location, rows_in_range
+from kaldi_mpi.loader.tables import locate
 from kaldi_mpi.report.log import logger
 
 # A km_matrix of csrc/matrix.h.
@@ -78,8 +79,9 @@ class Corpus:
         """Open the archives that feats.scp names, and check every header and length; no features are read.
 
         Args:
-            feats_scp: lines ``key path:offset``, optionally with a row range ``[first:last]``; FM, DM, CM,
-                CM2 or CM3 matrices. Paths are relative to the working directory, as in Kaldi.
+            feats_scp: lines ``key value``, where the value is ``path``, ``path:offset`` or ``command |``, each
+                optionally with a range; or an rspecifier, ``scp:...`` or ``ark:...`` (see `tables.locate`). FM,
+                DM, CM, CM2 or CM3 matrices, or text. Paths are relative to the working directory, as in Kaldi.
             labels: per utterance one label (pdf-id, >= 0) per frame; copied. Utterances without labels are
                 left out and counted: a few fail in GMM alignment.
             utterances: take only these; by default all of feats.scp.
@@ -113,16 +115,18 @@ class Corpus:
 
     def _locate(self, labels: Mapping[str, NDArray[np.int32]], utterances: Sequence[str] | None) -> None:
         """Choose the utterances and parse where their features are."""
-        table = read_table(self._scp)
+        self._archives = Archives()
+        wanted = labels.keys() if utterances is None else labels.keys() & set(utterances)
+        table = locate(self._scp, self._archives, wanted=wanted)
         if utterances is not None:
-            seen: set[str] = set()
+            seen, known = set[str](), set(table.keys)
             for key in utterances:
-                if key not in table:
+                if key not in known:
                     raise DataError("the utterance is not in this file", file=self._scp, key=key)
                 if key in seen:
                     raise DataError("the utterance is asked for twice", file=self._scp, key=key)
                 seen.add(key)
-        chosen = list(table) if utterances is None else list(utterances)
+        chosen = table.keys if utterances is None else list(utterances)
         self.utterances = [key for key in chosen if key in labels]
         self.num_without_labels = len(chosen) - len(self.utterances)
         if not self.utterances:
@@ -134,11 +138,10 @@ class Corpus:
                 len(chosen),
                 self._scp,
             )
-        self._locations = [parse_location(table[key], file=self._scp, key=key) for key in self.utterances]
+        self._locations = [table.locations[key] for key in self.utterances]
 
     def _open_archives(self) -> None:
         count = len(self.utterances)
-        self._archives = Archives()
         self._matrices = ffi.new("km_matrix[]", count)
         self.file_of = np.empty(count, dtype=np.int32)
         self._first_row = np.array([location.first_row for location in self._locations], dtype=np.int32)

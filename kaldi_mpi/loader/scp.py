@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kaldi_mpi.errors import DataError
@@ -13,44 +14,66 @@ ROW_RANGE_TOLERANCE = 3
 
 
 class Location(NamedTuple):
-    """Where a matrix lies: ``path:offset[first_row:last_row]``.
+    """Where a matrix lies: ``path:offset[first_row:last_row,first_col:last_col]``.
 
     Attributes:
-        path: the archive, relative to the working directory as in Kaldi.
-        offset: byte offset of its ``\\0B``.
+        path: the archive, relative to the working directory as in Kaldi; or a command, ending in ``|``.
+        offset: byte offset of its ``\\0B``; 0 for a command.
         first_row: first row that belongs to the key.
         last_row: the last one (inclusive), or None for all rows.
+        first_col: first column that belongs to the key.
+        last_col: the last one (inclusive), or None for all columns. `tables.locate` leaves no column ranges.
     """
 
     path: str
     offset: int
     first_row: int = 0
     last_row: int | None = None
+    first_col: int = 0
+    last_col: int | None = None
+
+    @property
+    def is_command(self) -> bool:
+        """Whether the matrix is what a command prints."""
+        return self.path.endswith("|")
 
 
-def read_table(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_table(path: str | os.PathLike[str], *, allow_empty_value: bool = False) -> dict[str, str]:
     """Read a text file of lines ``key value`` (scp, utt2spk); the value may contain spaces.
+
+    Args:
+        path: the file.
+        allow_empty_value: whether a line may hold a key alone (an empty transcript in ``text``).
 
     Raises:
         DataError: the file cannot be read, a line has no value, or a key comes twice; names file and key.
     """
     name = os.fspath(path)
-    table: dict[str, str] = {}
     try:
-        with open(name, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                fields = line.split(maxsplit=1)
-                if len(fields) < 2:
-                    key = fields[0] if fields else None
-                    raise DataError(f"line {number}: a key and a value are expected", file=name, key=key)
-                key = fields[0]
-                if key in table:
-                    raise DataError(f"line {number}: the key comes twice", file=name, key=key)
-                table[key] = fields[1].rstrip()
+        with open(name, "rb") as stream:
+            return parse_table(stream, name=name, allow_empty_value=allow_empty_value)
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror or error}", file=name) from error
-    except UnicodeDecodeError as error:
-        raise DataError("not a text file in UTF-8", file=name, offset=error.start) from error
+
+
+def parse_table(lines: Iterable[bytes], *, name: str, allow_empty_value: bool = False) -> dict[str, str]:
+    """`read_table` of lines that are there already; `name` is their file, for messages."""
+    table: dict[str, str] = {}
+    at = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = line.decode("utf-8").split(maxsplit=1)
+        except UnicodeDecodeError as error:
+            raise DataError("not a text file in UTF-8", file=name, offset=at + error.start) from error
+        if not fields:
+            raise DataError(f"line {number} is blank: a key and a value are expected", file=name)
+        key, value = fields[0], fields[1].rstrip() if len(fields) > 1 else ""
+        if not (value or allow_empty_value):
+            raise DataError(f"line {number} has no value after the key", file=name, key=key)
+        if key in table:
+            raise DataError(f"line {number}: the key comes twice", file=name, key=key)
+        table[key] = value
+        at += len(line)
     return table
 
 
@@ -58,48 +81,61 @@ def parse_location(rxfilename: str, *, file: str, key: str) -> Location:
     """Take a script file's value apart.
 
     Args:
-        rxfilename: ``path``, ``path:offset`` or either with ``[first:last]`` (rows, inclusive).
+        rxfilename: ``path``, ``path:offset`` or ``command |``, each of them also with a range behind it:
+            ``[r0:r1]`` (rows, inclusive), ``[r0:r1,c0:c1]`` or ``[:,c0:c1]``.
         file: the script file, for messages.
         key: the key of the line, for messages.
 
     Raises:
-        DataError: a command, standard input, a column range, or a range that makes no sense.
+        DataError: standard input, an output pipe, or a range that makes no sense.
     """
-    rest, first, last = rxfilename, 0, None
-    if rest.endswith("|") or rest.startswith("|"):
-        raise DataError(
-            f"'{rest}' is a command; only archives on disk (path:offset) can be read so far",
-            file=file,
-            key=key,
-        )
+    rest = rxfilename
+    ranges: tuple[int, int | None, int, int | None] = (0, None, 0, None)
     if rest.endswith("]"):
-        rest, bracket, row_range = rest[:-1].rpartition("[")
+        rest, bracket, text = rest[:-1].rpartition("[")
         if not bracket:
             raise DataError(f"'{rxfilename}' ends in ']' without '['", file=file, key=key)
-        first, last = _parse_range(row_range, file=file, key=key)
+        ranges = _parse_ranges(text, file=file, key=key)
+    if rest.endswith("|") and not rest.startswith("|"):
+        if not rest[:-1].strip():
+            raise DataError(f"'{rxfilename}' is a pipe from no command", file=file, key=key)
+        return Location(rest, 0, *ranges)
+    if "|" in rest:
+        raise DataError(f"'{rxfilename}': a command to read from ends in '|'", file=file, key=key)
     path, colon, digits = rest.rpartition(":")
     if not (colon and digits.isascii() and digits.isdecimal()):
         path, digits = rest, "0"
     if path in ("", "-"):
-        raise DataError(f"'{rxfilename}' does not name a file", file=file, key=key)
+        raise DataError(
+            f"'{rxfilename}' is standard input, which cannot be read again in every epoch and which the ranks "
+            "of a parallel run do not share; write it to a file",
+            file=file,
+            key=key,
+        )
+    if path != path.strip():
+        raise DataError(f"'{rxfilename}': a blank beside the file's name", file=file, key=key)
     if len(digits) > 18:
         raise DataError(f"offset {digits} is beyond any file", file=file, key=key)
-    return Location(path, int(digits), first, last)
+    return Location(path, int(digits), *ranges)
 
 
-def _parse_range(text: str, *, file: str, key: str) -> tuple[int, int | None]:
-    """``r0:r1`` or ``:``, with ``,:`` allowed for all columns."""
+def _parse_ranges(text: str, *, file: str, key: str) -> tuple[int, int | None, int, int | None]:
+    """``r0:r1`` or ``:``, with ``,c0:c1`` or ``,:`` behind it."""
     rows, comma, columns = text.partition(",")
-    if comma and columns != ":":
-        raise DataError(f"column range [{text}] is not supported", file=file, key=key)
-    if rows == ":":
+    first_row, last_row = _parse_range(rows, f"row range [{text}]", file=file, key=key)
+    first_col, last_col = _parse_range(columns, f"column range [{text}]", file=file, key=key) if comma else (0, None)
+    return first_row, last_row, first_col, last_col
+
+
+def _parse_range(text: str, what: str, *, file: str, key: str) -> tuple[int, int | None]:
+    if text == ":":
         return 0, None
-    begin, _, end = rows.partition(":")
+    begin, _, end = text.partition(":")
     if all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (begin, end)):
         first, last = int(begin), int(end)
         if first <= last:
             return first, last
-    raise DataError(f"invalid row range [{text}]", file=file, key=key)
+    raise DataError(f"invalid {what}", file=file, key=key)
 
 
 def rows_in_range(location: Location, rows: int, *, file: str, key: str) -> int:
@@ -117,3 +153,20 @@ def rows_in_range(location: Location, rows: int, *, file: str, key: str) -> int:
             key=key,
         )
     return min(location.last_row, rows - 1) - location.first_row + 1
+
+
+def columns_in_range(location: Location, cols: int, *, file: str, key: str) -> int:
+    """How many columns of a matrix with `cols` columns belong to `location`; they are never clipped.
+
+    Raises:
+        DataError: the range exceeds the matrix.
+    """
+    if location.last_col is None:
+        return cols
+    if location.last_col >= cols:
+        raise DataError(
+            f"column range [{location.first_col}:{location.last_col}] of a matrix with {cols} columns",
+            file=file,
+            key=key,
+        )
+    return location.last_col - location.first_col + 1
