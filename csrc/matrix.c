@@ -1,5 +1,7 @@
 #include "matrix.h"
 
+#include "decode.h"
+
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -144,21 +146,17 @@ int km_matrix_find(const km_view *view, int64_t offset, km_matrix *matrix, km_sc
     return km_fail(error, offset + 2, "unknown token '%s': FM, DM, CM, CM2 or CM3 expected", shown);
 }
 
-/* A byte of a CM column, as the float that Kaldi computes: the product in float, scaled and added in double.
- * (The three pieces of the curve are 0..64, 64..192 and 192..255.) */
-static void decode_column(const unsigned char *bytes, int32_t count, const float p[4], float *out,
-                          int32_t stride) {
-    const float low = p[1] - p[0], middle = p[2] - p[1], high = p[3] - p[2];
-    for (int32_t i = 0; i < count; i++) {
-        const int byte = bytes[i];
-        const int in_low = byte <= 64, in_middle = byte <= 192;
-        const float base = in_low ? p[0] : in_middle ? p[1] : p[2];
-        const float slope = in_low ? low : in_middle ? middle : high;
-        const int from = in_low ? 0 : in_middle ? 64 : 192;
-        const double unit = in_low ? 1.0 / 64.0 : in_middle ? 1.0 / 128.0 : 1.0 / 63.0;
-        out[(size_t)i * (size_t)stride] =
-            (float)((double)base + (double)(slope * (float)(byte - from)) * unit);
-    }
+/* Says what is not finite among the decoded rows first .. first+count-1, and where. */
+static int not_finite(const km_matrix *matrix, int64_t first, int64_t count, const float *values,
+                      km_error *error) {
+    const int64_t cols = matrix->cols;
+    int64_t i = 0;
+    while (i < count * cols - 1 && isfinite(values[i]))
+        i++;
+    const int64_t row = first + i / cols, col = i % cols;
+    const int64_t number = matrix->kind == KM_COLUMNS8 ? col * matrix->rows + row : row * cols + col;
+    return km_fail(error, matrix->data + column_header_bytes(matrix) + number * value_bytes(matrix->kind),
+                   "not a finite number: %g in column %" PRId64, (double)values[i], col);
 }
 
 static int rows_of_columns(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count,
@@ -174,64 +172,43 @@ static int rows_of_columns(const km_view *view, const km_matrix *matrix, int32_t
         if (data == NULL) return KM_FAILED;
     } else {
         if (km_scratch_reserve(scratch, head + stride * cols, error) != KM_OK) return KM_FAILED;
-        if (km_read(view->file, matrix->data, head, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
+        if (km_view_copy(view, matrix->data, head, scratch->data, scratch, error) != KM_OK) return KM_FAILED;
         for (int64_t col = 0; col < cols; col++)
-            if (km_read(view->file, matrix->data + head + col * rows + first, count,
-                        scratch->data + head + col * stride, scratch, error) != KM_OK)
+            if (km_view_copy(view, matrix->data + head + col * rows + first, count,
+                             scratch->data + head + col * stride, scratch, error) != KM_OK)
                 return KM_FAILED;
         data = scratch->data;
     }
-    for (int64_t col = 0; col < cols; col++) {
-        uint16_t percentile[4];
-        float values[4];
-        memcpy(percentile, data + col * 8, sizeof percentile);
-        for (int i = 0; i < 4; i++) {
-            if (i > 0 && percentile[i] < percentile[i - 1])
-                return km_fail(
-                    error, matrix->data + col * 8,
-                    "corrupt compressed matrix: the percentiles of column %" PRId64 " are not in order", col);
-            values[i] = matrix->min + matrix->range * 1.52590218966964e-05F * (float)percentile[i];
-        }
-        decode_column(data + head + col * stride + skip, count, values, out + col, matrix->cols);
+    const int64_t col = km_columns_out_of_order(data, matrix->cols);
+    if (col >= 0)
+        return km_fail(error, matrix->data + col * 8,
+                       "corrupt compressed matrix: the percentiles of column %" PRId64 " are not in order",
+                       col);
+    const km_columns columns = {.min = matrix->min,
+                                .range = matrix->range,
+                                .percentiles = data,
+                                .codes = data + head + skip,
+                                .stride = stride,
+                                .rows = count,
+                                .cols = matrix->cols};
+    if (km_decode_columns(&columns, out)) return KM_OK;
+    return not_finite(matrix, first, count, out, error);
+}
+
+/* Of rows that lie one after the other. Returns whether all are finite. */
+static int decode(const km_matrix *matrix, const unsigned char *data, int64_t count, float *out) {
+    switch (matrix->kind) {
+    case KM_ROWS16:
+        km_decode_linear16(data, count, matrix->min, matrix->range, out);
+        return km_linear16_is_finite(matrix->min, matrix->range) || km_all_finite(out, count);
+    case KM_ROWS8:
+        km_decode_linear8(data, count, matrix->min, matrix->range, out);
+        return km_linear8_is_finite(matrix->min, matrix->range) || km_all_finite(out, count);
+    case KM_DOUBLE:
+        return km_decode_doubles(data, count, out);
+    default:
+        return km_decode_floats(data, count, out);
     }
-    return KM_OK;
-}
-
-static void decode_linear16(const unsigned char *bytes, int64_t count, const km_matrix *matrix, float *out) {
-    const float min = matrix->min, unit = (float)((double)matrix->range * (1.0 / 65535.0));
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t value;
-        memcpy(&value, bytes + 2 * i, sizeof value);
-        out[i] = min + (float)value * unit;
-    }
-}
-
-static void decode_linear8(const unsigned char *bytes, int64_t count, const km_matrix *matrix, float *out) {
-    const float min = matrix->min, unit = (float)((double)matrix->range * (1.0 / 255.0));
-    for (int64_t i = 0; i < count; i++)
-        out[i] = min + (float)bytes[i] * unit;
-}
-
-static void doubles_to_floats(const unsigned char *bytes, int64_t count, float *out) {
-    for (int64_t i = 0; i < count; i++) {
-        double value;
-        memcpy(&value, bytes + 8 * i, sizeof value);
-        out[i] = (float)value;
-    }
-}
-
-/* x - x is 0 for a finite x and NaN otherwise, so one sum tells for all. */
-static int check_finite(const km_matrix *matrix, int64_t at, int64_t count, const float *values,
-                        km_error *error) {
-    float sum = 0.0F;
-    for (int64_t i = 0; i < count; i++)
-        sum += values[i] - values[i];
-    if (sum == 0.0F) return KM_OK;
-    int64_t i = 0;
-    while (i < count && isfinite(values[i]))
-        i++;
-    return km_fail(error, at + i * value_bytes(matrix->kind), "not a finite number: %g in column %" PRId64,
-                   (double)values[i < count ? i : 0], i % matrix->cols);
 }
 
 int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count, float *out,
@@ -243,23 +220,17 @@ int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, 
     if (matrix->kind == KM_COLUMNS8) return rows_of_columns(view, matrix, first, count, out, scratch, error);
     const int64_t width = value_bytes(matrix->kind), values = (int64_t)count * matrix->cols;
     const int64_t at = matrix->data + (int64_t)first * matrix->cols * width;
-    if (matrix->kind == KM_FLOAT) {
+    int finite;
+    if (matrix->kind == KM_FLOAT && !km_view_holds(view, at, values * width)) {
+        /* Read to where it belongs, rather than to the scratch. */
         if (km_view_copy(view, at, values * width, out, scratch, error) != KM_OK) return KM_FAILED;
-        return check_finite(matrix, at, values, out, error);
+        finite = km_all_finite(out, values);
+    } else {
+        const unsigned char *data = km_view_bytes(view, at, values * width, scratch, error);
+        if (data == NULL) return KM_FAILED;
+        finite = decode(matrix, data, values, out);
     }
-    const unsigned char *data = km_view_bytes(view, at, values * width, scratch, error);
-    if (data == NULL) return KM_FAILED;
-    switch (matrix->kind) {
-    case KM_ROWS16:
-        decode_linear16(data, values, matrix, out);
-        return KM_OK;
-    case KM_ROWS8:
-        decode_linear8(data, values, matrix, out);
-        return KM_OK;
-    default:
-        doubles_to_floats(data, values, out);
-        return check_finite(matrix, at, values, out, error);
-    }
+    return finite ? KM_OK : not_finite(matrix, first, count, out, error);
 }
 
 int km_matrix_doubles(const km_file *file, const km_matrix *matrix, double *out, km_error *error) {
