@@ -119,7 +119,8 @@ def compare_pipes(folder: Path, threads: int, options: argparse.Namespace) -> fl
     if egs is None:
         say("vs_kaldi_pipes: KALDI_ROOT is not set, or has no nnet3 programs")
         return None
-    from kaldi_mpi.loader import Examples, MinibatchReader
+    from kaldi_mpi.loader import MinibatchReader
+    from kaldi_mpi.loader.examples import Examples
 
     examples = Examples.open(egs)
 

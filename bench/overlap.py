@@ -15,8 +15,8 @@ shorter by that; each second of the loader's does count. It is the same in both 
     efficiency     steps a second with the loader over those from memory; medians of the blocks, mean of the ranks
     waited_share   the loader's own counter of seconds that the learner waited, over the time
 
-Then the same with a loader slowed to half the speed that the learner needs: its efficiency and waited_share should
-both be about one half. The last line of standard output is one JSON object.
+Then the same with a loader that reads the disk at half the speed that the learner needs: its efficiency and
+waited_share should both be about one half. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,36 +162,6 @@ def summary(world: Any, memory: Sequence[Block], loader: Sequence[Block]) -> dic
     }
 
 
-class Requests:
-    """Asks a reader on request for the next step at a fixed pace: what it delivers can be no faster.
-
-    Args:
-        reader: made with on_request.
-        seconds: from one request to the next.
-    """
-
-    def __init__(self, reader: MinibatchReader, seconds: float) -> None:
-        self._reader, self._seconds = reader, seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
-
-    def _run(self) -> None:
-        due = time.perf_counter()
-        for step in itertools.count():
-            due += self._seconds
-            if self._stop.wait(max(0.0, due - time.perf_counter())):
-                return
-            self._reader.request(step)
-
-    def __enter__(self) -> Requests:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def run(world: Any, options: argparse.Namespace) -> None:
     """All measurements, on all ranks; rank 0 prints."""
     folder = Path(options.folder)
@@ -204,8 +173,12 @@ def run(world: Any, options: argparse.Namespace) -> None:
         memory, loader = learner.blocks(reader, options.rounds)
         counters = reader.counters()
     usual = summary(world, memory, loader)
-    pace = 2 / usual["steps_per_second_memory"]
-    with learner.reader(depth=options.depth, on_request=True) as reader, Requests(reader, pace):
+    # Each rank reads what all ranks need of a pool. Small pools, for an even flow.
+    per_frame = int(corpus.unit_bytes.sum()) / corpus.total_frames
+    frames_per_second = usual["steps_per_second_memory"] * options.chunks * options.width * world.size
+    slow_rate, memory_bytes = int(per_frame * frames_per_second / 2), options.slow_memory
+    with learner.reader(depth=options.depth, memory=memory_bytes, bytes_per_second=slow_rate) as reader:
+        learner.from_loader(reader)  # what was read before there was a demand is used up
         slow = [learner.from_loader(reader)]
     slowed = summary(world, memory, slow)
     frames_per_second = usual["steps_per_second"] * options.chunks * options.width * world.size
@@ -241,13 +214,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device-ms", type=float, default=16.0, help="device time of a step")
     add("--steps", type=int, default=150, help="of a block")
     add("--rounds", type=int, default=5, help="blocks of each kind")
-    add("--hours", type=float, default=4.0, help="of the corpus")
+    add("--hours", type=float, default=10.0, help="of the corpus: more than the loader has in memory at a time")
     add("--width", type=int, default=20, help="labelled frames of a chunk")
     add("--left", type=int, default=40, help="context before")
     add("--right", type=int, default=7, help="context after")
     add("--chunks", type=int, default=128, help="in a rank's minibatch")
     add("--threads", type=int, default=1, help="reader threads of a rank")
     add("--depth", type=int, default=4, help="buffers of a rank's reader")
+    add("--slow-memory", type=int, default=2**22, help="bytes of data that the slowed loader has in memory")
     add("--folder", help=argparse.SUPPRESS)  # where the corpus is, for the ranks
     return parser.parse_args(arguments)
 
