@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One read asks for at most this many bytes, and reads over gaps up to that many: on a network file system a
- * round trip costs as much as reading them. */
+/* One read asks for at most this many bytes, and reads over a gap of up to so many, or as many as it has had
+ * that are wanted: on a network file system a round trip costs as much as reading them. */
 enum { BLOCK_BYTES = 4 << 20, GAP_BYTES = 64 << 10, NUM_SLOTS = 2 };
 
 enum state { EMPTY, WANTED, LOADING, LOADED, FAILED };
@@ -122,15 +122,17 @@ static int load(km_store *store, km_resident *slot) {
     for (int32_t from = 0, to; from < slot->num_units && good; from = to) {
         const int32_t first = slot->units[from];
         const int64_t begin = units->begin[first];
-        int64_t end = units->end[first];
+        int64_t end = units->end[first], wanted = end - begin;
         for (to = from + 1; to < slot->num_units; to++) {
             const int32_t unit = slot->units[to];
             const int64_t gap = units->begin[unit] - end;
             const int same = units->begin[unit] == units->begin[slot->units[to - 1]];
-            if (units->file_of[unit] != units->file_of[first] || (!same && (gap < 0 || gap > GAP_BYTES)))
+            if (units->file_of[unit] != units->file_of[first] ||
+                (!same && (gap < 0 || gap > GAP_BYTES || gap > wanted)))
                 break;
             if (units->end[unit] - begin > BLOCK_BYTES) break;
             end = units->end[unit];
+            wanted += same ? 0 : end - units->begin[unit];
         }
         good = read_block(store, slot, from, to, begin, end, &block) && !is_stopped(store);
         hold_back(store, since, block.bytes_read);

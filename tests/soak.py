@@ -80,7 +80,7 @@ def draw(seed: int, number: int) -> Start:
     disturbances += ["jitter:200%"] * (rng.random() < 0.3)
     disturbances += [f"pause:300ms@rank{rank}@step{step}"] * (rng.random() < 0.3)
     killed = rank if rng.random() < 0.1 and "--dedicated-server=true" not in options else -1
-    disturbances += [f"kill@rank{rank}@step1"] * (killed >= 0)
+    disturbances += [f"kill@rank{rank}@step0"] * (killed >= 0)
     if disturbances:
         options.append(f"--inject={','.join(disturbances)}")
     return Start(num_learners, options, killed)

@@ -13,6 +13,7 @@ readers take minibatches from it::
 from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, to_pdfs
 from kaldi_mpi.loader.chunking import Chunking, ChunkShape
 from kaldi_mpi.loader.corpus import Corpus
+from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.plan import ChunkPlan, Place
 from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
 from kaldi_mpi.loader.rule import MinibatchRule
@@ -25,6 +26,7 @@ __all__ = [
     "Chunking",
     "Corpus",
     "Counters",
+    "Examples",
     "Minibatch",
     "MinibatchReader",
     "MinibatchRule",
