@@ -25,6 +25,7 @@ HEADERS = [
     "int_archive.h",
     "posterior.h",
     "random.h",
+    "transform.h",
     "corpus.h",
     "example.h",
     "examples.h",

@@ -1,34 +1,60 @@
-/* A corpus in memory: where each utterance's features lie, its labels, its normalisation; and how one chunk
- * of it is cut. All arrays are borrowed: their owner keeps them, unchanged, for as long as the corpus is
- * used. Any number of threads may read one corpus.
+/* A corpus in memory: where each utterance's features and i-vectors lie, its labels, its normalisation and
+ * transform; and how one chunk of it is cut. All arrays are borrowed: their owner keeps them, unchanged, for
+ * as long as the corpus is used. Any number of threads may read one corpus.
  */
 #ifndef KALDI_MPI_CORPUS_H
 #define KALDI_MPI_CORPUS_H
 
 #include "file.h"
 #include "matrix.h"
+#include "transform.h"
 
 /* python: begin */
+/* Labels of all frames, one utterance behind the other. */
+typedef struct {
+    int32_t targets;        /* the most labels of a frame, > 0 */
+    const int64_t *frames;  /* per utterance: index of its first frame */
+    const int64_t *entries; /* per utterance: index of its first label; NULL: each frame has one label, and
+                             * its index is the frame's */
+    const int32_t *ends;    /* per frame, with entries: labels of its utterance up to its end */
+    const uint16_t *narrow; /* per label: an id, where all ids fit; */
+    const int32_t *wide;    /* else here; one of the two is NULL */
+    const float *weights;   /* per label; NULL: all are 1 */
+} km_labels;
+
+/* One i-vector for every `period` frames. */
+typedef struct {
+    int32_t dim;               /* 0: there are none, and the rest is not looked at */
+    int32_t period;            /* > 0 */
+    const km_file *files;      /* the archives */
+    const int32_t *file_of;    /* per utterance: index into files */
+    const km_matrix *matrices; /* per utterance: dim columns */
+    const int32_t *first_row;  /* per utterance: where a row range of the scp starts, else 0 */
+    const int32_t *num_rows;   /* per utterance, > 0 */
+} km_ivectors;
+
 typedef struct {
     int32_t num_utterances;
-    int32_t dim;                /* columns of every matrix */
-    const km_file *files;       /* the archives */
-    const int32_t *file_of;     /* per utterance: index into files */
-    const km_matrix *matrices;  /* per utterance */
-    const int32_t *first_row;   /* per utterance: where a row range of the scp starts, else 0 */
-    const int32_t *num_frames;  /* per utterance, > 0 */
-    const int64_t *first_label; /* per utterance: index into labels; num_frames labels follow */
-    const int32_t *labels;      /* >= 0 */
-    const int32_t *norm_of;     /* per utterance: index into norms */
-    const float *norms;         /* per speaker dim offsets, then dim scales; NULL: no normalisation */
-    int32_t scales;             /* 1: x * scale + offset, 0: x + offset */
+    int32_t dim;               /* columns of a chunk's rows */
+    int32_t input_dim;         /* columns of every matrix */
+    const km_file *files;      /* the archives */
+    const int32_t *file_of;    /* per utterance: index into files */
+    const km_matrix *matrices; /* per utterance */
+    const int32_t *first_row;  /* per utterance: where a row range of the scp starts, else 0 */
+    const int32_t *num_frames; /* per utterance, > 0 */
+    km_labels labels;
+    const int32_t *norm_of;        /* per utterance: index into norms */
+    const float *norms;            /* per speaker input_dim offsets, then scales; NULL: no normalisation */
+    int32_t scales;                /* 1: x * scale + offset, 0: x + offset */
+    const km_transform *transform; /* after normalisation; NULL: none, and dim == input_dim */
+    km_ivectors ivectors;
 } km_corpus;
 
 /* Where one chunk goes. */
 typedef struct {
     float *feats;    /* rows * dim */
     int64_t *labels; /* width * targets pdf-ids, -1 where there is none */
-    float *weights;  /* width * targets; NULL where every weight is 1 */
+    float *weights;  /* width * targets, 0 where there is no label; NULL where every weight is 1 */
     float *ivector;  /* ivector_dim; NULL where there are none */
 } km_out;
 
@@ -38,7 +64,7 @@ typedef struct {
     int32_t label_delay; /* rows by which the input is later than the labels, >= 0 */
 } km_shape;
 
-/* All rows of an utterance, normalised: num_frames * dim floats. */
+/* All rows of an utterance, normalised and transformed: num_frames * dim floats. */
 int km_corpus_features(const km_corpus *corpus, int32_t utterance, float *out, km_error *error);
 
 /* Offsets and scales for CMVN from 2 x (dim+1) statistics (sums and count; sums of squares), in the
@@ -53,12 +79,14 @@ typedef struct {
     int32_t start;       /* time of the chunk's first label */
     int32_t first_label; /* the labelled frames are first_label .. end_label-1; the others are -1, because */
     int32_t end_label;   /* they are beyond the end or belong to the chunk before */
-    uint64_t draw;       /* random bits, for what is drawn for each chunk */
+    uint64_t draw;       /* random bits: which labelled frame the i-vector is of */
 } km_chunk;
 
 /* `view` is of the utterance's archive. Writes the rows start-left+label_delay ..
- * start+width-1+right+label_delay (the edge frames repeated outside the utterance) and the width labels of
- * one chunk. On failure error->utterance is set. */
+ * start+width-1+right+label_delay of the transformed features (the edge rows repeated outside the utterance),
+ * the labels of the chunk's width frames, and the i-vector of the labelled frame that the chunk's random bits
+ * choose (read from its own archive). On failure error->utterance is set: the utterance's index, to which
+ * num_utterances is added where it is the i-vector that cannot be read. */
 int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
                     const km_view *view, const km_out *out, km_scratch *scratch, km_error *error);
 

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import DataError
+from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
 from kaldi_mpi.loader.scp import read_table
 from kaldi_mpi.loader.tables import locate
+from kaldi_mpi.options import boolean, kaldi_options
+
+
+class CmvnOptions(NamedTuple):
+    """What apply-cmvn is told; the defaults are its own. These are also keyword arguments of `Corpus.open`.
+
+    Attributes:
+        norm_means: subtract the speaker's mean.
+        norm_vars: scale to unit variance too.
+        skip_dims: columns that are left as they are.
+    """
+
+    norm_means: bool = True
+    norm_vars: bool = False
+    skip_dims: tuple[int, ...] = ()
+
+
+def parse_cmvn_opts(text: str, *, where: str = "cmvn_opts") -> CmvnOptions:
+    """Take apart what a file ``cmvn_opts`` of Kaldi holds, for example ``--norm-means=true --skip-dims=13:14``.
+
+    Args:
+        text: the options; none of them gives apply-cmvn's own defaults, which normalise means.
+        where: what to call the text in errors.
+
+    Raises:
+        ConfigError: an option that apply-cmvn does not have, or a value that it would not take; ``--reverse``,
+            which is for synthesis.
+    """
+    found = kaldi_options(text, ("norm-means", "norm-vars", "reverse", "skip-dims"), where)
+    flags = {}
+    for name, default in (("norm-means", "true"), ("norm-vars", "false"), ("reverse", "false")):
+        try:
+            flags[name] = boolean(found.get(name, default))
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"{where}: --{name}: {error}") from None
+    if flags["reverse"]:
+        raise ConfigError(f"{where}: --reverse=true undoes normalisation, and is of no use in training")
+    dims = [dim for dim in found.get("skip-dims", "").split(":") if dim]
+    if not all(dim.isascii() and dim.isdecimal() and len(dim) < 9 for dim in dims):
+        raise ConfigError(f"{where}: --skip-dims is {found['skip-dims']!r}, and must be like 13:14:15")
+    return CmvnOptions(flags["norm-means"], flags["norm-vars"], tuple(int(dim) for dim in dims))
 
 
 def speakers_of(utterances: Sequence[str], utt2spk: str | os.PathLike[str] | Mapping[str, str] | None) -> list[str]:
@@ -32,7 +75,12 @@ def speakers_of(utterances: Sequence[str], utt2spk: str | os.PathLike[str] | Map
 
 
 def read_norms(
-    cmvn_scp: str | os.PathLike[str], speakers: Sequence[str], dim: int, *, norm_vars: bool
+    cmvn_scp: str | os.PathLike[str],
+    speakers: Sequence[str],
+    dim: int,
+    *,
+    norm_vars: bool,
+    skip_dims: Sequence[int] = (),
 ) -> NDArray[np.float32]:
     """Offsets and scales of some speakers: normalised = x * scale + offset.
 
@@ -42,13 +90,18 @@ def read_norms(
         speakers: the keys wanted.
         dim: the features' dimension.
         norm_vars: scale to unit variance too; without it all scales are 1.
+        skip_dims: columns that are left as they are: offset 0, scale 1.
 
     Returns:
         Array (speakers, 2, dim): row 0 offsets, row 1 scales; in the arithmetic of Kaldi's apply-cmvn.
 
     Raises:
         DataError: a speaker without statistics, of another dimension, or with a count below 1.
+        ConfigError: a column to skip that the features do not have.
     """
+    for column in skip_dims:
+        if not 0 <= column < dim:
+            raise ConfigError(f"--skip-dims has {column}, and the features have columns 0 to {dim - 1}")
     name = os.fspath(cmvn_scp)
     archives = Archives()
     locations = locate(name, archives, wanted=set(speakers), doubles=True).locations
@@ -69,6 +122,8 @@ def read_norms(
                 offset=location.offset,
             )
         stats = archives.doubles(index, matrix, key=speaker)
+        if skip_dims:  # as Kaldi does it: statistics of mean 0 and variance 1
+            stats[:, list(skip_dims)] = np.array([[0.0], [stats[0, dim]]])
         error = new_error()
         if lib.km_cmvn_norms(
             borrow(stats, "double", np.float64), dim, norm_vars, borrow(norm, "float", np.float32), error

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.loader._csrc import ffi, lib
 
-__all__ = ["borrow", "ffi", "lib", "new_error", "raise_data_error"]
+__all__ = ["borrow", "ffi", "lib", "new_error", "raise_data_error", "struct_dtype"]
 
 
 def new_error() -> Any:
@@ -39,3 +39,14 @@ def borrow(array: NDArray[Any], ctype: str, dtype: type[np.generic]) -> Any:
     if array.dtype != dtype or not array.flags.c_contiguous:
         raise TypeError(f"{ctype} array expected, not {array.dtype} (or not contiguous)")
     return ffi.from_buffer(f"{ctype}[]", array)
+
+
+def struct_dtype(name: str) -> np.dtype[np.void]:
+    """The NumPy type of a C struct of plain numbers, for arrays of them; taken from the C declaration."""
+    ctype = ffi.typeof(name)
+    kinds = {"int32_t": np.int32, "int64_t": np.int64, "float": np.float32, "double": np.float64}
+    fields = [(field, what.offset, kinds[what.type.cname]) for field, what in ctype.fields]
+    names, offsets, formats = zip(*fields, strict=True)
+    return np.dtype(
+        {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": ffi.sizeof(ctype)}
+    )
