@@ -186,7 +186,7 @@ def test_tickets_number_the_minibatches_of_all_epochs(units: int, chunks: int, p
 
 
 def test_a_plan_says_where_iterations_end_and_checkpoints_are_due() -> None:
-    plan = Plan(20, 9, 6, 20 / 9, 4, checkpoint_interval=1, checkpoint_interval_asynchronous=2)
+    plan = Plan(20, 9, 6, 20 / 9, checkpoint_interval=1, checkpoint_interval_asynchronous=2)
     assert [step for step in range(1, 21) if plan.ends_iteration(step)] == [6, 12, 18, 20]
     assert [step for step in (6, 12, 18, 20) if plan.saves(step, False)] == [6, 12, 18]
     assert [step for step in (6, 12, 18, 20) if plan.saves(step, True)] == [12]

@@ -40,6 +40,16 @@ def test_parts_add_up() -> None:
         assert np.allclose(a, b)
 
 
+def test_a_weight_counts_as_that_many_vectors() -> None:
+    feats, classes = data()
+    times = np.random.default_rng(2).integers(0, 4, 400)
+    repeated = stats_of(feats.repeat(times, axis=0), classes.repeat(times))
+    weighted = LdaStats(4, 6)
+    weighted.accumulate(feats, classes, times.astype(np.float32))
+    for a, b in zip(repeated.arrays(), weighted.arrays(), strict=True):
+        assert np.allclose(a, b)
+
+
 def test_negative_classes_are_left_out() -> None:
     feats, classes = data()
     classes[::3] = -1

@@ -28,12 +28,12 @@ from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
 from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.evaluator import Evaluator
+from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.plan import Phase, TicketMap
 from kaldi_mpi.learner.published import make_published
 from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
-from kaldi_mpi.loader import Minibatch, MinibatchReader
 
 if TYPE_CHECKING:
     from kaldi_mpi.learner.loop import Learner
@@ -63,17 +63,17 @@ class AsynchronousPhase:
     def run(self) -> None:
         """Train to the phase's end, after which all models are equal."""
         learner, around = self._learner, self._learner.around
-        with MinibatchReader(
-            learner.data.train,
-            learner.shape,
-            learner.plan.chunks_per_minibatch,
-            seed=learner.seed,
-            rank=self._group.rank if self._group is not None else 0,
-            size=self._group_size,
-            threads=around.loader_threads,
-            depth=IN_HAND + 2,
-            on_request=True,
-        ) as self._reader:
+        with learner.loader.watch(
+            learner.reading.feed(
+                learner.data.train,
+                learner.flat.values.device,
+                rank=self._group.rank if self._group is not None else 0,
+                size=self._group_size,
+                depth=IN_HAND + 2,
+                on_request=True,
+            )
+        ) as self._feed:
+            self._reader = self._feed.reader
             chunks = self._reader.plan
             self._map = TicketMap(
                 learner.world.size // self._group_size, learner.plan.steps_per_epoch, chunks.steps_per_epoch
@@ -90,7 +90,6 @@ class AsynchronousPhase:
                     self._disconnect()
             finally:
                 self._journal.close()
-            learner.data_waited += self._reader.counters().consumer_waited
 
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
@@ -163,7 +162,7 @@ class AsynchronousPhase:
                     if number is not None and number > requested:
                         requested = number
                         self._reader.request(number)
-            self._take(next(self._reader), now)
+            self._take(next(self._feed), now)
         if self._leads:
             links.post(self._strategy.leave)
             links.wait(self._strategy.quiet)
@@ -178,7 +177,7 @@ class AsynchronousPhase:
             got = None if ticket is None else (ticket, self._client.peek())
         return got if self._group is None else self._group.broadcast(got)
 
-    def _take(self, minibatch: Minibatch, ticket: int) -> None:
+    def _take(self, minibatch: Batch, ticket: int) -> None:
         """One step of this learner, or of its super-learner."""
         learner, flat = self._learner, self._learner.flat
         began = time.monotonic()

@@ -25,7 +25,9 @@ from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
 # Options that may differ between the run that saved and the run that goes on: they change no result.
-_FREE = ("dir", "checkpoint_interval", "resume", "loader_threads", "binary", "journal", "inject")
+_FREE = (
+    "dir", "checkpoint_interval", "resume", "loader_threads", "skip_bad_utterances", "binary", "journal", "inject",
+)  # fmt: skip
 
 
 _ARRAY = "numpy array"  # marks a tensor that was a NumPy array

@@ -14,15 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.loader import ChunkShape, Corpus, Minibatch, MinibatchReader
+from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
+from kaldi_mpi.learner.reading import Reading
+from kaldi_mpi.loader import Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.lda import LdaStats
 from kaldi_mpi.transport.world import World
 
 # LDA statistics are taken of features rounded to this. Their squares and sums are then exact in float64 (up to
-# values of 256 and 2**25 frames), so that the transform has the same bits for any number of learners; without
-# it, directions in which classes do not differ, and which rounding alone decides, would come out at random.
+# values of 256 and 2**25 frames, where all weights are 1), so that the transform has the same bits for any number of
+# learners; without it, directions in which classes do not differ, and which rounding alone decides, would come out
+# at random.
 _LDA_QUANTUM = 2.0**-6
 
 
@@ -33,7 +37,7 @@ class Score:
     Attributes:
         log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
         accuracy: share of frames whose most probable pdf-id is the right one.
-        frames: how many.
+        frames: how many, by the weights of their labels.
     """
 
     log_likelihood: float
@@ -52,43 +56,32 @@ class Score:
 class Pass:
     """How a pass cuts its data: the chunks of the training, this learner's share of them, and its device."""
 
-    shape: ChunkShape
-    chunks_per_minibatch: int
+    reading: Reading
     world: World
     device: torch.device
 
-    def minibatches(
-        self, corpus: Corpus, seed: int | None = None, max_chunks: int | None = None
-    ) -> Iterator[Minibatch]:
+    def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
         """This learner's minibatches of one epoch, but for those without frames.
 
-        They come in the corpus's order, or shuffled by `seed`; after `max_chunks` chunks, over all learners and
+        They come in the source's order, or shuffled by `seed`; after `max_chunks` chunks, over all learners and
         rounded up to whole steps, there are no more.
         """
-        per_step = self.chunks_per_minibatch * self.world.size
-        with MinibatchReader(
-            corpus,
-            self.shape,
-            self.chunks_per_minibatch,
-            seed=seed or 0,
+        chunks = 0
+        with self.reading.feed(
+            source,
+            self.device,
             rank=self.world.rank,
             size=self.world.size,
+            seed=seed or 0,
             shuffle=seed is not None,
             num_epochs=1,
-        ) as reader:
-            for minibatch in reader:
-                if max_chunks is not None and minibatch.step * per_step >= max_chunks:
+        ) as feed:
+            for batch in feed:
+                if max_chunks is not None and chunks >= max_chunks:
                     break
-                if minibatch.frames:
-                    yield minibatch
-
-    def features(self, minibatch: Minibatch) -> torch.Tensor:
-        """The minibatch's features on the device, (B, T, D)."""
-        return torch.from_numpy(minibatch.feats).to(self.device)
-
-    def first(self) -> int:
-        """The time index of a chunk's first row, when its first label has time 0."""
-        return self.shape.label_delay - self.shape.left
+                chunks += feed.reader.plan.chunks_of_step(batch.step)
+                if batch.frames:
+                    yield batch
 
 
 @contextlib.contextmanager
@@ -105,35 +98,32 @@ def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[
 
 
 @torch.no_grad()
-def compute_prob(model: AcousticModel, corpus: Corpus, how: Pass) -> Score:
-    """Log-probability and accuracy of `model` on all of `corpus`, each learner taking its share.
+def compute_prob(model: AcousticModel, source: Source, how: Pass) -> Score:
+    """Log-probability and accuracy of `model` on all of `source`, each learner taking its share.
 
-    Every rank gets the same score. Chunks are cut as in training.
+    Every rank gets the same score. Chunks are cut as in training; labels count by their weights.
     """
     sums = np.zeros(3)
-    for minibatch in how.minibatches(corpus):
-        output = model(how.features(minibatch), how.first(), how.shape.width)
-        labels = torch.from_numpy(minibatch.labels).to(how.device)
-        labelled = labels >= 0
-        right = output[labelled].gather(1, labels[labelled][:, None])
-        sums[0] += right.double().sum().item()
-        sums[1] += (output.argmax(dim=2)[labelled] == labels[labelled]).sum().item()
-        sums[2] += minibatch.frames
-    objective, correct, frames = how.world.sum_float64(sums).tolist()
-    return Score(objective / max(frames, 1), correct / max(frames, 1), int(frames))
+    for batch in how.batches(source):
+        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+        weights = label_weights(batch).double()
+        sums[0] += (label_scores(output, batch).double() * weights).sum().item()
+        sums[1] += right_weight(output, batch).item()
+        sums[2] += batch.weight
+    objective, correct, total = how.world.sum_float64(sums).tolist()
+    return Score(objective / max(total, 1e-20), correct / max(total, 1e-20), round(total))
 
 
 @torch.no_grad()
-def mean_posterior(model: AcousticModel, corpus: Corpus, how: Pass, max_chunks: int, seed: int) -> NDArray[np.float64]:
+def mean_posterior(model: AcousticModel, source: Source, how: Pass, max_chunks: int, seed: int) -> NDArray[np.float64]:
     """The mean of the model's posteriors over about `max_chunks` random chunks: the priors of final.mdl.
 
     As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1.
     """
     total = np.zeros(model.output_dim)
-    for minibatch in how.minibatches(corpus, seed, max_chunks):
-        output = model(how.features(minibatch), how.first(), how.shape.width)
-        labelled = torch.from_numpy(minibatch.labels).to(how.device) >= 0
-        total += output[labelled].double().exp().sum(dim=0).cpu().numpy()
+    for batch in how.batches(source, seed, max_chunks):
+        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+        total += output[labelled_rows(batch)].double().exp().sum(dim=0).cpu().numpy()
     total = how.world.sum_float64(total)
     # A posterior that underflows everywhere would make a prior of zero and its log infinite.
     total = np.maximum(total / total.sum(), 1e-20)
@@ -142,23 +132,26 @@ def mean_posterior(model: AcousticModel, corpus: Corpus, how: Pass, max_chunks: 
 
 @torch.no_grad()
 def lda_statistics(
-    model: AcousticModel, component: str, corpus: Corpus, how: Pass, max_chunks: int, seed: int
+    model: AcousticModel, component: str, source: Source, how: Pass, max_chunks: int, seed: int
 ) -> LdaStats:
     """LDA statistics of what `component` receives, over about `max_chunks` random chunks and all learners.
+
+    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats.
 
     Args:
         model: built with any transform for `component`; only the layers below it are used.
         component: name of the fixed-affine component.
     """
-    stats: LdaStats | None = None
-    for minibatch in how.minibatches(corpus, seed, max_chunks):
-        spliced = model.node_input(component, how.features(minibatch), how.first(), how.shape.width)
-        stats = stats or LdaStats(spliced.shape[2], model.output_dim)
-        labels = torch.from_numpy(minibatch.labels)
-        labelled = labels >= 0
-        rounded = np.rint(spliced.cpu()[labelled].numpy().astype(np.float64) / _LDA_QUANTUM) * _LDA_QUANTUM
-        stats.accumulate(rounded, labels[labelled].numpy())
-    assert stats is not None  # there are no more learners than utterances, so each has chunks in the first step
+    stats = LdaStats(model.by_name[component].input_dim, model.output_dim)
+    for batch in how.batches(source, seed, max_chunks):
+        spliced = model.node_input(component, batch.feats, batch.first, batch.shape.width, batch.ivectors).cpu()
+        labels = batch.labels.cpu().reshape(*spliced.shape[:2], -1)
+        weights = None if batch.weights is None else batch.weights.cpu().reshape(labels.shape)
+        for target in range(labels.shape[2]):
+            labelled = labels[..., target] >= 0
+            rounded = np.rint(spliced[labelled].numpy().astype(np.float64) / _LDA_QUANTUM) * _LDA_QUANTUM
+            weight = None if weights is None else weights[..., target][labelled].numpy()
+            stats.accumulate(rounded, labels[..., target][labelled].numpy(), weight)
     for array in stats.arrays():
         array[...] = how.world.sum_float64(array)
     return stats

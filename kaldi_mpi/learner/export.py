@@ -31,6 +31,24 @@ def copy_alignment_files(options: TrainOptions) -> None:
             shutil.copyfileobj(original, copy)
 
 
+def copy_data_properties(options: TrainOptions) -> None:
+    """What decoding must know of the data: the i-vectors' extractor, or all that an egs directory says.
+
+    The files are those that train_rnn.py copies in copy_egs_properties_to_exp_dir.
+    """
+    found: dict[str, Path] = {}
+    if options.egs_dir is not None:
+        egs = Path(options.egs_dir)
+        names = ("cmvn_opts", "splice_opts", "info/final.ie.id", "final.mat", "global_cmvn.stats", "online_cmvn")
+        found = {Path(name).name: egs / name for name in names}
+    elif options.online_ivector_dir is not None:
+        found = {"final.ie.id": Path(options.online_ivector_dir) / "final.ie.id"}
+    for name, source in found.items():
+        if source.is_file():
+            with open(source, "rb") as original, atomic_write(Path(options.dir) / name) as copy:
+                shutil.copyfileobj(original, copy)
+
+
 def write_final_model(
     options: TrainOptions, model: AcousticModel, transitions: TransitionModel, priors: NDArray[np.float64]
 ) -> Path:

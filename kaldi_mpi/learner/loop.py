@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.data import Data
 from kaldi_mpi.learner.evaluate import Pass, Score, compute_prob, with_parameters
+from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.inject import Injector
+from kaldi_mpi.learner.loader_report import LoaderReport
+from kaldi_mpi.learner.objective import log_likelihood
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.plan import Phase, Plan
+from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.schedule import ExponentialRate
-from kaldi_mpi.learner.setup import Data
 from kaldi_mpi.learner.synchronous import run_synchronous
-from kaldi_mpi.loader import ChunkShape, Minibatch
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.iteration import IterationLogs
 from kaldi_mpi.report.log import logger
@@ -47,7 +49,6 @@ class Surroundings:
         save: writes a checkpoint; called by all ranks after a validation where the plan says so.
         injector: disturbances on purpose.
         journal_dir: where exchanges are journaled, None for nowhere.
-        loader_threads: reading threads.
         wire: number type of parameters on their way (``--transfer-dtype``).
         piece_size: parameters of a piece.
     """
@@ -57,7 +58,6 @@ class Surroundings:
     save: Callable[[], None]
     progress: Progress | None = None
     journal_dir: Path | None = None
-    loader_threads: int = 1
     wire: str = "float32"
     piece_size: int = 4 * 2**20
 
@@ -71,10 +71,9 @@ class Learner:
         flat: its parameters.
         optimiser, rate: what to do with gradients.
         data: utterances to train on, held out, and of the training set to watch.
-        shape: how chunks are cut.
+        reading: how chunks are cut and read.
         plan: how long.
         phases: under which strategies, without gaps from step 0 to the plan's last.
-        seed: order of the data.
         around: logs and the rest.
     """
 
@@ -86,25 +85,25 @@ class Learner:
         optimiser: KaldiSgd,
         rate: ExponentialRate,
         data: Data,
-        shape: ChunkShape,
+        reading: Reading,
         plan: Plan,
         phases: Sequence[Phase],
         *,
-        seed: int,
         around: Surroundings,
     ) -> None:
         self.world, self.model, self.flat = world, model, flat
-        self.optimiser, self.rate, self.data = optimiser, rate, data
-        self.shape, self.plan, self.phases = shape, plan, phases
-        self.seed, self.around = seed, around
+        self.optimiser, self.rate = optimiser, rate
+        self.reading, self.plan, self.phases = reading, plan, phases
+        self.around = around
         self.step = 0  # the next one to take
         self.frames = 0  # trained on, over all learners
         self.own_frames = 0  # by this learner, in this run
-        self.data_waited = 0.0  # seconds that this learner waited for data
+        self.data = data
+        self.loader = LoaderReport(world.rank)
         self.summary = Summary()
-        self.pass_ = Pass(shape, plan.chunks_per_minibatch, world, flat.values.device)
+        self.pass_ = Pass(reading, world, flat.values.device)
         self._objective = 0.0  # own sum of log-probabilities in this iteration
-        self._objective_frames = 0
+        self._objective_weight = 0.0  # and of the labels' weights
 
     def run(self) -> None:
         """Train from the present step to the last; afterwards all learners hold the final model."""
@@ -133,8 +132,8 @@ class Learner:
     def _report(self, seconds: float, waited: float, sent: int, frames: int) -> None:
         averages = sum(phase.strategy.num_averages for phase in self.phases)
         mine = {
-            "own_frames": self.own_frames, "seconds_waited": waited, "seconds_waited_for_data": self.data_waited,
-            "averages": averages, "bytes_sent": sent,
+            "own_frames": self.own_frames, "seconds_waited": waited, "averages": averages, "bytes_sent": sent,
+            **self.loader.totals(),
         }  # fmt: skip
         by_learner = self.world.gather(mine)
         if self.world.rank != 0:
@@ -143,35 +142,34 @@ class Learner:
         logger.info(
             "trained on %d frames in %.2f s, %.0f frames/s over %d learner(s); waited %.2f s for data, "
             "%.2f s for other learners; %d averagings, %.3g MB sent by each learner",
-            frames, seconds, frames / max(seconds, 1e-9), self.world.size, self.data_waited, waited,
+            frames, seconds, frames / max(seconds, 1e-9), self.world.size, self.loader.waited, waited,
             averages, sent / 1e6,
         )  # fmt: skip
         for line in self.optimiser.report():
             logger.info("%s", line)
 
-    def objective(self, minibatch: Minibatch) -> torch.Tensor:
-        """The sum over the minibatch's labelled frames of the log-probability of the right pdf-id."""
+    def objective(self, batch: Batch) -> torch.Tensor:
+        """The sum over the minibatch's labels of weight times log-probability."""
+        width = batch.shape.width
         output = self.model(
-            self.pass_.features(minibatch),
-            self.pass_.first(),
-            self.shape.width,
+            batch.feats,
+            batch.first,
+            width,
+            ivectors=batch.ivectors,
             min_deriv_time=self.plan.min_deriv_time,
-            max_deriv_time=self.plan.max_deriv_time,
+            max_deriv_time=self.plan.max_deriv_time(width),
         )
-        labels = torch.from_numpy(minibatch.labels).to(output.device)
-        return -functional.nll_loss(
-            output.reshape(-1, output.shape[2]), labels.reshape(-1), ignore_index=-1, reduction="sum"
-        )
+        return log_likelihood(output, batch)
 
-    def compute_gradients(self, minibatch: Minibatch) -> None:
+    def compute_gradients(self, batch: Batch) -> None:
         """Fill the flat gradients, of the loss summed over the minibatch's frames (zero if it has none)."""
         self.flat.gradients.zero_()
-        if minibatch.frames:
-            objective = self.objective(minibatch)
+        if batch.frames:
+            objective = self.objective(batch)
             (-objective).backward()
             self._objective += objective.item()
-            self._objective_frames += minibatch.frames
-            self.own_frames += minibatch.frames
+            self._objective_weight += batch.weight
+            self.own_frames += batch.frames
 
     def show_progress(self, frames: int, last: bool = False) -> None:
         """Rank 0's bar, with `frames` trained on over all learners."""
@@ -180,7 +178,7 @@ class Learner:
                 frames,
                 self.rate.total_frames,
                 self.plan.num_epochs,
-                self._objective / max(1, self._objective_frames),
+                self._objective / max(1.0, self._objective_weight),
                 self.summary.last_valid(),
                 self.rate.effective(frames),
                 last=last,
@@ -188,8 +186,9 @@ class Learner:
 
     def log_training(self, iteration: int) -> None:
         """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
-        self.around.logs.train(iteration, self.world.rank, self._objective, self._objective_frames)
-        self._objective, self._objective_frames = 0.0, 0
+        self.around.logs.train(iteration, self.world.rank, self._objective, round(self._objective_weight))
+        self._objective = self._objective_weight = 0.0
+        self.loader.log(iteration)
 
     def end_iteration(self, mean: NDArray[np.float32], spread: float, asynchronous: bool) -> None:
         """With `self.step` steps done on all ranks: log, validate the mean of all models, save."""

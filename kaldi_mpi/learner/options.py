@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,16 @@ from kaldi_mpi.averaging.settings import Settings, check_settings
 from kaldi_mpi.averaging.shared import WIRE_TYPES
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import inject
+from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
 from kaldi_mpi.report.log import logger
 
 _EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
+_CHUNK_WIDTH = 20
 
 # Accepted for the recipe's sake: they steer jobs, archives and schedulers that do not exist here.
 _IGNORED = [
     "lang",
-    "egs.dir",
     "egs.stage",
     "egs.cmd",
     "trainer.shuffle-buffer-size",
@@ -57,9 +59,6 @@ _IGNORED = [
 
 # Not there yet: any value but the one that switches it off is an error, not a silent change of the training.
 _REFUSED = {
-    "feat.online-ivector-dir": ("",),
-    "egs.chunk-left-context-initial": ("-1",),
-    "egs.chunk-right-context-final": ("-1",),
     "trainer.input-model": ("",),
     "trainer.dropout-schedule": ("", "0,0"),
     "trainer.optimization.proportional-shrink": ("0", "0.0"),
@@ -70,9 +69,18 @@ _REFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """One training, as asked for; see `parse` for the options' names and meanings."""
+    """One training, as asked for; see `parse` for the options' names and meanings.
 
-    feat_dir: str
+    Attributes:
+        feat_dir: None with `egs_dir`, if it was not given.
+        chunk_widths: labelled frames of chunks, the usual width first.
+        chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
+        minibatch: Kaldi's rule of minibatch sizes, in chunks.
+        samples_per_iter: in chunks.
+        loader_memory: MB (2**20 bytes) of data that are shuffled at a time.
+    """
+
+    feat_dir: str | None
     ali_dir: str
     dir: str
     xconfig: str
@@ -80,10 +88,14 @@ class TrainOptions:
     settings: Settings
     norm_means: bool
     norm_vars: bool
-    chunk_width: int
+    online_ivector_dir: str | None
+    egs_dir: str | None
+    chunk_widths: tuple[int, ...]
     chunk_left_context: int
     chunk_right_context: int
-    chunks_per_minibatch: int
+    chunk_left_context_initial: int
+    chunk_right_context_final: int
+    minibatch: str
     num_utts_subset: int
     seed: int
     num_epochs: float
@@ -97,6 +109,8 @@ class TrainOptions:
     max_lda_jobs: int
     use_gpu: str
     loader_threads: int
+    loader_memory: int
+    skip_bad_utterances: int
     binary: bool
     checkpoint_interval: int | None
     resume: bool
@@ -104,20 +118,24 @@ class TrainOptions:
     inject: str
 
 
-def _minibatch_rule(text: str) -> int:
-    """The largest minibatch size of Kaldi's rule ``128,64``; the smaller ones serve remainders there.
-
-    Here a remainder of any size is a minibatch, so only the largest matters.
-    """
+def _widths(text: str) -> tuple[int, ...]:
+    """``20,15`` as train_rnn.py takes it: the usual width, then others."""
     try:
-        sizes = [int(size) for size in text.split(",")]
+        widths = tuple(int(width) for width in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected sizes as in '128' or '128,64' (ranges and per-width rules are not supported yet)"
-        ) from None
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be above 0")
-    return max(sizes)
+        widths = (0,)
+    if min(widths) < 1:
+        raise argparse.ArgumentTypeError(f"expected widths above 0 as in '20' or '20,15', got {text!r}")
+    return widths
+
+
+def _rule(text: str) -> str:
+    """A rule of minibatch sizes, as ``nnet3-merge-egs --minibatch-size`` takes it; kept as it was written."""
+    try:
+        MinibatchRule.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _parser() -> Parser:
@@ -130,7 +148,7 @@ def _parser() -> Parser:
     )
     count, whole = at_least(1), at_least(0)
     add = parser.add_argument
-    add("--feat-dir", required=True, help="data directory of the features")
+    add("--feat-dir", type=optional, help="data directory of the features (not needed with --egs.dir)")
     add("--ali-dir", required=True, help="alignment directory: ali.*.gz, final.mdl, tree")
     add("--dir", required=True, help="where the model and logs go; configs/network.xconfig is read from it")
     add("--xconfig", type=optional, help="the network, in place of DIR/configs/network.xconfig")
@@ -146,24 +164,37 @@ def _parser() -> Parser:
         default="",
         help="such as '--norm-means=false --norm-vars=false'",
     )
-    add("--egs.chunk-width", dest="chunk_width", type=count, default=20, help="frames per chunk")
-    add("--egs.chunk-left-context", dest="chunk_left_context", type=whole, default=40,
-        help="frames before a chunk, beyond the model's own context")  # fmt: skip
+    add("--feat.online-ivector-dir", dest="online_ivector_dir", type=optional,
+        help="directory of ivector_online.scp, for networks that take i-vectors")  # fmt: skip
+    add("--egs.dir", dest="egs_dir", type=optional, help="train on the examples in this directory of get_egs.sh")
+    add("--egs.chunk-width", dest="chunk_widths", type=_widths, help="frames per chunk, and other widths for what is "
+        f"left of utterances, as in '20,15' (default: {_CHUNK_WIDTH})")  # fmt: skip
+    add("--egs.frames-per-eg", dest="frames_per_eg", type=count, help="the same for feed-forward networks: takes "
+        "train_dnn.py's defaults of contexts, momentum, samples-per-iter and minibatch-size")  # fmt: skip
+    add("--egs.chunk-left-context", dest="chunk_left_context", type=whole,
+        help="frames before a chunk, beyond the model's own context (default: 40)")  # fmt: skip
     add("--egs.chunk-right-context", dest="chunk_right_context", type=whole, default=0, help="frames after it")
+    add("--egs.chunk-left-context-initial", dest="chunk_left_context_initial", type=at_least(-1), default=-1,
+        help="the same at the beginning of an utterance; -1: as elsewhere")  # fmt: skip
+    add("--egs.chunk-right-context-final", dest="chunk_right_context_final", type=at_least(-1), default=-1,
+        help="the same at its end")  # fmt: skip
     add("--egs.opts", dest="egs_opts", default="", help="of get_egs.sh; --num-utts-subset N is used")
     add("--trainer.srand", dest="seed", type=int, default=0, help="seed of everything random")
     add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True),
         help=f"epochs (default: what --strategy says, or {_EPOCHS:g})")  # fmt: skip
-    add("--trainer.samples-per-iter", dest="samples_per_iter", type=count, default=20000,
-        help="chunks per learner between two validations")  # fmt: skip
+    add("--trainer.samples-per-iter", dest="samples_per_iter", type=count,
+        help="chunks per learner between two validations (default: 20000)")  # fmt: skip
     add("--trainer.max-param-change", dest="max_param_change", type=at_least(0, float), default=2.0,
         help="limit on the norm of the whole model's change per minibatch")  # fmt: skip
     add("--trainer.prior-subset-size", dest="prior_subset_size", type=count, default=20000,
         help="chunks over which the priors are estimated")  # fmt: skip
     add("--trainer.lda.max-lda-jobs", dest="max_lda_jobs", type=count, default=10,
         help="LDA statistics come from at most this many times samples-per-iter chunks")  # fmt: skip
-    add("--trainer.rnn.num-chunk-per-minibatch", dest="chunks_per_minibatch", type=_minibatch_rule, default="100",
-        help="chunks per minibatch and learner")  # fmt: skip
+    add("--trainer.rnn.num-chunk-per-minibatch", dest="minibatch", type=_rule,
+        help="chunks per minibatch and learner: a rule as in '128,64' or '128=64:128/256=32,64', of which the "
+        "largest size counts (default: 100)")  # fmt: skip
+    add("--trainer.optimization.minibatch-size", dest="minibatch_size", type=_rule,
+        help="the same as train_dnn.py has it, in frames (default with --egs.frames-per-eg: 512)")  # fmt: skip
     add("--trainer.deriv-truncate-margin", dest="deriv_truncate_margin", type=whole, default=8,
         help="frames outside the chunk that still get derivatives")  # fmt: skip
     add("--trainer.optimization.initial-effective-lrate", dest="initial_rate", default=0.0003,
@@ -174,12 +205,15 @@ def _parser() -> Parser:
         "--trainer.optimization.momentum",
         dest="momentum",
         type=at_least(0, float),
-        default=0.5,
-        help="momentum",
+        help="momentum (default: 0.5)",
     )
     add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
         help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")
+    add("--loader-memory", type=count, default=128, help="MB of data in memory per learner, out of which chunks are "
+        "shuffled")  # fmt: skip
+    add("--skip-bad-utterances", type=whole, default=0,
+        help="leave out up to this many utterances or examples that cannot be read")  # fmt: skip
     add("--binary", type=boolean, default=True, help="write final.mdl in binary; false for text")
     add("--checkpoint-interval", type=whole, help="validations between checkpoints; 0 for none (default: 1, and 5 "
         "under asynchronous strategies, whose learners wait for each other at a checkpoint)")  # fmt: skip
@@ -259,6 +293,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     for name in _IGNORED:
         if given.pop(name.replace("-", "_")) is not None:
             logger.info("option --%s has no meaning for persistent learners and is ignored", name)
+    _apply_defaults(given)
     if given["momentum"] >= 1:
         raise ConfigError(f"--trainer.optimization.momentum {given['momentum']}: must be below 1")
     cmvn = kaldi_options(given.pop("cmvn_opts"), ("norm-means", "norm-vars"), "--feat.cmvn-opts")
@@ -276,6 +311,48 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     inject.parse(given["inject"])
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
     return TrainOptions(**given)
+
+
+def _apply_defaults(given: dict[str, Any]) -> None:
+    """Settle what train_rnn.py and train_dnn.py have different defaults, names or units for.
+
+    train_dnn.py counts minibatches and iterations in frames: it takes one frame out of each example of
+    ``--egs.frames-per-eg``. Here all frames of a chunk go into the same minibatch, of as many frames.
+    """
+    frames, size = given.pop("frames_per_eg"), given.pop("minibatch_size")
+    if frames is None and size is not None:
+        raise ConfigError(
+            "--trainer.optimization.minibatch-size counts frames, of feed-forward networks: it needs "
+            "--egs.frames-per-eg (recurrent ones have --trainer.rnn.num-chunk-per-minibatch)"
+        )
+    rnn = {"chunk_widths": (_CHUNK_WIDTH,), "chunk_left_context": 40, "momentum": 0.5, "samples_per_iter": 20000}
+    dnn = {"chunk_widths": (frames,), "chunk_left_context": 0, "momentum": 0.0, "samples_per_iter": 400000}
+    if frames is not None:
+        for name, option in (("chunk_widths", "--egs.chunk-width"), ("minibatch", "--trainer.rnn.num-chunk-per-...")):
+            if given[name] is not None:
+                raise ConfigError(f"--egs.frames-per-eg and {option} exclude each other")
+        given["minibatch"] = in_chunks(size or "512", frames)
+    for name, default in (rnn if frames is None else dnn).items():
+        if given[name] is None:
+            given[name] = default
+    given["minibatch"] = given["minibatch"] or "100"
+    if frames is not None:
+        given["samples_per_iter"] = max(1, given["samples_per_iter"] // frames)
+    if given["feat_dir"] is None and given["egs_dir"] is None:
+        raise ConfigError("--feat-dir is needed (or --egs.dir, to train on existing examples)")
+
+
+def in_chunks(rule: str, width: int) -> str:
+    """A minibatch rule of single frames as one of chunks of `width` frames, with about as many frames.
+
+    Sizes become smaller by `width`, at least 1; an eg-size, which counts input rows, larger by the further rows.
+    """
+
+    def sizes(text: str) -> str:
+        return re.sub(r"\d+", lambda number: str(max(1, int(number[0]) // width)), text)
+
+    parts = [part.rpartition("=") for part in rule.split("/")]
+    return "/".join(f"{int(rows) + width - 1}={sizes(text)}" if equals else sizes(text) for rows, equals, text in parts)
 
 
 def _converted(kind: Callable[[str], Any], text: str, where: str) -> Any:

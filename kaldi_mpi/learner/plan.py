@@ -20,22 +20,20 @@ class Plan:
         steps_per_epoch: the last of which may be smaller.
         steps_per_iteration: between two validations.
         num_epochs: what `num_steps` amount to.
-        chunks_per_minibatch: chunks a learner and step.
         checkpoint_interval: validations between two checkpoints in synchronous phases; 0 for none.
         checkpoint_interval_asynchronous: the same where a checkpoint makes learners wait for each other.
-        min_deriv_time, max_deriv_time: times, relative to a chunk's first label, outside which there are no
-            derivatives (Kaldi's ``--optimization.min-deriv-time`` and ``max-deriv-time-relative``).
+        min_deriv_time, max_deriv_time_relative: times, relative to a chunk's first and last label, outside which
+            there are no derivatives (Kaldi's ``--optimization.min-deriv-time`` and ``max-deriv-time-relative``).
     """
 
     num_steps: int
     steps_per_epoch: int
     steps_per_iteration: int
     num_epochs: float
-    chunks_per_minibatch: int
     checkpoint_interval: int = 1
     checkpoint_interval_asynchronous: int = 5
     min_deriv_time: int | None = None
-    max_deriv_time: int | None = None
+    max_deriv_time_relative: int | None = None
 
     def iteration(self, step: int) -> int:
         """The iteration that ends with `step` steps done."""
@@ -44,6 +42,10 @@ class Plan:
     def ends_iteration(self, step: int) -> bool:
         """Whether a validation is due when `step` steps are done."""
         return step % self.steps_per_iteration == 0 or step == self.num_steps
+
+    def max_deriv_time(self, width: int) -> int | None:
+        """The last time with derivatives in a chunk of `width` labelled frames."""
+        return None if self.max_deriv_time_relative is None else width - 1 + self.max_deriv_time_relative
 
     def saves(self, step: int, asynchronous: bool) -> bool:
         """Whether a checkpoint is due with that validation."""
@@ -74,12 +76,17 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class TicketMap:
-    """Steps as tickets: a global step is one ticket for each of the learners (super-learners) that take them.
+    """Steps as tickets: a global step is about one ticket for each of the learners (super-learners) that take them.
+
+    The minibatches of N learners and of one are cut from the same order of chunks. With chunks of one shape the
+    tickets of a step have just the step's chunks. With several, whole minibatches of each shape are collected first, so
+    that steps and tickets do not come in the same order; steps are then spread evenly over the epoch's tickets. In
+    both cases each step of an epoch begins at another ticket, and step and ticket end the epoch together.
 
     Attributes:
         units: N, or N / k with super-learners of k.
         steps_per_epoch: as in `Plan`.
-        tickets_per_epoch: minibatches of one unit; at most units * steps_per_epoch.
+        tickets_per_epoch: minibatches of one unit; at least steps_per_epoch, at most `units` times as many.
     """
 
     units: int
@@ -89,7 +96,11 @@ class TicketMap:
     def ticket(self, step: int) -> int:
         """The first ticket of a global step."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        return epoch * self.tickets_per_epoch + min(rest * self.units, self.tickets_per_epoch)
+        if (self.steps_per_epoch - 1) * self.units < self.tickets_per_epoch:
+            within = rest * self.units
+        else:
+            within = rest * self.tickets_per_epoch // self.steps_per_epoch
+        return epoch * self.tickets_per_epoch + within
 
     def epochs(self, ticket: int) -> float:
         """How many epochs have gone when `ticket` is the next."""

@@ -18,9 +18,10 @@ from kaldi_mpi.learner.loop import Learner, Surroundings
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.plan import Phase, Plan
+from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.server import Server, tell
-from kaldi_mpi.loader import ChunkPlan, ChunkShape, Corpus
+from kaldi_mpi.loader import Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.iteration import IterationLogs
 from kaldi_mpi.report.log import logger
@@ -32,10 +33,10 @@ _CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, b
 
 
 def make_plan(
-    options: TrainOptions, model: AcousticModel, shape: ChunkShape, data: Corpus, world: World
+    options: TrainOptions, model: AcousticModel, reading: Reading, data: Source, world: World
 ) -> tuple[Plan, int]:
     """How many steps the training has, and how many labelled frames they are over all learners."""
-    chunks = ChunkPlan(data.num_frames, shape.width, options.chunks_per_minibatch, size=world.size, seed=options.seed)
+    chunks = reading.plan(data, world.size)
     num_steps = max(1, round(options.num_epochs * chunks.steps_per_epoch))
     whole, rest = divmod(num_steps, chunks.steps_per_epoch)
     total_frames = whole * data.total_frames + sum(
@@ -45,14 +46,13 @@ def make_plan(
     plan = Plan(
         num_steps=num_steps,
         steps_per_epoch=chunks.steps_per_epoch,
-        steps_per_iteration=max(1, options.samples_per_iter // options.chunks_per_minibatch),
+        steps_per_iteration=max(1, options.samples_per_iter // reading.usual_minibatch(data, chunks)),
         num_epochs=options.num_epochs,
-        chunks_per_minibatch=options.chunks_per_minibatch,
         checkpoint_interval=_CHECKPOINT_INTERVAL if interval is None else interval,
         checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
         # As train_rnn.py derives nnet3-train's --optimization.*-deriv-time from the margin.
         min_deriv_time=-(options.deriv_truncate_margin + model.left_context),
-        max_deriv_time=shape.width - 1 + options.deriv_truncate_margin + model.right_context,
+        max_deriv_time_relative=options.deriv_truncate_margin + model.right_context,
     )
     return plan, total_frames
 
@@ -127,8 +127,8 @@ def train(options: TrainOptions, everyone: World) -> None:
     labels, transitions = setup.load_labels(options)
     data = setup.open_data(options, labels, world)
     model = setup.make_model(options, data, transitions.num_pdfs, world, device)
-    shape = setup.chunk_shape(options, model)
-    plan, total_frames = make_plan(options, model, shape, data.train, world)
+    reading = setup.make_reading(options, model)
+    plan, total_frames = make_plan(options, model, reading, data.train, world)
     flat = FlatParameters(model)
 
     def save() -> None:
@@ -142,10 +142,9 @@ def train(options: TrainOptions, everyone: World) -> None:
         KaldiSgd(flat, options.momentum, options.max_param_change),
         ExponentialRate(options.initial_rate, options.final_rate, total_frames),
         data,
-        shape,
+        reading,
         plan,
         make_phases(options, plan, world, everyone, device),
-        seed=options.seed,
         around=Surroundings(
             logs=IterationLogs(folder / "log"),
             injector=inject.Injector(inject.parse(options.inject), world.rank),
@@ -154,7 +153,6 @@ def train(options: TrainOptions, everyone: World) -> None:
             if world.rank == 0
             else None,
             journal_dir=folder / "journal" if options.journal else None,
-            loader_threads=options.loader_threads,
             wire=options.settings.transfer_dtype,
             piece_size=options.settings.piece_size,
         ),
@@ -174,12 +172,13 @@ def train(options: TrainOptions, everyone: World) -> None:
         )  # fmt: skip
     learner.run()
     tell(everyone, options.settings.dedicated_server, "end")
-    how = Pass(shape, plan.chunks_per_minibatch, world, device)
+    how = Pass(reading, world, device)
     model.eval()
     priors = mean_posterior(model, data.train, how, options.prior_subset_size, options.seed)
     if world.rank == 0:
         export.write_cmvn_opts(options)
         export.copy_alignment_files(options)
+        export.copy_data_properties(options)
         export.write_final_model(options, model, transitions, priors)
         learner.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoint.remove(folder)

@@ -1,11 +1,10 @@
-"""What a training starts from: its data, split into training and held-out utterances, and its model.
+"""What a training starts from: its files, its model, its device.
 
 Every rank reads the same files and makes the same choices from the same seed, so nothing need be sent.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,33 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, check_egs, extra_context, open_data, outer_context
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.loader import ChunkShape, Corpus, read_alignments, to_pdfs
-from kaldi_mpi.loader.scp import read_table
+from kaldi_mpi.learner.reading import Reading
+from kaldi_mpi.loader import Chunking, ChunkShape, MinibatchRule, read_alignments, to_pdfs
+from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
 from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
-# Of the utterances, at most this share is held out, whatever --num-utts-subset says.
-_LARGEST_HELD_OUT_SHARE = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The utterances of a training.
-
-    Attributes:
-        train: trained on; valid: held out; diagnostic: some of `train`, to compare with `valid`.
-    """
-
-    train: Corpus
-    valid: Corpus
-    diagnostic: Corpus
+__all__ = ["Data", "open_data"]
 
 
 def check_inputs(options: TrainOptions) -> None:
@@ -48,12 +34,16 @@ def check_inputs(options: TrainOptions) -> None:
     Raises:
         DataError: a directory or file is missing; names it and the option that gave it.
     """
-    needed = {
-        "--feat-dir": (options.feat_dir, ["feats.scp"]),
-        "--ali-dir": (options.ali_dir, ["final.mdl", "tree", "num_jobs"]),
-    }
-    if options.norm_means or options.norm_vars:
-        needed["--feat-dir"][1].extend(["cmvn.scp", "utt2spk"])
+    needed = {"--ali-dir": (options.ali_dir, ["final.mdl", "tree", "num_jobs"])}
+    if options.egs_dir is not None:
+        info = [f"info/{name}" for name in ("feat_dim", "num_archives", "left_context", "right_context")]
+        needed["--egs.dir"] = (options.egs_dir, [*info, *DIAGNOSTIC_EGS])
+    elif options.feat_dir is not None:
+        cmvn = ["cmvn.scp", "utt2spk"] if options.norm_means or options.norm_vars else []
+        needed["--feat-dir"] = (options.feat_dir, ["feats.scp", *cmvn])
+        if options.online_ivector_dir is not None:
+            names = ["ivector_online.scp", "ivector_period"]
+            needed["--feat.online-ivector-dir"] = (options.online_ivector_dir, names)
     for option, (folder, names) in needed.items():
         if not Path(folder).is_dir():
             raise DataError(f"no such directory (given by {option})", file=folder)
@@ -67,70 +57,41 @@ def check_inputs(options: TrainOptions) -> None:
 def load_labels(options: TrainOptions) -> tuple[dict[str, NDArray[np.int32]], TransitionModel]:
     """The pdf-ids of all aligned utterances, (T,) int32 each, and the transition model that gave them.
 
+    Existing examples have their labels in them: none are read for them.
+
     Raises:
         DataError: the alignments do not fit the transition model, or are malformed.
     """
     transitions = read_transition_model(Path(options.ali_dir) / "final.mdl")
+    if options.egs_dir is not None:
+        return {}, transitions
     labels = to_pdfs(read_alignments(options.ali_dir), transitions.tid_to_pdf, source=options.ali_dir)
     return labels, transitions
 
 
-def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world: World) -> Data:
-    """Split the aligned utterances by the seed and open each part.
+def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape | Chunking | None:
+    """Chunks with the extra context asked for beyond what the model itself needs, as nnet3's egs have.
 
-    Raises:
-        DataError: features and alignments do not fit each other, or too few utterances are left.
-        ConfigError: there are more learners than utterances to train on.
+    None for existing examples, which are cut already.
     """
-    scp = Path(options.feat_dir) / "feats.scp"
-    table = read_table(scp)
-    keys = sorted(key for key in table if key in labels)
-    if len(keys) < 2:
-        raise DataError(
-            f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=str(scp)
-        )
-    rng = np.random.default_rng([options.seed, 0x76616C])  # 'val': apart from every other use of the seed
-    held_out = max(1, min(options.num_utts_subset, int(len(keys) * _LARGEST_HELD_OUT_SHARE)))
-    order = [keys[i] for i in rng.permutation(len(keys))]
-    valid, train = sorted(order[:held_out]), sorted(order[held_out:])
-    diagnostic = sorted(order[held_out : 2 * held_out])
-    if world.size > len(train):
-        raise ConfigError(
-            f"{world.size} learners, but only {len(train)} utterances to train on in {options.feat_dir} "
-            f"({held_out} held out): start at most {len(train)} learners"
-        )
-    feat_dir = Path(options.feat_dir)
-    cmvn = options.norm_means or options.norm_vars
-
-    def corpus(utterances: list[str]) -> Corpus:
-        return Corpus.open(
-            scp,
-            labels,
-            utterances=utterances,
-            cmvn_scp=feat_dir / "cmvn.scp" if cmvn else None,
-            utt2spk=feat_dir / "utt2spk" if cmvn else None,
-            norm_means=options.norm_means,
-            norm_vars=options.norm_vars,
-        )
-
-    data = Data(corpus(train), corpus(valid), corpus(diagnostic))
-    if world.rank == 0:
-        for name, part in (("valid_uttlist", valid), ("train_subset_uttlist", diagnostic)):
-            with atomic_write(Path(options.dir) / name, "w") as stream:
-                stream.writelines(f"{key}\n" for key in part)
-        logger.info(
-            "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
-            len(train), data.train.total_frames, len(valid), data.valid.total_frames, len(table) - len(keys),
-        )  # fmt: skip
-    return data
+    if options.egs_dir is not None:
+        return None
+    left, right = extra_context(options, model)
+    initial, final = outer_context(options, model)
+    if len(options.chunk_widths) == 1 and initial in (None, left) and final in (None, right):
+        return ChunkShape(options.chunk_widths[0], left, right)
+    return Chunking(options.chunk_widths, left, right, left_initial=initial, right_final=final)
 
 
-def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape:
-    """Chunks with the extra context asked for beyond what the model itself needs, as nnet3's egs have."""
-    return ChunkShape(
-        width=options.chunk_width,
-        left=options.chunk_left_context + model.left_context,
-        right=options.chunk_right_context + model.right_context,
+def make_reading(options: TrainOptions, model: AcousticModel) -> Reading:
+    """How the training reads its data."""
+    return Reading(
+        chunk_shape(options, model),
+        MinibatchRule.parse(options.minibatch),
+        seed=options.seed,
+        threads=options.loader_threads,
+        memory=options.loader_memory * 2**20,
+        skip_bad=options.skip_bad_utterances,
     )
 
 
@@ -150,11 +111,21 @@ def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, d
         raise ConfigError(
             f"{options.xconfig}: the input has dim={model.input_dim}, but the features have {data.train.feat_dim}"
         )
+    if model.ivector_dim != data.train.ivector_dim:
+        have = f"i-vectors of {data.train.ivector_dim}" if data.train.ivector_dim else "none"
+        wanted = f"an i-vector of dim={model.ivector_dim}" if model.ivector_dim else "no i-vector"
+        raise ConfigError(f"{options.xconfig}: the network takes {wanted}, but the data have {have}{_hint(options)}")
+    if isinstance(data.train, Examples) and data.train.num_pdfs != num_pdfs:
+        raise ConfigError(
+            f"the examples in {options.egs_dir} have {data.train.num_pdfs} pdf-ids, but the tree has {num_pdfs}"
+        )
     if model.output_dim != num_pdfs:
         raise ConfigError(
             f"{options.xconfig}: the output has dim={model.output_dim}, but the tree has {num_pdfs} pdf-ids"
         )
-    how = Pass(chunk_shape(options, model), options.chunks_per_minibatch, world, torch.device("cpu"))
+    if options.egs_dir is not None:
+        check_egs(options, model)
+    how = Pass(make_reading(options, model), world, torch.device("cpu"))
     for component, path in world.broadcast(missing_transforms(config)):
         chunks = options.max_lda_jobs * options.samples_per_iter
         stats = lda_statistics(model, component, data.train, how, chunks, options.seed)
@@ -165,6 +136,10 @@ def make_model(options: TrainOptions, data: Data, num_pdfs: int, world: World, d
         world.barrier()
     transforms = {path: read_matrix(path) for path in transforms}
     return build_model(config, seed=options.seed, transforms=transforms).to(device)
+
+
+def _hint(options: TrainOptions) -> str:
+    return "" if options.egs_dir or options.online_ivector_dir else " (--feat.online-ivector-dir gives them)"
 
 
 def _stand_in(config: Config, component: str) -> NDArray[np.float32]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from kaldi_mpi.averaging import Step, Strategy
 from kaldi_mpi.learner.evaluate import spread_of
+from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.plan import Phase
-from kaldi_mpi.loader import Minibatch, MinibatchReader
 
 if TYPE_CHECKING:
     from kaldi_mpi.learner.loop import Learner
@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 def run_synchronous(learner: Learner, phase: Phase) -> None:
     """Train from the learner's present step to the phase's end, after which all models are equal."""
     plan, world = learner.plan, learner.world
-    with MinibatchReader(
-        learner.data.train,
-        learner.shape,
-        plan.chunks_per_minibatch,
-        seed=learner.seed,
-        rank=world.rank,
-        size=world.size,
-        threads=learner.around.loader_threads,
-        first_step=learner.step,
-    ) as reader:
+    with learner.loader.watch(
+        learner.reading.feed(
+            learner.data.train,
+            learner.flat.values.device,
+            rank=world.rank,
+            size=world.size,
+            first_step=learner.step,
+        )
+    ) as feed:
         if learner.step == phase.first_step:
             phase.strategy.begin(learner.flat.to_numpy())
         while learner.step < phase.end_step:
-            _take(learner, phase, next(reader), reader.plan.chunks_of_step(learner.step))
+            _take(learner, phase, next(feed), feed.reader.plan.chunks_of_step(learner.step))
             last = learner.step == phase.end_step
             spread = None
             if last:
@@ -40,10 +39,9 @@ def run_synchronous(learner: Learner, phase: Phase) -> None:
                 own = learner.flat.to_numpy()
                 mean = phase.strategy.mean_model(own)
                 learner.end_iteration(mean, spread_of(own, mean, world) if spread is None else spread, False)
-        learner.data_waited += reader.counters().consumer_waited
 
 
-def _take(learner: Learner, phase: Phase, minibatch: Minibatch, global_chunks: int) -> None:
+def _take(learner: Learner, phase: Phase, minibatch: Batch, global_chunks: int) -> None:
     """One global step, which has `global_chunks` chunks over all learners."""
     strategy, flat, size = phase.strategy, learner.flat, learner.world.size
     step = Step(minibatch.step, minibatch.frames, minibatch.global_frames)

@@ -34,8 +34,11 @@ class LdaStats:
             mine += theirs
         return self
 
-    def accumulate(self, feats: NDArray[Any], classes: NDArray[Any]) -> None:
+    def accumulate(self, feats: NDArray[Any], classes: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """Add vectors `feats` (n, dim) of `classes` (n,); those whose class is negative are left out.
+
+        Args:
+            weights: (n,), how much each vector counts; None: 1.
 
         Raises:
             ValueError: a class beyond the number of classes, or shapes that do not fit.
@@ -50,9 +53,16 @@ class LdaStats:
         if classes[-1] >= len(self.counts):
             raise ValueError(f"class {classes[-1]} of {len(self.counts)}")
         present, begins, counts = np.unique(classes, return_index=True, return_counts=True)
-        self.counts[present] += counts
-        self.sums[present] += np.add.reduceat(data, begins, axis=0)
-        self.squares += data.T @ data
+        if weights is None:
+            self.counts[present] += counts
+            self.sums[present] += np.add.reduceat(data, begins, axis=0)
+            self.squares += data.T @ data
+            return
+        weight = weights[order].astype(np.float64)
+        weighted = data * weight[:, None]
+        self.counts[present] += np.add.reduceat(weight, begins)
+        self.sums[present] += np.add.reduceat(weighted, begins, axis=0)
+        self.squares += weighted.T @ data
 
     def estimate(
         self,

@@ -1,0 +1,54 @@
+"""What a minibatch's outputs are worth: the objective that is trained on, and the accuracy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from kaldi_mpi.learner.feed import Batch
+
+
+def log_likelihood(output: Tensor, batch: Batch) -> Tensor:
+    """The sum over all labels of weight times log-probability, as a scalar.
+
+    Args:
+        output: (B, W, pdfs) log-probabilities.
+    """
+    if batch.weights is None and batch.labels.dim() == 2:
+        return -functional.nll_loss(
+            output.reshape(-1, output.shape[2]), batch.labels.reshape(-1), ignore_index=-1, reduction="sum"
+        )
+    return (label_scores(output, batch) * label_weights(batch)).sum()
+
+
+def label_scores(output: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of each label, (B, W, K); 0 where there is none."""
+    labels = _by_row(batch.labels)
+    scores = output.gather(2, labels.clamp_min(0))
+    return torch.where(labels >= 0, scores, torch.zeros_like(scores))
+
+
+def label_weights(batch: Batch) -> Tensor:
+    """The weight of each label, (B, W, K) float32; 0 where there is none."""
+    there = _by_row(batch.labels) >= 0
+    if batch.weights is None:
+        return there.to(torch.float32)
+    weights = _by_row(batch.weights)
+    return torch.where(there, weights, torch.zeros_like(weights))
+
+
+def labelled_rows(batch: Batch) -> Tensor:
+    """(B, W) bool: frames that have a label."""
+    return (_by_row(batch.labels) >= 0).any(dim=2)
+
+
+def right_weight(output: Tensor, batch: Batch) -> Tensor:
+    """The weight of all rows whose most probable pdf-id is the one of most weight, as in nnet3-compute-prob."""
+    weights = label_weights(batch)
+    best = _by_row(batch.labels).gather(2, weights.argmax(dim=2, keepdim=True)).squeeze(2)
+    return (weights.sum(dim=2, dtype=torch.float64) * (output.argmax(dim=2) == best)).sum()
+
+
+def _by_row(values: Tensor) -> Tensor:
+    return values if values.dim() == 3 else values.unsqueeze(2)
