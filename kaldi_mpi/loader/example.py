@@ -37,7 +37,7 @@ def read_examples(path: str | os.PathLike[str]) -> Iterator[tuple[str, Example]]
         window = _Window(name, descriptor)
         while window.at < window.size:
             key = window.key()
-            if window.at < window.size and not window.binary():
+            if window.text():
                 yield from parse_text_examples(name, os.pread(descriptor, window.size, 0), window.entry)
                 return
             yield key, window.example(key)
@@ -73,7 +73,7 @@ class _Window:
         self.entry = self.at
         end = self._begin + len(self._data)
         if end - self.at < min(_MAX_KEY + 2, self.size - self.at):
-            self._load(self.at, _BLOCK)
+            self._load(self.at, max(_BLOCK, _MAX_KEY + 2))
         head = self._data[self.at - self._begin : self.at - self._begin + _MAX_KEY]
         key = _printable_key(head)
         if key is None or head[len(key.encode()) : len(key.encode()) + 1] != b" ":
@@ -81,9 +81,9 @@ class _Window:
         self.at += len(key.encode()) + 1
         return key
 
-    def binary(self) -> bool:
-        """Whether what stands after the key begins as binary objects do."""
-        return self._data[self.at - self._begin : self.at - self._begin + 1] in (b"\0", b"")
+    def text(self) -> bool:
+        """Whether an example in text stands after the key."""
+        return self._data[self.at - self._begin : self.at - self._begin + 1] == b"<"
 
     def example(self, key: str) -> Example:
         """The example that stands here."""
