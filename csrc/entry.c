@@ -50,7 +50,7 @@ int km_text_int32(const unsigned char *data, int64_t end, int64_t *at, int32_t *
     while (i < end && data[i] >= '0' && data[i] <= '9' && sum <= INT32_MAX)
         sum = sum * 10 + (data[i++] - '0');
     if (i == start + negative) return km_fail(error, start, "not an integer");
-    if (sum > INT32_MAX) return km_fail(error, start, "integer beyond 32 bits");
+    if (sum > (int64_t)INT32_MAX + negative) return km_fail(error, start, "integer beyond 32 bits");
     *at = i;
     *value = (int32_t)(negative ? -sum : sum);
     return KM_OK;

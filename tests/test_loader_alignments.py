@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_directory_of_jobs(tmp_path: Path) -> None:
     assert all(values.dtype == np.int32 for values in alignments.values())
 
 
-def message(path: Path) -> str:
+def message(path: str | Path) -> str:
     with pytest.raises(DataError) as caught:
         read_alignments(path)
     return str(caught.value)
@@ -105,20 +106,92 @@ BINARY = b"key " + int_vector(np.array([3, 4], np.int32))
             "truncated archive: a vector of 2147483647 values, and 1 bytes follow",
         ),
         (BINARY[:-5] + b"\x05" + BINARY[-4:], ", key key, byte offset 16", "size byte of a value is 5, not 4"),
-        (b"\x1f\x8b" + bytes(10), "", "corrupt gzip data: Unknown compression method"),
-        (gzip.compress(BINARY)[:-1], ", byte offset {size}", "truncated: the gzip data ends early"),
-        (gzip.compress(BINARY)[:-8] + bytes(8), "", None),
+        (b"\x1f\x8b" + bytes(10), ", byte offset 0", "corrupt gzip data: unknown compression method"),
+        (gzip.compress(BINARY)[:-1], ", key key, byte offset 21", "truncated: the gzip data ends early"),
+        (
+            gzip.compress(BINARY)[:-8] + b"12345678",
+            ", byte offset 0",
+            "corrupt gzip data: incorrect data check",
+        ),
+        (gzip.compress(BINARY) + b"more", ", key key, byte offset 21", "corrupt gzip data: incorrect header check"),
     ],
 )
-def test_malformed_archives(data: bytes, where: str, cause: str | None, tmp_path: Path) -> None:
+def test_malformed_archives(data: bytes, where: str, cause: str, tmp_path: Path) -> None:
     path = tmp_path / "ali.1.gz"
     path.write_bytes(data)
-    said = message(path)
-    place = str(path) + where.format(size=len(data))
-    if cause is None:
-        assert said.startswith(f"{place}: corrupt gzip data: CRC check failed")
-    else:
-        assert said == f"{place}: {cause}"
+    assert message(path) == f"{path}{where}: {cause}"
+
+
+def write_jobs(folder: Path) -> dict[str, list[int]]:
+    """Three gzipped jobs, larger in all than what is in memory at a time, with a vector as large itself."""
+    rng, expected = np.random.default_rng(0), {}
+    for job in (1, 2, 3):
+        data = b""
+        for i in range(40):
+            values = rng.integers(-(2**31), 2**31, size=100_000 if (job, i) == (2, 7) else rng.integers(0, 900))
+            key = f"utt{job}-{i}"
+            expected[key] = values.tolist()
+            text = b" ".join(b"%d" % v for v in expected[key]) + b" \n"
+            data += key.encode() + b" " + (text if i % 3 == 0 else int_vector(values.astype(np.int32)))
+        half = len(data) // 2  # in two members, as several appended files are
+        (folder / f"ali.{job}.gz").write_bytes(gzip.compress(data[:half]) + gzip.compress(data[half:]) + bytes(600))
+    return expected
+
+
+@pytest.mark.parametrize(
+    "source", ["{dir}", "ark:gunzip -c {dir}/ali.*.gz|", "ark:cat {dir}/ali.?.gz |", "ark,s,cs:cat {dir}/ali.1.gz|"]
+)
+def test_sources_of_alignments(source: str, tmp_path: Path) -> None:
+    expected = write_jobs(tmp_path)
+    if source.startswith("ark,s"):  # ... 1-1 1-10 1-11 ...: these are not sorted
+        assert "utt1-10: not in the order that option s promises" in message(source.format(dir=tmp_path))
+        return
+    if "cat" in source:  # zeros between the members are no gzip data
+        for file in tmp_path.iterdir():
+            file.write_bytes(file.read_bytes()[:-600])
+    got = read_alignments(source.format(dir=tmp_path))
+    assert {key: values.tolist() for key, values in got.items()} == expected
+    some = read_alignments(source.format(dir=tmp_path), {"utt2-7", "utt3-0", "none"})
+    assert {key: values.tolist() for key, values in some.items()} == {k: expected[k] for k in ("utt2-7", "utt3-0")}
+
+
+def test_memory_is_that_of_what_is_wanted(tmp_path: Path) -> None:
+    """32 MB of alignments, of which one vector is kept."""
+    values = int_vector(np.arange(4000, dtype=np.int32))
+    (tmp_path / "ali.1.gz").write_bytes(gzip.compress(b"".join(b"u%d " % i + values for i in range(1600)), 1))
+    tracemalloc.start()
+    got = read_alignments(tmp_path, {"u1599"})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert got["u1599"].tolist() == list(range(4000))
+    assert peak < 4e6
+
+
+def test_alignments_by_script_file(tmp_path: Path) -> None:
+    data = b"a " + int_vector(np.array([1, 2], np.int32)) + b"b 3 4\n"
+    (tmp_path / "ali").write_bytes(data)
+    second = data.index(b"b 3") + 2
+    scp = tmp_path / "ali.scp"
+    scp.write_text(f"x {tmp_path}/ali:2\ny {tmp_path}/ali:{second}\nz echo 5 6 7 |\n")
+    got = read_alignments(f"scp:{scp}")
+    assert {key: values.tolist() for key, values in got.items()} == {"x": [1, 2], "y": [3, 4], "z": [5, 6, 7]}
+    assert list(read_alignments(f"scp:{scp}", {"y"})) == ["y"]
+    for value, cause in (
+        ("true |", "true |, key x: truncated archive: it ends after a key"),
+        ("exit 4 |", "exit 4 |, key x: the command failed with exit status 4: truncated archive: it ends after a key"),
+        ("echo 5; exit 4 |", "echo 5; exit 4 |, key x, byte offset 2: the command failed with exit status 4"),
+        ("echo 5x |", "echo 5x |, key x, byte offset 0: not an integer"),
+        (f"{tmp_path}/ali:2[0:1]", f"{scp}, key x: '{tmp_path}/ali:2[0:1]': no ranges of vectors can be read"),
+    ):
+        scp.write_text(f"x {value}\n")
+        assert message(f"scp:{scp}") == cause
+
+
+def test_a_command_that_fails_after_whole_entries(tmp_path: Path) -> None:
+    source = "ark:echo a 1 2; exit 3 |"
+    assert message(source) == "echo a 1 2; exit 3 |, byte offset 6: the command failed with exit status 3"
+    assert list(read_alignments("ark,p:echo a 1 2; exit 3 |")) == ["a"]
+    assert "standard input" in message("ark:-")
 
 
 @pytest.mark.parametrize("text", [False, True])

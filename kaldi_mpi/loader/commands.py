@@ -87,12 +87,8 @@ class _Running:
             raise DataError(cause, file=error.file, key=key, offset=error.offset) from error
 
     def _object(self, stream: InputStream, key: str) -> int:
-        try:
+        with stream.status_first():
             value = self._read(stream, key)
-        except DataError as error:
-            if stream.ended:  # then the command's status says more
-                stream.check_status(error.cause)
-            raise
         if not stream.is_command:
             return value
         if stream.at_end():

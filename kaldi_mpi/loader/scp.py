@@ -77,7 +77,7 @@ def parse_table(lines: Iterable[bytes], *, name: str, allow_empty_value: bool = 
     return table
 
 
-def parse_location(rxfilename: str, *, file: str, key: str) -> Location:
+def parse_location(rxfilename: str, *, file: str, key: str | None) -> Location:
     """Take a script file's value apart.
 
     Args:
@@ -119,7 +119,7 @@ def parse_location(rxfilename: str, *, file: str, key: str) -> Location:
     return Location(path, int(digits), *ranges)
 
 
-def _parse_ranges(text: str, *, file: str, key: str) -> tuple[int, int | None, int, int | None]:
+def _parse_ranges(text: str, *, file: str, key: str | None) -> tuple[int, int | None, int, int | None]:
     """``r0:r1`` or ``:``, with ``,c0:c1`` or ``,:`` behind it."""
     rows, comma, columns = text.partition(",")
     first_row, last_row = _parse_range(rows, f"row range [{text}]", file=file, key=key)
@@ -127,7 +127,7 @@ def _parse_ranges(text: str, *, file: str, key: str) -> tuple[int, int | None, i
     return first_row, last_row, first_col, last_col
 
 
-def _parse_range(text: str, what: str, *, file: str, key: str) -> tuple[int, int | None]:
+def _parse_range(text: str, what: str, *, file: str, key: str | None) -> tuple[int, int | None]:
     if text == ":":
         return 0, None
     begin, _, end = text.partition(":")

@@ -89,6 +89,11 @@ class InputStream:
         self.at += len(data)
         return data
 
+    def put_back(self, data: bytes) -> None:
+        """Have bytes that were taken come again."""
+        self._buffer = data + self._buffer
+        self.at -= len(data)
+
     def blocks(self, count: int) -> Iterator[bytes]:
         """Take `count` bytes in blocks; they end early where the stream does."""
         while count > 0:
@@ -150,19 +155,29 @@ class InputStream:
         """Whether it is what a command prints."""
         return self._process is not None
 
-    def check_status(self, consequence: str | None = None) -> None:
+    def check_status(self) -> None:
         """Wait for the command to end, when all that it prints has been taken.
-
-        Args:
-            consequence: what is wrong with what it printed, for the message.
 
         Raises:
             DataError: it failed; names it.
         """
         status = self._process.wait() if self._process is not None else 0
         if status:
-            cause = f"the command {_ending(status)}" + (f": {consequence}" if consequence else "")
-            raise DataError(cause, file=self.name, key=self._key, offset=self.at)
+            raise DataError(f"the command {_ending(status)}", file=self.name, key=self._key, offset=self.at)
+
+    @contextlib.contextmanager
+    def status_first(self) -> Iterator[None]:
+        """Where reading fails because the command has, the error says so before it says what is missing."""
+        try:
+            yield
+        except DataError as error:
+            if self.ended:
+                try:
+                    self.check_status()
+                except DataError as failed:
+                    cause = f"{failed.cause}: {error.cause}"
+                    raise DataError(cause, file=self.name, key=error.key, offset=error.offset) from error
+            raise
 
     def abort(self) -> None:
         """End the command, if it still runs; may be called from another thread."""

@@ -88,7 +88,7 @@ def locate(
     finally:
         reader.close()
     if rspecifier.sorted:
-        _check_sorted(reader.table.keys, name)
+        check_sorted(reader.table.keys, name)
     return reader.table
 
 
@@ -96,7 +96,12 @@ def _warn(key: str, error: DataError) -> None:
     logger.warning("%s is left out, for the rspecifier is permissive: %s", key, error)
 
 
-def _check_sorted(keys: list[str], name: str) -> None:
+def check_sorted(keys: list[str], name: str) -> None:
+    """Check the promise of the rspecifier's option ``s``.
+
+    Raises:
+        DataError: a key is not behind the one before it in the C locale's order.
+    """
     for before, key in itertools.pairwise(keys):
         if key.encode() <= before.encode():
             raise DataError(f"not in the order that option s promises: it comes after {before}", file=name, key=key)
@@ -151,7 +156,7 @@ class _Reader:
 
     def script(self, rxfilename: str) -> None:
         """Read a script file, then run its commands, read its text and cut its columns."""
-        values = _script_table(rxfilename)
+        values = read_script(rxfilename)
         self.table.keys = list(values)
         found: dict[str, Location] = {}
         pending: dict[str, list[str]] = {}  # what goes through the spool -> keys
@@ -219,12 +224,13 @@ class _Reader:
 
     def archive(self, rxfilename: str, *, permissive: bool) -> None:
         """Go through an archive; on disk its binary objects stay where they are."""
-        location = parse_location(rxfilename, file=self._name, key="")
+        location = parse_location(rxfilename, file=self._name, key=None)
         block = PIPE_BLOCK if location.is_command else SCAN_BLOCK
         with InputStream(location.path, offset=location.offset, block=block) as stream:
             try:
-                while (key := self._next_key(stream)) is not None:
-                    self._entry(stream, key)
+                with stream.status_first():
+                    while (key := self._next_key(stream)) is not None:
+                        self._entry(stream, key)
                 stream.check_status()
             except DataError as error:
                 # Where the next entry would start cannot be known: what follows is lost.
@@ -270,7 +276,12 @@ class _Reader:
             self.table.locations[key] = Location(stream.name, start)
 
 
-def _script_table(rxfilename: str) -> dict[str, str]:
+def read_script(rxfilename: str) -> dict[str, str]:
+    """The lines of a script file, which may be what a command prints.
+
+    Raises:
+        DataError: see `read_table`; it is standard input; the command fails.
+    """
     if not rxfilename.endswith("|"):
         if rxfilename in ("", "-"):
             raise DataError("a script file cannot be standard input, which the ranks do not share", file="-")
