@@ -207,8 +207,8 @@ def test_dimensions_that_differ(tmp_path: Path) -> None:
     [
         ("utt\n", "{scp}, key utt: line 1 has no value after the key"),
         ("utt a:1\n\n", "{scp}: line 2 is blank: a key and a value are expected"),
-        ("utt a:1\nutt b:2\n", "{scp}, key utt: line 2: the key comes twice"),
-        ("utt \xff.ark:1\n", "{scp}, byte offset 4: not a text file in UTF-8"),
+        ("utt a:1\nutt b:2\n", "{scp}, key utt: the key is there twice (again in line 2)"),
+        ("utt \xff.ark:1\n", "{scp}, byte offset 4: line 1 is not text in UTF-8"),
         ("utt missing.ark:4\n", "missing.ark, key utt: cannot open: No such file or directory (named in {scp})"),
         ("utt /:4\n", "/, key utt: not a regular file (named in {scp})"),
         ("utt {scp}:3\n", "{scp}, key utt, byte offset 4: no matrix here: neither \\0B nor '[', but "),

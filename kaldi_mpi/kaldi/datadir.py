@@ -16,6 +16,7 @@ from pathlib import Path
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.kaldi.command import run_command
+from kaldi_mpi.loader import scp
 from kaldi_mpi.report.log import logger
 
 PathLike = str | os.PathLike[str]
@@ -25,7 +26,7 @@ _RESERVED_WORDS = ("<s>", "</s>", "#0")
 
 
 def read_table(path: PathLike, *, allow_empty_value: bool = False) -> dict[str, str]:
-    """Read a Kaldi text table: one ``key value`` a line, the value being the rest of the line.
+    """Read a Kaldi text table that is not empty: one ``key value`` a line, the value being the rest of the line.
 
     Args:
         path: the file.
@@ -37,17 +38,7 @@ def read_table(path: PathLike, *, allow_empty_value: bool = False) -> dict[str, 
     Raises:
         DataError: no such file, an empty file, a blank line, a key without value, a key twice.
     """
-    table: dict[str, str] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        parts = line.split(maxsplit=1)
-        if not parts:
-            raise DataError(f"line {number} is blank", file=str(path))
-        key, value = parts[0], parts[1].strip() if len(parts) > 1 else ""
-        if key in table:
-            raise DataError(f"the key is there twice (again in line {number})", file=str(path), key=key)
-        if not value and not allow_empty_value:
-            raise DataError(f"line {number} has no value after the key", file=str(path), key=key)
-        table[key] = value
+    table = scp.read_table(path, allow_empty_value=allow_empty_value)
     if not table:
         raise DataError("the file is empty", file=str(path))
     return dict(sorted(table.items()))

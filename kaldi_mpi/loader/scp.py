@@ -61,17 +61,18 @@ def parse_table(lines: Iterable[bytes], *, name: str, allow_empty_value: bool = 
     table: dict[str, str] = {}
     at = 0
     for number, line in enumerate(lines, 1):
-        try:
-            fields = line.decode("utf-8").split(maxsplit=1)
-        except UnicodeDecodeError as error:
-            raise DataError("not a text file in UTF-8", file=name, offset=at + error.start) from error
+        fields = line.split(maxsplit=1)  # at ASCII blanks, as in Kaldi: others may be part of a word
         if not fields:
             raise DataError(f"line {number} is blank: a key and a value are expected", file=name)
-        key, value = fields[0], fields[1].rstrip() if len(fields) > 1 else ""
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"line {number} is not text in UTF-8", file=name, offset=at + error.start) from error
+        key, value = fields[0].decode("utf-8"), b"".join(fields[1:]).rstrip().decode("utf-8")
         if not (value or allow_empty_value):
             raise DataError(f"line {number} has no value after the key", file=name, key=key)
         if key in table:
-            raise DataError(f"line {number}: the key comes twice", file=name, key=key)
+            raise DataError(f"the key is there twice (again in line {number})", file=name, key=key)
         table[key] = value
         at += len(line)
     return table
