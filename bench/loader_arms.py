@@ -11,9 +11,10 @@ import itertools
 import resource
 import subprocess
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kaldi_native_io
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from synthetic_corpus import SyntheticCorpus, kaldi_tool
 
 from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
+from kaldi_mpi.loader.plan import DEFAULT_MEMORY
 
 Packed = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -66,8 +68,7 @@ def timed(action: Callable[[], int]) -> Cost:
     return Cost(frames, time.perf_counter() - wall, cpu_seconds() - cpu)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One chunk of a minibatch.
 
     Attributes:
@@ -181,6 +182,33 @@ class Utterances:
                 del self._kept[chunk.utterance]
 
 
+class RecentUtterances:
+    """Decoded utterances, of which the ones used last are kept in so much memory: what a script does that does not
+    know which chunks will come.
+
+    Args:
+        corpus: on disk.
+        limit: bytes of features.
+    """
+
+    def __init__(self, corpus: SyntheticCorpus, limit: int) -> None:
+        self._keys, self._limit, self._bytes = corpus.keys, limit, 0
+        self._kept: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
+        self._by_key: Any = kaldi_native_io.RandomAccessFloatMatrixReader(f"scp:{corpus.feats_scp}")
+
+    def __call__(self, utterance: int) -> NDArray[np.float32]:
+        """The features of an utterance."""
+        matrix = self._kept.get(utterance)
+        if matrix is not None:
+            self._kept.move_to_end(utterance)
+            return matrix
+        matrix = self._kept[utterance] = np.array(self._by_key[self._keys[utterance]])
+        self._bytes += matrix.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return matrix
+
+
 class Arms:
     """All arms over one corpus and one chunk shape; each packs the same minibatches.
 
@@ -238,8 +266,18 @@ class Arms:
         """kaldi_native_io and NumPy in one thread."""
         return timed(lambda: sum(int((labels >= 0).sum()) for _, labels in self.packed(self.plan, sequential)))
 
-    def data_loader(self, workers: int, sequential: bool) -> Cost:
-        """The same in worker processes of a PyTorch DataLoader, each with an equal run of the minibatches.
+    def same_memory(self, minibatches: int, limit: int = DEFAULT_MEMORY) -> Cost:
+        """The same with as much memory for decoded features as the loader has for its own."""
+
+        def pack() -> int:
+            features_of = RecentUtterances(self.on_disk, limit)
+            packed = (self.packer.pack(chunks, features_of) for chunks in self.plan[:minibatches])
+            return sum(int((labels >= 0).sum()) for _, labels in packed)
+
+        return timed(pack)
+
+    def data_loader(self, workers: int) -> Cost:
+        """The same, sequentially, in worker processes of a PyTorch DataLoader, each with an equal run of minibatches.
 
         They come in another order, but no utterance is decoded by two workers for want of a common cache, except
         where the runs meet. The time of starting the workers is not counted: the clock starts with the first
@@ -260,7 +298,7 @@ class Arms:
                 mine = arms.plan[count * worker // workers : count * (worker + 1) // workers]
                 folder = arms.folder / f"worker{worker}"
                 folder.mkdir(exist_ok=True)
-                features_of = Utterances(arms.on_disk, mine, sequential, folder)
+                features_of = Utterances(arms.on_disk, mine, True, folder)
                 for chunks in mine:
                     feats, labels = arms.packer.pack(chunks, features_of)
                     features_of.done_with(chunks)

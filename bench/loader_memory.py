@@ -72,6 +72,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
             if options.frames and frames >= options.frames:
                 break
         result["resident at the end"] = status("VmRSS") - before
+        result["counted by the reader"] = reader.counters().memory / 1e6
     result["peak"] = status("VmHWM") - before
     result["frames"] = frames
     result["seconds"] = time.perf_counter() - began
