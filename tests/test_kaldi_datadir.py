@@ -88,7 +88,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (data / "text").unlink()
     with pytest.raises(DataError, match=r"data/text: no such file"):
         DataDir(data).validate()
-    with pytest.raises(DataError, match=r"data/feats.scp: cannot read: No such file or directory"):
+    with pytest.raises(DataError, match=r"data/feats.scp: no such file"):
         DataDir(data).validate(text=False, feats=True)
 
 

@@ -15,6 +15,7 @@ from kaldi_mpi.loader.chunking import Chunking, ChunkShape
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.plan import ChunkPlan, Place
+from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_posteriors
 from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
 from kaldi_mpi.loader.rule import MinibatchRule
 from kaldi_mpi.loader.source import Source
@@ -31,9 +32,12 @@ __all__ = [
     "MinibatchReader",
     "MinibatchRule",
     "Place",
+    "Posterior",
     "Source",
     "new_buffers",
     "read_alignments",
     "read_int_vectors",
+    "read_posteriors",
+    "to_pdf_posteriors",
     "to_pdfs",
 ]
