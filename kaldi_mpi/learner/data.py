@@ -78,6 +78,8 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
             utt2spk=feat_dir / "utt2spk" if cmvn else None,
             norm_means=options.norm_means,
             norm_vars=options.norm_vars,
+            online_ivector_dir=options.online_ivector_dir,
+            skip_bad=options.skip_bad_utterances,
         )
 
     data = Data(corpus(train), corpus(valid), corpus(diagnostic))

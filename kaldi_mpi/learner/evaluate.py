@@ -144,9 +144,14 @@ def lda_statistics(
     """
     stats = LdaStats(model.by_name[component].input_dim, model.output_dim)
     for batch in how.batches(source, seed, max_chunks):
-        spliced = model.node_input(component, batch.feats, batch.first, batch.shape.width, batch.ivectors).cpu()
-        labels = batch.labels.cpu().reshape(*spliced.shape[:2], -1)
-        weights = None if batch.weights is None else batch.weights.cpu().reshape(labels.shape)
+        # With an output delay the network needs less context than the component: frames may be missing at the ends.
+        low, high = model.node_frames(component, batch.shape.rows, batch.first, batch.shape.width)
+        if high < low:
+            continue
+        frames = high - low + 1
+        spliced = model.node_input(component, batch.feats, batch.first - low, frames, batch.ivectors).cpu()
+        labels = batch.labels[:, low : high + 1].cpu().reshape(*spliced.shape[:2], -1)
+        weights = None if batch.weights is None else batch.weights[:, low : high + 1].cpu().reshape(labels.shape)
         for target in range(labels.shape[2]):
             labelled = labels[..., target] >= 0
             rounded = np.rint(spliced[labelled].numpy().astype(np.float64) / _LDA_QUANTUM) * _LDA_QUANTUM

@@ -159,6 +159,18 @@ class AcousticModel(nn.Module):
             output: Tensor = self(padded, -self.left_context, feats.shape[0], ivectors=ivectors)
             return output[0]
 
+    def node_frames(self, component: str, rows: int, first: int, num_out: int) -> tuple[int, int]:
+        """Which of the frames 0 .. num_out - 1 a component has, given `rows` input frames from time `first` on.
+
+        Returns:
+            the first and the last; the last is below the first where there is none.
+
+        Raises:
+            KeyError: there is no node with such a component.
+        """
+        able = self.graph.computable((first, first + rows - 1))[self._node_of(component).name]
+        return intersection(able, (0, num_out - 1))
+
     def node_input(
         self, component: str, feats: Tensor, first: int, num_out: int, ivectors: Tensor | None = None
     ) -> Tensor:
@@ -168,10 +180,14 @@ class AcousticModel(nn.Module):
             KeyError: there is no node with such a component.
             ValueError: the features do not reach as far as needed.
         """
+        node = self._node_of(component).name
+        with torch.no_grad():
+            return self._run(node, feats, first, num_out, ivectors, None, None, True).transpose(0, 1)
+
+    def _node_of(self, component: str) -> ComponentNode:
         for node in self.config.nodes:
             if isinstance(node, ComponentNode) and node.component == component:
-                with torch.no_grad():
-                    return self._run(node.name, feats, first, num_out, ivectors, None, None, True).transpose(0, 1)
+                return node
         raise KeyError(component)
 
     def updatable_components(self) -> list[Component]:
