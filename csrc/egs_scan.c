@@ -29,7 +29,6 @@ typedef struct {
     const char *output;
     km_egs_index *index;
     km_scratch block, members;
-    int64_t units_size, shapes_size; /* elements that there is memory for */
 } scan;
 
 void km_egs_index_free(km_egs_index *index) {
@@ -59,7 +58,8 @@ static int shape_id(scan *s, const km_shape *shape, int32_t *id, km_error *error
     if (*id == MAX_SHAPES)
         return km_fail(error, -1, "chunks of more than %d different shapes are not supported", MAX_SHAPES);
     void *shapes = index->shapes;
-    if (grow(&shapes, &s->shapes_size, index->num_shapes, sizeof *shape, error) != KM_OK) return KM_FAILED;
+    if (grow(&shapes, &index->shapes_room, index->num_shapes, sizeof *shape, error) != KM_OK)
+        return KM_FAILED;
     index->shapes = shapes;
     index->shapes[index->num_shapes++] = *shape;
     return KM_OK;
@@ -142,9 +142,9 @@ static int read_targets(scan *s, const km_cursor *cursor, const km_nnet_io *io, 
     return KM_OK;
 }
 
-static int check_dim(int32_t *known, int32_t found, const km_roles *roles, const char *name,
-                     km_error *error) {
-    if (*known < 0) *known = found;
+static int check_dim(const km_egs_index *index, int32_t *known, int32_t found, const km_roles *roles,
+                     const char *name, km_error *error) {
+    if (index->num_examples == 0) *known = found;
     if (*known == found) return KM_OK;
     return km_fail(error, roles->input.name,
                    "'%s' has dimension %" PRId32 ", and %" PRId32 " in the examples before", name, found,
@@ -173,13 +173,13 @@ static int add_unit(scan *s, const km_roles *roles, const member *m, int32_t n, 
     km_unit unit = {begin, (int32_t)(end - begin), n, m->frames, 0};
     if (shape_id(s, &shape, &unit.shape, error) != KM_OK) return KM_FAILED;
     void *units = index->units;
-    if (grow(&units, &s->units_size, index->num_units, sizeof unit, error) != KM_OK) return KM_FAILED;
+    if (grow(&units, &index->units_room, index->num_units, sizeof unit, error) != KM_OK) return KM_FAILED;
     index->units = units;
     index->units[index->num_units++] = unit;
     return KM_OK;
 }
 
-/* The example at the cursor. What it adds to the index is complete, or the whole index is given up. */
+/* The example at the cursor. After a failure the index may have part of it. */
 static int read_example(scan *s, km_cursor *cursor, km_error *error) {
     km_egs_index *index = s->index;
     const int64_t begin = cursor->at;
@@ -189,9 +189,9 @@ static int read_example(scan *s, km_cursor *cursor, km_error *error) {
     if (cursor->at - begin > MAX_EXAMPLE_BYTES)
         return km_fail(error, begin, "an example of more than 1 GiB is not supported");
     const int32_t ivector_dim = roles.ivector.name_length != 0 ? roles.ivector.cols : 0;
-    if (check_dim(&index->feat_dim, roles.input.cols, &roles, "input", error) != KM_OK ||
-        check_dim(&index->ivector_dim, ivector_dim, &roles, "ivector", error) != KM_OK ||
-        check_dim(&index->num_pdfs, roles.output.cols, &roles, s->output, error) != KM_OK ||
+    if (check_dim(index, &index->feat_dim, roles.input.cols, &roles, "input", error) != KM_OK ||
+        check_dim(index, &index->ivector_dim, ivector_dim, &roles, "ivector", error) != KM_OK ||
+        check_dim(index, &index->num_pdfs, roles.output.cols, &roles, s->output, error) != KM_OK ||
         find_members(s, cursor, &roles.output, &count, error) != KM_OK)
         return KM_FAILED;
     member *members = (member *)(void *)s->members.data;
@@ -258,29 +258,69 @@ static int load_more(scan *s, km_cursor *cursor, int64_t entry, km_error *error)
     return load(s, cursor, entry, size, error);
 }
 
+/* The entry at the cursor; after a failure the index is as it was before. */
+static int read_entry(scan *s, km_cursor *cursor, km_error *error) {
+    km_egs_index *index = s->index;
+    km_egs_index before = *index;
+    if (skip_key(cursor, error) == KM_OK && read_example(s, cursor, error) == KM_OK) {
+        index->entry = cursor->at;
+        return KM_OK;
+    }
+    before.units = index->units; /* these may have grown, and so moved */
+    before.units_room = index->units_room;
+    before.shapes = index->shapes;
+    before.shapes_room = index->shapes_room;
+    *index = before;
+    return KM_FAILED;
+}
+
 int km_egs_scan(const km_file *file, const char *output, km_egs_index *index, km_error *error) {
-    scan s = {file, output, index, {0}, {0}, 0, 0};
-    km_cursor cursor = {NULL, 0, 0, file->size, 0, 0};
+    scan s = {file, output, index, {0}, {0}};
+    km_cursor cursor = {NULL, index->entry, index->entry, file->size, index->entry, 0};
     int status = KM_OK;
-    memset(index, 0, sizeof *index);
-    index->feat_dim = index->ivector_dim = index->num_pdfs = -1;
     while (status == KM_OK && index->entry < file->size) {
         cursor.at = index->entry;
         cursor.wanted = 0;
         if (cursor.at == cursor.end) status = load(&s, &cursor, index->entry, BLOCK_BYTES, error);
-        if (status == KM_OK) status = skip_key(&cursor, error);
-        if (status == KM_OK) status = read_example(&s, &cursor, error);
-        if (status == KM_OK)
-            index->entry = cursor.at;
-        else
+        if (status == KM_OK && read_entry(&s, &cursor, error) != KM_OK)
             status = load_more(&s, &cursor, index->entry, error);
     }
     km_scratch_free(&s.block);
     km_scratch_free(&s.members);
-    if (status != KM_OK) {
-        const int64_t entry = index->entry;
-        km_egs_index_free(index);
-        index->entry = entry;
+    return status;
+}
+
+/* What stands between a key and the rest of an example. */
+static const char mark[] = {' ', '\0', 'B', '<', 'N', 'n', 'e', 't', '3', 'E', 'g', '>', ' '};
+
+/* Where in a span an entry begins, later than `after`; -1: nowhere. */
+static int64_t find_entry(const km_cursor *span, int64_t after) {
+    const unsigned char *data = span->data, *end = data + (span->end - span->begin);
+    for (const unsigned char *at = data; end - at >= (ptrdiff_t)sizeof mark; at++) {
+        at = memchr(at, mark[0], (size_t)(end - at) - sizeof mark + 1);
+        if (at == NULL) return -1;
+        if (memcmp(at, mark, sizeof mark) != 0) continue;
+        const unsigned char *key = at;
+        while (key > data && key[-1] > ' ' && at - key < MAX_KEY - 1)
+            key--;
+        const int64_t entry = span->begin + (key - data);
+        if (key < at && entry > after) return entry;
     }
+    return -1;
+}
+
+int km_egs_skip(const km_file *file, km_egs_index *index, km_error *error) {
+    scan s = {file, NULL, index, {0}, {0}};
+    km_cursor span;
+    const int64_t after = index->entry;
+    int64_t begin = after, found = -1;
+    int status = KM_OK;
+    do {
+        status = load(&s, &span, begin, BLOCK_BYTES, error);
+        if (status == KM_OK) found = find_entry(&span, after);
+        begin = span.end - MAX_KEY - (int64_t)sizeof mark; /* a key and a mark may be cut in two */
+    } while (status == KM_OK && found < 0 && span.end < file->size);
+    km_scratch_free(&s.block);
+    if (status == KM_OK) index->entry = found < 0 ? file->size : found;
     return status;
 }

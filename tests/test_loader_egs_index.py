@@ -419,6 +419,71 @@ def test_archives_that_change_under_the_index(tmp_path: Path) -> None:
     assert_chunk(found.chunk(0), chunks[0])
 
 
+def test_bad_examples_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(10)
+    chunks = [random_chunk(rng, kind="CM", left=1 + i % 2) for i in range(8)]
+    data = {f"c{i}": chunk_example(chunk) for i, chunk in enumerate(chunks)}
+    shifted = random_chunk(rng, dim=5)  # sound in itself, but of another dimension
+    archives: list[dict[str, bytes]] = [{}, {}]
+    for i, (key, value) in enumerate(data.items()):
+        archives[i // 4][key] = value
+    archives[0] = {"c0": data["c0"], "dim": chunk_example(shifted), **archives[0]}
+    archives[1]["c5"] = data["c5"].replace(b"<I1V> ", b"<I1V>_", 1)
+    archives[1]["c7"] = data["c7"][:-20]
+    egs, cache = write_dir(tmp_path / "egs", archives), tmp_path / "index.npz"
+    causes = [
+        "egs.1.ark, key dim, byte offset {}: 'input' has dimension 5, and 3 in the examples before",
+        "egs.2.ark, key c7, byte offset {}: truncated: ",  # that archive alone has one too many
+        "egs.2.ark, key c7, byte offset {}: truncated: ",
+    ]
+    for limit in (0, 1, 2):
+        with pytest.raises(DataError) as caught:
+            Examples.open(egs, skip_bad=limit, index_cache=cache)
+        assert str(caught.value).startswith(f"{egs}/{causes[limit].format(caught.value.offset)}")
+        assert (f"{limit} bad examples, which is the limit, have been left out" in str(caught.value)) == (limit > 0)
+        assert not cache.exists()
+    good = [chunks[i] for i in (0, 1, 2, 3, 4, 6)]
+    for attempt in range(2):  # made, then read from the file
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="kaldi_mpi"):
+            found = Examples.open(egs, skip_bad=3, index_cache=cache)
+        assert (found.num_bad, found.num_units, found.feat_dim) == (3, 6, 3)
+        assert len(caplog.messages) == (3 if attempt == 0 else 1)
+        for unit, chunk in enumerate(good):
+            assert_chunk(found.chunk(unit), chunk)
+    with pytest.raises(DataError, match="key dim"):
+        Examples.open(egs, index_cache=cache)
+    with pytest.raises(ConfigError, match="number of bad examples to skip is -1"):
+        Examples.open(egs, skip_bad=-1)
+
+
+def test_no_byte_of_a_bad_example_harms_the_next_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    chunks = [random_chunk(rng, width=1, left=0, right=0, dim=1, num_pdfs=2) for _ in range(3)]
+    first, bad, last = (f"key{i} ".encode() + chunk_example(chunk, num_pdfs=2) for i, chunk in enumerate(chunks))
+    path = tmp_path / "egs.1.ark"
+    for at in range(len(bad)):
+        for damaged in (bad[:at], bad[:at] + b"\xf0\xf0" + bad[at + 2 :], bad[:at] + b" " + bad[at:]):
+            path.write_bytes(first + damaged + last)
+            found = Examples.open(path, skip_bad=1)
+            assert found.num_units in (2, 3)
+            assert found.num_bad <= 1
+            assert_chunk(found.chunk(0), chunks[0])
+            # Without its end, or with a key broken in two, the damaged one cannot be told from the last.
+            if found.num_units + found.num_bad == 3 and damaged:
+                assert_chunk(found.chunk(found.num_units - 1), chunks[2])
+
+
+def test_skipping_to_an_example_that_is_far_away(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    good = [f"key{i} ".encode() + chunk_example(random_chunk(rng)) for i in range(2)]
+    path = tmp_path / "egs.1.ark"
+    for length in ((4 << 20) - 4130, (4 << 20) - 30, (4 << 20) - 7, (8 << 20) - 4118, (8 << 20) + 50):
+        path.write_bytes(good[0] + b"bad " + bytes(length - 4 - len(good[0])) + b"\n" + good[1])
+        found = Examples.open(path, skip_bad=1)
+        assert [found.location_of(unit)[1] for unit in range(found.num_units)] == ["key0", "key1"]
+
+
 def program(name: str) -> str:
     path = kaldi_root() / "src/nnet3bin" / name
     if not os.access(path, os.X_OK):

@@ -18,11 +18,11 @@ from kaldi_mpi.loader.example import key_at
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
 from kaldi_mpi.report.log import logger
 
-_VERSION = 1
+_VERSION = 2
 # A km_unit of csrc/egs_scan.h.
 _UNIT = np.dtype([("begin", "i8"), ("size", "i4"), ("n", "i4"), ("frames", "i4"), ("shape", "i4")])
 _COLUMNS = {"file_of": "i4", "begin": "i8", "end": "i8", "n": "i4", "frames": "i4", "shape_of": "i4"}
-_TOTALS = ("feat_dim", "ivector_dim", "num_pdfs", "num_targets", "has_weights", "num_without_labels")
+_TOTALS = ("feat_dim", "ivector_dim", "num_pdfs", "num_targets", "has_weights", "num_without_labels", "num_bad")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class EgsIndex:
         shapes: int32 (shapes, 3): width, left and right.
         num_pdfs: columns of the output.
         num_without_labels: chunks without any label, which are left out.
+        num_bad: examples that were left out because they are malformed.
     """
 
     file_of: NDArray[np.int32]
@@ -48,6 +49,7 @@ class EgsIndex:
     num_targets: int
     has_weights: bool
     num_without_labels: int
+    num_bad: int
 
 
 @dataclass
@@ -59,9 +61,10 @@ class _Scanned:
     dims: dict[str, int]
     num_targets: int
     has_weights: bool
+    bad: list[DataError]
 
 
-def make_index(paths: Sequence[str], files: Any, output: str, threads: int) -> EgsIndex:
+def make_index(paths: Sequence[str], files: Any, output: str, threads: int, skip_bad: int) -> EgsIndex:
     """Go through all archives, once, one after the other or several at a time.
 
     Args:
@@ -69,6 +72,7 @@ def make_index(paths: Sequence[str], files: Any, output: str, threads: int) -> E
         files: C array of ``km_file``, one for each.
         output: name of the output whose rows are the labels.
         threads: how many archives to read at a time.
+        skip_bad: so many malformed examples may be left out, with a warning each.
 
     Raises:
         DataError: an archive cannot be read, is malformed or empty, or does not fit the others; names archive,
@@ -76,26 +80,47 @@ def make_index(paths: Sequence[str], files: Any, output: str, threads: int) -> E
     """
 
     def scan(i: int) -> _Scanned:
-        return _scan(files + i, paths[i], output)
+        return _scan(files + i, paths[i], output, skip_bad)
 
     with ThreadPoolExecutor(max_workers=max(1, min(threads, len(paths)))) as pool:
         try:
-            return _join(list(pool.map(scan, range(len(paths)))), paths, output)
+            parts = list(pool.map(scan, range(len(paths))))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    bad = [error for part in parts for error in part.bad]
+    if len(bad) > skip_bad:
+        raise _too_many(bad[skip_bad], skip_bad)
+    return _join(parts, paths, output)
 
 
-def _scan(file: Any, path: str, output: str) -> _Scanned:
-    index, error = ffi.new("km_egs_index *"), new_error()
-    if lib.km_egs_scan(file, output.encode(), index, error) != lib.KM_OK:
-        raise_data_error(error, file=path, key=key_at(path, index.entry))
+def _too_many(error: DataError, allowed: int) -> DataError:
+    """An error in the example that is one too many."""
+    if not allowed:
+        return error
+    cause = f"{error.cause} (and {allowed} bad examples, which is the limit, have been left out before)"
+    return DataError(cause, file=error.file, key=error.key, offset=error.offset)
+
+
+def _scan(file: Any, path: str, output: str, skip_bad: int) -> _Scanned:
+    index, error = ffi.gc(ffi.new("km_egs_index *"), lib.km_egs_index_free), new_error()
+    bad: list[DataError] = []
+    while lib.km_egs_scan(file, output.encode(), index, error) != lib.KM_OK:
+        try:
+            raise_data_error(error, file=path, key=key_at(path, index.entry))
+        except DataError as cause:
+            bad.append(cause)
+        if len(bad) > skip_bad:
+            raise _too_many(bad[-1], skip_bad)
+        logger.warning("left out: %s", bad[-1])
+        if lib.km_egs_skip(file, index, error) != lib.KM_OK:
+            raise_data_error(error, file=path)
     try:
         size = index.num_units * _UNIT.itemsize
         units = np.frombuffer(bytearray(ffi.buffer(index.units, size)) if size else b"", dtype=_UNIT)
         shapes = [(s.width, s.left, s.right) for s in ffi.unpack(index.shapes, index.num_shapes)] if size else []
         dims = {"input": index.feat_dim, "ivector": index.ivector_dim, output: index.num_pdfs}
-        return _Scanned(units, shapes, dims, index.num_targets, bool(index.has_weights))
+        return _Scanned(units, shapes, dims, index.num_targets, bool(index.has_weights), bad)
     finally:
         lib.km_egs_index_free(index)
 
@@ -120,9 +145,10 @@ def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
     shapes: dict[tuple[int, int, int], int] = {}
     most = max(part.num_targets for part in parts)
     has_weights = any(part.has_weights for part in parts)
+    num_bad = sum(len(part.bad) for part in parts)
     at = 0
     for number, mask in enumerate(labelled):
-        part, parts[number] = parts[number], _Scanned(np.empty(0, _UNIT), [], {}, 0, False)
+        part, parts[number] = parts[number], _Scanned(np.empty(0, _UNIT), [], {}, 0, False, [])
         ids = np.array([shapes.setdefault(shape, len(shapes)) for shape in part.shapes], dtype=np.int32)
         units = part.units if mask.all() else part.units[mask]
         rows = slice(at, at + len(units))
@@ -142,6 +168,7 @@ def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
         num_targets=most,
         has_weights=has_weights,
         num_without_labels=total - count,
+        num_bad=num_bad,
     )
 
 
@@ -190,10 +217,11 @@ def save_index(index: EgsIndex, cache: str | os.PathLike[str], identity: EgsIden
         np.savez(stream, names=identity.names, status=identity.status, totals=totals, **arrays)
 
 
-def load_index(cache: str | os.PathLike[str], identity: EgsIdentity) -> EgsIndex | None:
+def load_index(cache: str | os.PathLike[str], identity: EgsIdentity, skip_bad: int) -> EgsIndex | None:
     """Read what `save_index` wrote; None, with a line in the log, if it is of other archives or damaged.
 
-    It is checked in full, and so is each example when it is decoded.
+    It is checked in full, and so is each example when it is decoded. None as well if it leaves out more than
+    `skip_bad` malformed examples.
     """
     file = os.fspath(cache)
     if not os.path.exists(file):
@@ -204,10 +232,15 @@ def load_index(cache: str | os.PathLike[str], identity: EgsIdentity) -> EgsIndex
             if not all(same):
                 logger.info("the index %s is of other archives, or they have changed: it is made anew", file)
                 return None
-            return _checked(stored, identity.status[:, 0])
+            index = _checked(stored, identity.status[:, 0])
     except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, MemoryError) as error:
         logger.warning("the index %s cannot be used (%s): it is made anew", file, str(error) or type(error).__name__)
         return None
+    if index.num_bad > skip_bad:
+        return None  # the same archives are gone through again, and say what is wrong
+    if index.num_bad:
+        logger.warning("%d malformed examples are left out, as when the index %s was made", index.num_bad, file)
+    return index
 
 
 def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
@@ -234,7 +267,7 @@ def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
         and _within(shapes[:, 0], 1, 2**24)
         and _within(shapes[:, 1:], 0, 2**24)
         and all(1 <= values[name] < 2**31 for name in ("feat_dim", "num_pdfs"))
-        and all(0 <= values[name] < 2**31 for name in ("ivector_dim", "num_without_labels"))
+        and all(0 <= values[name] < 2**31 for name in ("ivector_dim", "num_without_labels", "num_bad"))
         and 1 <= values["num_targets"] <= lib.KM_MAX_TARGETS
         and values["has_weights"] in (0, 1)
     )
@@ -249,6 +282,7 @@ def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
         num_targets=values["num_targets"],
         has_weights=bool(values["has_weights"]),
         num_without_labels=values["num_without_labels"],
+        num_bad=values["num_bad"],
     )
 
 

@@ -65,6 +65,7 @@ class Examples:
         num_targets: the most pairs (pdf, weight) of any output row.
         has_weights: whether a weight other than 1 occurs.
         num_without_labels: chunks that were left out because no row of their output has an entry.
+        num_bad: examples that were left out because they are malformed.
         c_examples: the C library's km_examples.
     """
 
@@ -80,6 +81,7 @@ class Examples:
         output: str = "output",
         index_cache: str | os.PathLike[str] | None = None,
         threads: int = _THREADS,
+        skip_bad: int = 0,
     ) -> Examples:
         """Open archives of examples, and find all chunks by one pass over them, or from a file with the index.
 
@@ -90,16 +92,21 @@ class Examples:
             index_cache: where the index is kept; made if it is not there, and made anew if an archive's size or
                 time of modification is another. Its directory must exist.
             threads: archives that are read at a time when the index is made.
+            skip_bad: so many malformed examples may be left out, with a warning each; reading goes on where the
+                next example begins. (What is wrong with values that are only decoded later, say an infinite one
+                in a full matrix, is found by the reader.)
 
         Raises:
             DataError: an archive is missing or malformed, or does not fit the others or ``info``; names archive,
                 key and byte offset.
-            ConfigError: `output` is no possible name, or `threads` no possible number.
+            ConfigError: `output` is no possible name, or `threads` or `skip_bad` no possible number.
         """
         if not output or any(c <= " " for c in output) or output in ("input", "ivector"):
             raise ConfigError(f"'{output}' cannot be the name of an output")
         if threads < 1:
             raise ConfigError(f"number of threads is {threads}, and must be at least 1")
+        if skip_bad < 0:
+            raise ConfigError(f"number of bad examples to skip is {skip_bad}, and must be at least 0")
         paths, info = find_archives(source)
         archives = Archives()
         named_in = os.fspath(source) if isinstance(source, str | os.PathLike) else "the list of archives"
@@ -108,9 +115,9 @@ class Examples:
                 raise ConfigError(f"{path} is named twice")
         files = archives.table()
         identity = identity_of(paths, output)
-        index = None if index_cache is None else load_index(index_cache, identity)
+        index = None if index_cache is None else load_index(index_cache, identity, skip_bad)
         if index is None:
-            index = make_index(paths, files, output, threads)
+            index = make_index(paths, files, output, threads, skip_bad)
             if index_cache is not None:
                 save_index(index, index_cache, identity)
         examples = cls()
@@ -133,7 +140,7 @@ class Examples:
         self.total_frames = int(self.num_frames.sum(dtype=np.int64))
         self.feat_dim, self.ivector_dim, self.num_pdfs = index.feat_dim, index.ivector_dim, index.num_pdfs
         self.num_targets, self.has_weights = index.num_targets, index.has_weights
-        self.num_without_labels = index.num_without_labels
+        self.num_without_labels, self.num_bad = index.num_without_labels, index.num_bad
         # Lent to C for as long as this object lives.
         self._lent = {
             "output": ffi.new("char[]", output.encode()),
