@@ -5,11 +5,12 @@ synthetic_corpus.py) and reads alignments, corpus and one epoch of minibatches a
 in fresh processes. Each looks at the high-water mark of its resident memory (VmHWM) after its imports, and again
 after each of these stages; what is added is the loader's.
 
-    training     alignments are read and mapped to pdf-ids, then the corpus is opened, then an epoch is read
-    labels given the labels are in memory before the measurement begins, as a caller of the library has them
+    streamed     the corpus is opened with alignments that are read and mapped to pdf-ids one utterance at a time
+    at once      all alignments are read, then mapped, then the corpus is opened
+    given        the labels are in memory before the measurement begins, as a caller of the library may have them
 
 ``--folder`` keeps the corpus there for the next time. The last line of standard output is one JSON object; peak_mb
-is that of `training`, in MB of 10^6 bytes.
+is that of `streamed`, in MB of 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+from numpy.typing import NDArray
 from synthetic_corpus import NUM_PDFS, write_corpus
 
 from kaldi_mpi.errors import KaldiMpiError
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, read_alignments, to_pdfs
+from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, read_alignments, read_int_vectors, to_pdfs
 
 BYTES_PER_HOUR = 15_000_000
+MODES = ["streamed", "at once", "given"]
 
 
 def status(field: str) -> float:
@@ -46,27 +49,33 @@ def status(field: str) -> float:
     raise SystemExit(f"bench/loader_memory.py: this system does not tell {field}")
 
 
+def streamed(ali: Path, tid_to_pdf: NDArray[np.int32]) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """Pdf-ids of one utterance after the other."""
+    for key, tids in read_int_vectors(f"ark:gunzip -c {ali}/ali.*.gz |"):
+        yield from to_pdfs({key: tids}, tid_to_pdf).items()
+
+
 def child(options: argparse.Namespace) -> dict[str, float]:
     """Measure in this process."""
     ali, tid_to_pdf = options.folder / "ali", np.arange(-1, NUM_PDFS, dtype=np.int32)
-    labels = to_pdfs(read_alignments(ali), tid_to_pdf) if options.child == "labels" else None
+    labels: Any = to_pdfs(read_alignments(ali), tid_to_pdf) if options.child == "given" else None
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark begins anew
     before = status("VmHWM")
     result = {"before": before}
-    if labels is None:
+    if options.child == "at once":
         labels = to_pdfs(read_alignments(ali), tid_to_pdf)
         result["alignments"] = status("VmHWM") - before
+    elif options.child == "streamed":
+        labels = streamed(ali, tid_to_pdf)
     corpus = Corpus.open(options.folder / "feats.scp", labels)
     result["opened"] = status("VmHWM") - before
-    if options.child == "training":
-        del labels  # as a training does
+    if options.child == "at once":
+        del labels  # the corpus has its own
     shape = ChunkShape(options.width, options.left, options.right)
-    began = time.perf_counter()
+    began, frames = time.perf_counter(), 0
     with MinibatchReader(
         corpus, shape, options.chunks, seed=0, rank=0, size=2, threads=options.threads, num_epochs=1
     ) as reader:
-        result["reader made"] = status("VmHWM") - before
-        frames = 0
         for minibatch in reader:
             frames += minibatch.frames
             if options.frames and frames >= options.frames:
@@ -91,7 +100,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--chunks", type=int, default=128, help="in a rank's minibatch")
     add("--threads", type=int, default=1, help="reader threads")
     add("--frames", type=int, default=0, help="stop after so many labelled frames; 0: at the epoch's end")
-    add("--child", choices=["training", "labels"], help=argparse.SUPPRESS)
+    add("--child", choices=MODES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -110,7 +119,7 @@ def main() -> int:
                 raise SystemExit(f"bench/loader_memory.py: too little space on the disk of {folder}")
             write_corpus(folder, options.hours)
         results: dict[str, Any] = {}
-        for name in ("training", "labels"):
+        for name in MODES:
             command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--child", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[name] = {key: round(value, 1) for key, value in json.loads(done.stdout).items()}
@@ -118,8 +127,8 @@ def main() -> int:
     finally:
         if not kept:
             shutil.rmtree(folder)
-    peaks = {"peak_mb": results["training"]["peak"], "peak_mb_labels_given": results["labels"]["peak"]}
-    print(json.dumps({**peaks, "hours": options.hours, "cores": os.cpu_count(), **results}))
+    peak = results["streamed"]["peak"]
+    print(json.dumps({"peak_mb": peak, "hours": options.hours, "cores": os.cpu_count(), **results}))
     return 0
 
 
