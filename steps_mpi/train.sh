@@ -27,7 +27,8 @@ Main options, as "--name value" or "--name=value":
   --mpiexec <program>           # which mpiexec
   --mpiexec-opts <string>       # more options for it
   --python <program|python3>    # Python of the environment with kaldi_mpi
-All other options go to the learners: those of steps/nnet3/train_rnn.py by their names there, and
+All other options go to the learners: those of steps/nnet3/train_rnn.py by their names there
+(--feat.online-ivector-dir, --egs.dir, --egs.chunk-width=20,15, ...; with --egs.dir, --feat-dir is not needed), and
 --strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi.train --help" lists them.
 EOF
 }

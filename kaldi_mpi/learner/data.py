@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.loader import Corpus, Source
-from kaldi_mpi.loader.examples import Examples
+from kaldi_mpi.loader import Corpus, Examples, Source
 from kaldi_mpi.loader.scp import read_table
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.log import logger
@@ -110,13 +109,13 @@ def outer_context(options: TrainOptions, model: AcousticModel) -> tuple[int | No
 
 def _open_egs(options: TrainOptions, folder: str, world: World) -> Data:
     """Rank 0 makes the index of the examples, by one pass over them, for all ranks and for later runs."""
-    index = Path(options.dir) / "egs.index"
+    index, skip_bad = Path(options.dir) / "egs.index", options.skip_bad_utterances
     if world.rank == 0:
-        train = Examples.open(folder, index_cache=index, threads=options.loader_threads + 1)
+        train = Examples.open(folder, index_cache=index, threads=options.loader_threads + 1, skip_bad=skip_bad)
     world.barrier()
     if world.rank != 0:
-        train = Examples.open(folder, index_cache=index)
-    valid, diagnostic = (Examples.open(Path(folder) / name) for name in DIAGNOSTIC_EGS)
+        train = Examples.open(folder, index_cache=index, skip_bad=skip_bad)
+    valid, diagnostic = (Examples.open(Path(folder) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
     if world.size > train.num_units:
         raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {folder}")
     for part, name in ((valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1])):

@@ -24,7 +24,7 @@ class Reading:
         seed: of the order.
         threads: reading threads.
         memory: bytes of data in memory at a time, of which chunks are shuffled.
-        skip_bad: utterances or examples that may turn out to be unreadable.
+        skip_bad: utterances or examples of a source that may be unreadable, those found at opening included.
     """
 
     chunking: ChunkShape | Chunking | None
@@ -82,6 +82,6 @@ class Reading:
             on_request=on_request,
             buffers=buffers,
             memory=self.memory if shuffle else min(self.memory, _UNSHUFFLED_MEMORY),
-            skip_bad=self.skip_bad,
+            skip_bad=max(0, self.skip_bad - getattr(source, "num_bad", 0)),
         )
         return Feed(reader, streams)

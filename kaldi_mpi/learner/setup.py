@@ -17,8 +17,7 @@ from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, check_egs, extra_contex
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.loader import Chunking, ChunkShape, MinibatchRule, read_alignments, to_pdfs
-from kaldi_mpi.loader.examples import Examples
+from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, read_alignments, to_pdfs
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
