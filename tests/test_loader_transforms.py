@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
+from kaldi_mpi.loader import Chunking, ChunkShape, Corpus, MinibatchReader
 from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.transforms import (
     DeltaOptions,
@@ -29,6 +29,12 @@ DELTAS = st.builds(DeltaOptions, st.integers(0, 3), st.integers(1, 4), st.intege
 SPLICES = st.builds(SpliceOptions, st.integers(0, 6), st.integers(0, 6))
 TRANSFORMS = st.one_of(st.none(), DELTAS, SPLICES)
 SHAPES = st.builds(ChunkShape, st.integers(1, 25), st.integers(0, 9), st.integers(0, 6), st.integers(0, 35))
+EDGE = st.one_of(st.none(), st.integers(0, 9))
+CHUNKINGS = st.builds(
+    Chunking,
+    st.lists(st.integers(1, 25), min_size=1, max_size=3, unique=True).map(tuple),
+    *(st.integers(0, 9), st.integers(0, 6), EDGE, EDGE, st.integers(0, 35)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +103,26 @@ def test_whole_utterances(
 
 @SETTINGS
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), transform=TRANSFORMS, shape=SHAPES,
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), transform=TRANSFORMS,
+    chunking=st.one_of(SHAPES, CHUNKINGS),
     kind=st.sampled_from(KINDS),
 )  # fmt: skip
 def test_chunks_are_cut_from_the_transformed_utterance(
-    folder: Path, lengths: list[int], transform: DeltaOptions | SpliceOptions | None, shape: ChunkShape, kind: str
+    folder: Path,
+    lengths: list[int],
+    transform: DeltaOptions | SpliceOptions | None,
+    chunking: ChunkShape | Chunking,
+    kind: str,
 ) -> None:
     written = write_corpus(folder, lengths, dim=3, kind=kind)
     corpus = Corpus.open(written.scp, written.labels, **how(transform))  # type: ignore[arg-type]
     whole = {key: corpus.features(key) for key in corpus.utterances}
     owner = [(key, t) for key, values in written.labels.items() for t in range(len(values))]
     seen = 0
-    with MinibatchReader(corpus, shape, 4, seed=1, num_epochs=1) as reader:
+    with MinibatchReader(corpus, chunking, 4, seed=1, num_epochs=1) as reader:
         for m in reader:
-            assert m.feats.shape[2] == corpus.feat_dim
+            shape = m.shape
+            assert m.feats.shape[1:] == (shape.rows, corpus.feat_dim)
             for feats, labels in zip(m.feats, m.labels, strict=True):
                 i = int(np.flatnonzero(labels >= 0)[0])
                 key, t = owner[labels[i]]
