@@ -47,6 +47,13 @@ static int64_t bytes_of(const km_store *store, int32_t unit) {
     return store->units.end[unit] - store->units.begin[unit];
 }
 
+/* Row ranges of one matrix may begin at the same byte and end elsewhere. */
+static int same_bytes(const km_store *store, int32_t unit, int32_t other) {
+    const km_units *units = &store->units;
+    return units->file_of[unit] == units->file_of[other] && units->begin[unit] == units->begin[other] &&
+           units->end[unit] == units->end[other];
+}
+
 static int is_stopped(km_store *store) {
     (void)pthread_mutex_lock(&store->mutex);
     const int stop = store->stop;
@@ -68,8 +75,7 @@ static int lay_out(km_store *store, km_resident *slot) {
     int64_t total = 0;
     for (int32_t i = 0; i < count; i++) {
         const int32_t unit = units[i], before = i > 0 ? units[i - 1] : -1;
-        const int shared = before >= 0 && store->units.file_of[unit] == store->units.file_of[before] &&
-                           store->units.begin[unit] == store->units.begin[before];
+        const int shared = before >= 0 && same_bytes(store, unit, before);
         slot->units[i] = unit;
         slot->at[i] = shared ? slot->at[i - 1] : total;
         if (!shared) total += bytes_of(store, unit);
@@ -126,7 +132,7 @@ static int load(km_store *store, km_resident *slot) {
         for (to = from + 1; to < slot->num_units; to++) {
             const int32_t unit = slot->units[to];
             const int64_t gap = units->begin[unit] - end;
-            const int same = units->begin[unit] == units->begin[slot->units[to - 1]];
+            const int same = same_bytes(store, unit, slot->units[to - 1]);
             if (units->file_of[unit] != units->file_of[first] ||
                 (!same && (gap < 0 || gap > GAP_BYTES || gap > wanted)))
                 break;

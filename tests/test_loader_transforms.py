@@ -145,6 +145,26 @@ def test_the_edges_of_a_row_range_are_the_utterances(kind: str, tmp_path: Path) 
     assert corpus.begin[0] + corpus.unit_bytes[0] == corpus.end[0] <= (tmp_path / "feats.ark").stat().st_size
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranges", [[(0, 9), (0, 29)], [(0, 29), (0, 9), (0, 9)], [(5, 20), (2, 9), (2, 20), (39, 39)]])
+def test_row_ranges_that_overlap(kind: str, ranges: list[tuple[int, int]], tmp_path: Path) -> None:
+    data, values = random_matrix(np.random.default_rng(5), kind, 40, 3)
+    write_archive(tmp_path, "feats", {"recording": data})
+    feats = {f"u{i}": values[low : high + 1] for i, (low, high) in enumerate(ranges)}
+    at = f"{tmp_path}/feats.ark:{len('recording ')}"
+    scp = tmp_path / "segments.scp"
+    scp.write_text("".join(f"u{i} {at}[{low}:{high}]\n" for i, (low, high) in enumerate(ranges)))
+    corpus = Corpus.open(scp, {key: np.full(len(rows), i) for i, (key, rows) in enumerate(feats.items())})
+    seen = 0
+    with MinibatchReader(corpus, ChunkShape(30, 0, 0), 4, seed=1, num_epochs=1) as reader:
+        for m in reader:
+            for chunk, labels in zip(m.feats, m.labels, strict=True):
+                rows = feats[f"u{labels[0]}"]
+                np.testing.assert_array_equal(chunk[: len(rows)], rows)
+                seen += 1
+    assert seen == len(ranges)
+
+
 def test_scales_of_the_usual_deltas() -> None:
     first, second = delta_scales(2, 2)[1:]
     np.testing.assert_allclose(first, [-0.2, -0.1, 0.0, 0.1, 0.2], rtol=1e-6)
