@@ -5,17 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_IOS = 1000000, MAX_NAME = 200, ONE_BYTE_LIMIT = 125, FULL_INDEX = 127 };
-
-static int32_t int32_at(const unsigned char *bytes) {
-    int32_t value;
-    memcpy(&value, bytes, sizeof value);
-    return value;
-}
-
-const unsigned char *km_cursor_bytes(const km_cursor *cursor, int64_t offset) {
-    return cursor->data + (offset - cursor->begin);
-}
+enum { MAX_IOS = 1000000, MAX_NAME = 200, ONE_BYTE_LIMIT = 125 };
 
 /* The next `size` bytes; the cursor stays. NULL if there are fewer. */
 static const unsigned char *peek(km_cursor *cursor, int64_t size, km_error *error) {
@@ -60,7 +50,7 @@ static int take_int32(km_cursor *cursor, const char *what, int32_t low, int32_t 
     const unsigned char *bytes = peek(cursor, 5, error);
     if (bytes == NULL) return KM_FAILED;
     if (bytes[0] != 4) return km_fail(error, cursor->at, "size byte of %s is %d, not 4", what, bytes[0]);
-    *value = int32_at(bytes + 1);
+    *value = km_int32_at(bytes + 1);
     if (*value < low)
         return km_fail(error, cursor->at + 1, "%s is %" PRId32 ", and must be at least %" PRId32, what,
                        *value, low);
@@ -106,6 +96,21 @@ static int take_name(km_cursor *cursor, km_nnet_io *io, km_error *error) {
     return KM_OK;
 }
 
+/* Goes over an Index that is not one byte. */
+static int take_full_index(km_cursor *cursor, int32_t i, int64_t *t, km_error *error) {
+    const int first = (signed char)km_cursor_bytes(cursor, cursor->at)[0];
+    int32_t n, full_t, x;
+    if (first != KM_FULL_INDEX)
+        return km_fail(error, cursor->at, "byte %d cannot begin index %" PRId32, first, i);
+    cursor->at += 1;
+    if (take_int32(cursor, "an index's n", INT32_MIN, &n, error) != KM_OK ||
+        take_int32(cursor, "an index's t", INT32_MIN, &full_t, error) != KM_OK ||
+        take_int32(cursor, "an index's x", INT32_MIN, &x, error) != KM_OK)
+        return KM_FAILED;
+    *t = full_t;
+    return KM_OK;
+}
+
 static int take_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error) {
     if (expect(cursor, "<I1V> ", error) != KM_OK ||
         take_int32(cursor, "the number of indexes", 1, &io->rows, error) != KM_OK ||
@@ -113,33 +118,55 @@ static int take_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error) {
         return KM_FAILED;
     io->indexes = cursor->at;
     int64_t t = 0;
-    for (int32_t i = 0; i < io->rows; i++) {
-        const unsigned char *bytes = peek(cursor, 1, error);
-        if (bytes == NULL) return KM_FAILED;
-        const int c = (signed char)bytes[0];
-        if (c > -ONE_BYTE_LIMIT && c < ONE_BYTE_LIMIT) {
+    for (int32_t i = 0; i < io->rows;) {
+        /* As many in one byte each as follow each other. */
+        const unsigned char *bytes = km_cursor_bytes(cursor, cursor->at);
+        const int64_t left = cursor->end - cursor->at;
+        const int32_t most = left < io->rows - i ? (int32_t)left : io->rows - i;
+        int32_t run = 0;
+        for (; run < most; run++) {
+            const int c = (signed char)bytes[run];
+            if (c <= -ONE_BYTE_LIMIT || c >= ONE_BYTE_LIMIT) break;
             t += c;
             if (t < INT32_MIN || t > INT32_MAX)
-                return km_fail(error, cursor->at, "the t of index %" PRId32 " is beyond 32 bits", i);
-            cursor->at += 1;
-        } else if (c == FULL_INDEX) {
-            int32_t n, full_t, x;
-            cursor->at += 1;
-            if (take_int32(cursor, "an index's n", INT32_MIN, &n, error) != KM_OK ||
-                take_int32(cursor, "an index's t", INT32_MIN, &full_t, error) != KM_OK ||
-                take_int32(cursor, "an index's x", INT32_MIN, &x, error) != KM_OK)
-                return KM_FAILED;
-            t = full_t;
-        } else {
-            return km_fail(error, cursor->at, "byte %d cannot begin index %" PRId32, c, i);
+                return km_fail(error, cursor->at + run, "the t of index %" PRId32 " is beyond 32 bits",
+                               i + run);
         }
+        cursor->at += run;
+        i += run;
+        if (i == io->rows) break;
+        if (peek(cursor, 1, error) == NULL || take_full_index(cursor, i, &t, error) != KM_OK)
+            return KM_FAILED;
+        i++;
     }
     return KM_OK;
 }
 
+/* Goes over a sparse row that is as Kaldi writes it, and returns 1; 0: it has to be looked at more closely.
+ */
+static int take_usual_row(km_cursor *cursor, km_nnet_io *io) {
+    const int64_t left = cursor->end - cursor->at;
+    if (left < 13) return 0;
+    const unsigned char *bytes = km_cursor_bytes(cursor, cursor->at);
+    const int32_t dim = km_int32_at(bytes + 4), count = km_int32_at(bytes + 9);
+    if (memcmp(bytes, "SV \4", 4) != 0 || bytes[8] != 4 || dim != io->cols || count < 0 || count > dim ||
+        count > (left - 13) / 10)
+        return 0;
+    bytes += 13;
+    for (int32_t i = 0; i < count; i++, bytes += 10) {
+        const int32_t column = km_int32_at(bytes + 1);
+        float value;
+        memcpy(&value, bytes + 6, sizeof value);
+        if (bytes[0] != 4 || bytes[5] != 4 || column < 0 || column >= dim || !isfinite(value)) return 0;
+    }
+    io->pairs += count;
+    cursor->at += 13 + 10 * (int64_t)count;
+    return 1;
+}
+
 /* Goes over a sparse row; its dimension must be io->cols, which the first row sets. */
 static int take_sparse_row(km_cursor *cursor, int32_t row, km_nnet_io *io, km_error *error) {
-    int32_t dim, count, column;
+    int32_t dim, count, column = 0;
     if (expect(cursor, "SV ", error) != KM_OK ||
         take_int32(cursor, "a sparse row's dimension", 1, &dim, error) != KM_OK ||
         take_int32(cursor, "the number of pairs of a sparse row", 0, &count, error) != KM_OK)
@@ -185,7 +212,8 @@ static int take_sparse(km_cursor *cursor, km_nnet_io *io, km_error *error) {
     io->sparse_rows = cursor->at;
     io->pairs = 0;
     for (int32_t row = 0; row < rows; row++)
-        if (take_sparse_row(cursor, row, io, error) != KM_OK) return KM_FAILED;
+        if ((row == 0 || !take_usual_row(cursor, io)) && take_sparse_row(cursor, row, io, error) != KM_OK)
+            return KM_FAILED;
     return KM_OK;
 }
 
@@ -219,8 +247,8 @@ static int take_header(km_cursor *cursor, km_matrix *matrix, km_error *error) {
     if (bytes == NULL) return KM_FAILED;
     memcpy(&matrix->min, bytes, 4);
     memcpy(&matrix->range, bytes + 4, 4);
-    matrix->rows = int32_at(bytes + 8);
-    matrix->cols = int32_at(bytes + 12);
+    matrix->rows = km_int32_at(bytes + 8);
+    matrix->cols = km_int32_at(bytes + 12);
     if (!isfinite(matrix->min) || !isfinite(matrix->range) || !isfinite(matrix->min + matrix->range))
         return km_fail(error, cursor->at, "header of a compressed matrix is not finite: min %g, range %g",
                        (double)matrix->min, (double)matrix->range);
@@ -278,35 +306,6 @@ int km_example_io(km_cursor *cursor, km_nnet_io *io, km_error *error) {
 int km_io_is(const km_cursor *cursor, const km_nnet_io *io, const char *name) {
     const size_t length = strlen(name);
     return (size_t)io->name_length == length && memcmp(km_cursor_bytes(cursor, io->name), name, length) == 0;
-}
-
-const unsigned char *km_index_next(const unsigned char *bytes, km_index *index) {
-    const int c = (signed char)bytes[0];
-    if (c != FULL_INDEX) {
-        index->t += c;
-        return bytes + 1;
-    }
-    index->n = int32_at(bytes + 2);
-    index->t = int32_at(bytes + 7);
-    index->x = int32_at(bytes + 12);
-    return bytes + 16;
-}
-
-const unsigned char *km_sparse_row(const unsigned char *bytes, int32_t *count) {
-    *count = int32_at(bytes + 9);
-    return bytes + 13;
-}
-
-const unsigned char *km_sparse_pair(const unsigned char *bytes, int32_t *column, float *value) {
-    *column = int32_at(bytes + 1);
-    if (bytes[5] == 4) {
-        memcpy(value, bytes + 6, 4);
-        return bytes + 10;
-    }
-    double wide;
-    memcpy(&wide, bytes + 6, 8);
-    *value = (float)wide;
-    return bytes + 14;
 }
 
 void km_io_indexes(const km_cursor *cursor, const km_nnet_io *io, km_index *out) {

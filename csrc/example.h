@@ -17,6 +17,11 @@
 
 #include "matrix.h"
 
+#include <string.h>
+
+/* An Index that is not one byte begins with this one. */
+enum { KM_FULL_INDEX = 127 };
+
 /* python: begin */
 typedef struct {
     const unsigned char *data; /* the bytes begin .. end-1 of a file */
@@ -64,16 +69,51 @@ void km_io_pairs(const km_cursor *cursor, const km_nnet_io *io, int64_t *first, 
 /* python: end */
 
 /* Byte of a cursor's span. */
-const unsigned char *km_cursor_bytes(const km_cursor *cursor, int64_t offset);
+static inline const unsigned char *km_cursor_bytes(const km_cursor *cursor, int64_t offset) {
+    return cursor->data + (offset - cursor->begin);
+}
 
 /* Whether the name of an input or output is this one. */
 int km_io_is(const km_cursor *cursor, const km_nnet_io *io, const char *name);
 
-/* Reads the Index at *bytes, given the one before it (zeros at first), and moves on. Checked bytes only. */
-const unsigned char *km_index_next(const unsigned char *bytes, km_index *index);
+/* The readers below take bytes that have been checked. They return where the next thing stands. */
 
-/* Reads the head of the sparse row there, and a pair there, and moves on. Checked bytes only. */
-const unsigned char *km_sparse_row(const unsigned char *bytes, int32_t *count);
-const unsigned char *km_sparse_pair(const unsigned char *bytes, int32_t *column, float *value);
+static inline int32_t km_int32_at(const unsigned char *bytes) {
+    int32_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+/* Reads an Index, given the one before it (zeros at first). */
+static inline const unsigned char *km_index_next(const unsigned char *bytes, km_index *index) {
+    const int c = (signed char)bytes[0];
+    if (c != KM_FULL_INDEX) {
+        index->t += c;
+        return bytes + 1;
+    }
+    index->n = km_int32_at(bytes + 2);
+    index->t = km_int32_at(bytes + 7);
+    index->x = km_int32_at(bytes + 12);
+    return bytes + 16;
+}
+
+/* Reads the head of a sparse row. */
+static inline const unsigned char *km_sparse_row(const unsigned char *bytes, int32_t *count) {
+    *count = km_int32_at(bytes + 9);
+    return bytes + 13;
+}
+
+/* Reads a pair of a sparse row. */
+static inline const unsigned char *km_sparse_pair(const unsigned char *bytes, int32_t *column, float *value) {
+    *column = km_int32_at(bytes + 1);
+    if (bytes[5] == 4) {
+        memcpy(value, bytes + 6, 4);
+        return bytes + 10;
+    }
+    double wide;
+    memcpy(&wide, bytes + 6, 8);
+    *value = (float)wide;
+    return bytes + 14;
+}
 
 #endif
