@@ -15,6 +15,7 @@ extra_left_context=0
 extra_right_context=0
 extra_left_context_initial=-1
 extra_right_context_final=-1
+online_ivector_dir=    # for networks that take i-vectors
 max_active=7000        # only Kaldi's decoders know limits on active states
 min_active=200
 scoring_opts=
@@ -29,6 +30,7 @@ Main options:
   --iter <iter|final>         # which model, <decode-dir>/../<iter>.mdl
   --frames-per-chunk <n|0>    # of networks; 0 means whole utterances
   --extra-left-context <n|0>  # and its relatives, as in steps/nnet3/decode.sh
+  --online-ivector-dir <dir>  # for networks that take i-vectors
   --acwt, --beam, --lattice-beam, --skip-scoring, --scoring-opts: as there"
 
 set -eu -o pipefail
@@ -46,6 +48,8 @@ model=$(dirname "$dir")/$iter.mdl
 for file in "$graph/HCLG.fst" "$graph/words.txt" "$data/feats.scp" "$model"; do
   if [ ! -f "$file" ]; then echo "$0: no such file $file" >&2; exit 1; fi
 done
+ivectors=()
+[ -z "$online_ivector_dir" ] || ivectors=(--online-ivector-dir "$online_ivector_dir")
 if [ "$cmd" == run.pl ] && ! command -v run.pl >/dev/null; then cmd=$here/run.py; fi
 
 # The token after the transition model tells what the model is.
@@ -71,7 +75,7 @@ if [ -n "${KALDI_ROOT:-}" ]; then
       --frames-per-chunk "$frames_per_chunk" \
       --extra-left-context "$extra_left_context" --extra-right-context "$extra_right_context" \
       --extra-left-context-initial "$extra_left_context_initial" \
-      --extra-right-context-final "$extra_right_context_final" \
+      --extra-right-context-final "$extra_right_context_final" ${ivectors[@]+"${ivectors[@]}"} \
       "$graph" "$data" "$dir"
   fi
   exit 0
@@ -86,7 +90,7 @@ $cmd JOB=1:"$nj" "$dir/log/decode.JOB.log" \
   --frames-per-chunk "$frames_per_chunk" \
   --extra-left-context "$extra_left_context" --extra-right-context "$extra_right_context" \
   --extra-left-context-initial "$extra_left_context_initial" \
-  --extra-right-context-final "$extra_right_context_final" \
+  --extra-right-context-final "$extra_right_context_final" ${ivectors[@]+"${ivectors[@]}"} \
   "$graph" "$data" "$dir" || {
   grep -a -h '^ERROR' "$dir"/log/decode.*.log | sort -u >&2 || tail -n 5 "$dir"/log/decode.1.log >&2
   exit 1

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.kaldi.datadir import DataDir
+from kaldi_mpi.kaldi.scorers import ChunkOptions, load_scorer
 from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig_text
 from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, read_transition_model, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
@@ -178,36 +180,79 @@ def theirs_nodes(lines: list[str]) -> list[str]:
     return [line.replace("objective=linear", "").strip() for line in nodes]
 
 
-@pytest.mark.kaldi
-@pytest.mark.parametrize("online", [True, False])
-def test_nnet3_compute_gives_the_same(tmp_path: Path, online: bool) -> None:
-    """With online i-vectors nnet3-compute takes the row in the middle of the chunk, here of the utterance."""
-    from kaldi_native_io import FloatMatrixWriter, FloatVectorWriter, SequentialFloatMatrixReader
+def decoding(tmp_path: Path) -> tuple[AcousticModel, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A model file and a directory of i-vectors; the network, log-priors, features and i-vectors by utterance."""
+    from kaldi_native_io import FloatMatrixWriter, SequentialFloatMatrixReader
 
     model = recipe_network()
     priors = np.random.default_rng(0).random(112).astype(np.float32) + 0.1
     am = make_am(model, read_transition_model(golden("trans.mdl")), priors / priors.sum())
     write_am(am, tmp_path / "final.mdl")
-    assert f"ivector-dim: {IVECTOR_DIM}" in kaldi("nnet3-am-info", "final.mdl", cwd=tmp_path)
     with SequentialFloatMatrixReader(f"ark:{golden('net_input.ark')}") as reader:
-        given = {key: np.array(value) for key, value in reader}
-    rng = np.random.default_rng(1)
-    used: dict[str, np.ndarray] = {}
-    with FloatMatrixWriter(f"ark:{tmp_path}/online.ark") as rows, FloatVectorWriter(f"ark:{tmp_path}/one.ark") as one:
-        for key, feats in given.items():
-            online_rows = rng.normal(size=(-(-len(feats) // 10), IVECTOR_DIM)).astype(np.float32)
-            used[key] = online_rows[(len(feats) - 1) // 2 // 10]
-            rows.write(key, online_rows)
-            one.write(key, used[key])
-    source = (
-        ["--online-ivectors=ark:online.ark", "--online-ivector-period=10"] if online else ["--ivectors=ark:one.ark"]
-    )
-    options = ["--use-gpu=no", "--use-priors=true", "--frames-per-chunk=10000", *source]
-    kaldi("nnet3-compute", *options, "final.mdl", f"ark:{golden('net_input.ark')}", "ark:out.ark", cwd=tmp_path)
-    seen = 0
+        feats = {key: np.array(value) for key, value in reader}
+    rng, ivectors = np.random.default_rng(1), {}
+    with FloatMatrixWriter(f"ark,scp:{tmp_path}/online.ark,{tmp_path}/ivector_online.scp") as rows:
+        for key, value in feats.items():
+            ivectors[key] = rng.normal(size=(-(-len(value) // 10), IVECTOR_DIM)).astype(np.float32)
+            rows.write(key, ivectors[key])
+    (tmp_path / "ivector_period").write_text("10\n")
+    return model, np.log(am.priors), feats, ivectors
+
+
+def our_scores(folder: Path, feats: dict[str, np.ndarray], chunks: ChunkOptions) -> dict[str, np.ndarray]:
+    """What the decoder without Kaldi takes from the model."""
+    for name, lines in (("utt2spk", "{0} {0}"), ("feats.scp", "{0} feats.ark:0"), ("wav.scp", "{0} none")):
+        (folder / name).write_text("".join(lines.format(key) + "\n" for key in sorted(feats)))
+    scorer, _ = load_scorer(folder / "final.mdl", DataDir(folder), chunks)
+    return {key: scorer(key, value) for key, value in feats.items()}
+
+
+@pytest.mark.parametrize("frames_per_chunk", [0, 50])
+def test_decoding_takes_the_ivector_in_the_middle_of_each_chunk(tmp_path: Path, frames_per_chunk: int) -> None:
+    model, log_priors, feats, ivectors = decoding(tmp_path)
+    chunks = ChunkOptions(frames_per_chunk, 10, online_ivector_dir=str(tmp_path))
+    for key, scores in our_scores(tmp_path, feats, chunks).items():
+        whole = len(feats[key])
+        begin, count = (0, whole) if not frames_per_chunk else (100, 50)
+        row = torch.from_numpy(ivectors[key][(begin + (count - 1) // 2) // 10])
+        left = 0 if not frames_per_chunk else 10
+        times = np.arange(begin - left, begin + count + model.right_context).clip(0, whole - 1)
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(feats[key][times])[None], -left, count, ivectors=row[None])[0].numpy()
+        assert np.abs(scores[begin : begin + count] - (wanted - log_priors)).max() < 1e-4
+
+
+def test_decoding_without_the_ivectors_is_refused(tmp_path: Path) -> None:
+    _, _, feats, _ = decoding(tmp_path)
+    with pytest.raises(ConfigError, match="takes i-vectors of dimension 7: --online-ivector-dir is needed"):
+        our_scores(tmp_path, feats, ChunkOptions())
+    (tmp_path / "ivector_online.scp").write_text("")
+    with pytest.raises(DataError, match=r"ivector_online\.scp, key .*: the utterance has no i-vectors"):
+        our_scores(tmp_path, feats, ChunkOptions(online_ivector_dir=str(tmp_path)))
+
+
+@pytest.mark.kaldi
+@pytest.mark.parametrize("options", ["online", "one", "chunks"])
+def test_nnet3_compute_gives_the_same(tmp_path: Path, options: str) -> None:
+    """With online i-vectors nnet3-compute takes the row in the middle of the chunk, as the utterance or 50 frames."""
+    from kaldi_native_io import FloatVectorWriter, SequentialFloatMatrixReader
+
+    _, _, feats, ivectors = decoding(tmp_path)
+    assert f"ivector-dim: {IVECTOR_DIM}" in kaldi("nnet3-am-info", "final.mdl", cwd=tmp_path)
+    with FloatVectorWriter(f"ark:{tmp_path}/one.ark") as one:
+        for key, rows in ivectors.items():
+            one.write(key, rows[(len(feats[key]) - 1) // 2 // 10])
+    source = ["--online-ivectors=scp:ivector_online.scp", "--online-ivector-period=10"]
+    if options == "one":
+        source = ["--ivectors=ark:one.ark"]
+    frames = 50 if options == "chunks" else 10000
+    left = 10 if options == "chunks" else 0
+    more = ["--use-gpu=no", "--use-priors=true", f"--frames-per-chunk={frames}", f"--extra-left-context={left}"]
+    kaldi("nnet3-compute", *more, *source, "final.mdl", f"ark:{golden('net_input.ark')}", "ark:out.ark", cwd=tmp_path)
+    chunks = ChunkOptions(50 if options == "chunks" else 0, left, online_ivector_dir=str(tmp_path))
+    ours, seen = our_scores(tmp_path, feats, chunks), 0
     with SequentialFloatMatrixReader(f"ark:{tmp_path}/out.ark") as reader:
         for key, theirs in reader:
-            ours = model.whole_utterance(torch.from_numpy(given[key]), torch.from_numpy(used[key])).numpy()
-            assert np.abs(ours - np.log(am.priors) - np.array(theirs)).max() < 1e-4
+            assert np.abs(ours[key] - np.array(theirs)).max() < 1e-4
             seen += 1
-    assert seen == len(given) > 0
+    assert seen == len(feats) > 0

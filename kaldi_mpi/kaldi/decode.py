@@ -237,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--extra-right-context", type=int, default=0)
     parser.add_argument("--extra-left-context-initial", type=int, default=-1)
     parser.add_argument("--extra-right-context-final", type=int, default=-1)
+    parser.add_argument("--online-ivector-dir", help="for networks that take i-vectors")
     chosen = parser.parse_args(arguments)
     decode_job(
         chosen.graph_dir,
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen.extra_right_context,
             chosen.extra_left_context_initial,
             chosen.extra_right_context_final,
+            chosen.online_ivector_dir,
         ),
     )
 

@@ -36,11 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--job", type=int, default=1)
     parser.add_argument("--frames-per-chunk", type=int, default=0, help="0: whole utterances")
     parser.add_argument("--extra-left-context", type=int, default=0)
+    parser.add_argument("--online-ivector-dir", help="for networks that take i-vectors")
     chosen = parser.parse_args(arguments)
     if not 1 <= chosen.job <= chosen.nj:
         raise ConfigError(f"job {chosen.job} of {chosen.nj} jobs")
     data = DataDir(chosen.data_dir)
-    chunks = ChunkOptions(chosen.frames_per_chunk, chosen.extra_left_context)
+    chunks = ChunkOptions(
+        chosen.frames_per_chunk, chosen.extra_left_context, online_ivector_dir=chosen.online_ivector_dir
+    )
     scorer, _ = load_scorer(chosen.model, data, chunks)
     utterances = split_by_speaker(data.utt2spk, chosen.nj)[chosen.job - 1]
     try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FloatMatrix = NDArray[np.float32]
 Scorer = Callable[[str, FloatMatrix], FloatMatrix]
+IvectorOf = Callable[[int, int], "torch.Tensor"]  # of the chunk of `count` frames from `begin` on: (ivector_dim,)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ChunkOptions:
         extra_right_context: the same after a chunk.
         extra_left_context_initial: for the first chunk; negative means as for the others.
         extra_right_context_final: for the last chunk.
+        online_ivector_dir: ``ivector_online.scp`` and ``ivector_period``, for networks that take i-vectors.
     """
 
     frames_per_chunk: int = 0
@@ -47,6 +49,7 @@ class ChunkOptions:
     extra_right_context: int = 0
     extra_left_context_initial: int = -1
     extra_right_context_final: int = -1
+    online_ivector_dir: str | None = None
 
 
 def load_scorer(
@@ -111,6 +114,7 @@ def _nnet_scorer(path: Path, normalise: Normalise, chunks: ChunkOptions) -> Scor
 
     am = read_am(path)
     network = to_torch(am.nnet).eval()
+    ivectors = _online_ivectors(path, network.ivector_dim, chunks.online_ivector_dir)
     with np.errstate(divide="ignore"):
         log_priors = np.log(am.priors) if len(am.priors) else np.zeros(1, dtype=np.float32)
 
@@ -120,17 +124,63 @@ def _nnet_scorer(path: Path, normalise: Normalise, chunks: ChunkOptions) -> Scor
                 f"features have {feats.shape[1]} columns, the network takes {network.input_dim}", key=utterance
             )
         rows = torch.from_numpy(np.ascontiguousarray(normalise(utterance, feats), dtype=np.float32))
-        output = network.whole_utterance(rows) if not chunks.frames_per_chunk else in_chunks(network, rows, chunks)
+        ivector = None if ivectors is None else ivectors(utterance)
+        if chunks.frames_per_chunk:
+            output = in_chunks(network, rows, chunks, ivector)
+        else:
+            output = network.whole_utterance(rows, None if ivector is None else ivector(0, len(rows)))
         return np.asarray(output.numpy() - log_priors, dtype=np.float32)
 
     return score
 
 
-def in_chunks(network: AcousticModel, feats: torch.Tensor, chunks: ChunkOptions) -> torch.Tensor:
+def _online_ivectors(path: Path, dim: int, folder: str | None) -> Callable[[str], IvectorOf] | None:
+    """By utterance, what gives the i-vector of a chunk; None for a network without.
+
+    Raises:
+        DataError: a file is missing or malformed, or the i-vectors have another dimension than the network's.
+        ConfigError: the network takes i-vectors and there are none, or takes none.
+    """
+    import kaldi_native_io
+    import torch
+
+    if bool(dim) != bool(folder):
+        wanted = f"takes i-vectors of dimension {dim}" if dim else "takes no i-vectors"
+        raise ConfigError(
+            f"{path}: the network {wanted}: --online-ivector-dir {'is needed' if dim else 'is of no use'}"
+        )
+    if not folder:
+        return None
+    scp, period_file = Path(folder) / "ivector_online.scp", Path(folder) / "ivector_period"
+    try:
+        period = int(period_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read: {error}", file=str(period_file)) from error
+    if not scp.is_file():
+        raise DataError("no such file", file=str(scp))
+    reader = kaldi_native_io.RandomAccessFloatMatrixReader(f"scp:{scp}")
+
+    def of_utterance(utterance: str) -> IvectorOf:
+        if utterance not in reader:
+            raise DataError("the utterance has no i-vectors", file=str(scp), key=utterance)
+        rows = torch.from_numpy(np.array(reader[utterance], dtype=np.float32))
+        if rows.shape[1] != dim:
+            raise DataError(
+                f"i-vectors of dimension {rows.shape[1]}, the network takes {dim}", file=str(scp), key=utterance
+            )
+        # The row in the middle of the chunk, as nnet3-latgen-faster takes it.
+        return lambda begin, count: rows[min((begin + (count - 1) // 2) // period, len(rows) - 1)]
+
+    return of_utterance
+
+
+def in_chunks(
+    network: AcousticModel, feats: torch.Tensor, chunks: ChunkOptions, ivector: IvectorOf | None = None
+) -> torch.Tensor:
     """The network's output (T, K) for features (T, D), chunk by chunk as nnet3-latgen-faster computes it.
 
     Each chunk starts from a zero recurrent state and sees `chunks`'s extra context, edge frames being
-    repeated beyond the ends of the utterance.
+    repeated beyond the ends of the utterance; `ivector` gives its i-vector.
     """
     import torch
 
@@ -149,5 +199,6 @@ def in_chunks(network: AcousticModel, feats: torch.Tensor, chunks: ChunkOptions)
         right += network.right_context
         times = torch.arange(begin - left, begin + count + right).clamp(0, total - 1)
         with torch.no_grad():
-            outputs.append(network(feats[times].unsqueeze(0), -left, count)[0])
+            ivectors = None if ivector is None else ivector(begin, count).unsqueeze(0)
+            outputs.append(network(feats[times].unsqueeze(0), -left, count, ivectors=ivectors)[0])
     return torch.cat(outputs)
