@@ -119,7 +119,7 @@ class Corpus:
             feats_scp: lines ``key value``, where the value is ``path``, ``path:offset`` or ``command |``, each
                 optionally with a range; or an rspecifier, ``scp:...`` or ``ark:...`` (see `tables.locate`). FM,
                 DM, CM, CM2 or CM3 matrices, or text. Paths are relative to the working directory, as in Kaldi.
-            labels: per utterance one label (pdf-id, >= 0) per frame, or posteriors (`FramePairs`); copied, at
+            labels: per utterance one label (pdf-id, >= 0) per frame, or posteriors (`Posterior`); copied, at
                 two bytes a frame (four if an id exceeds 65535). A mapping; or pairs of key and labels in any
                 order, of which only one at a time need be in memory. Utterances without labels are left out
                 and counted: a few fail in GMM alignment.

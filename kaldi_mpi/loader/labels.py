@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.loader.native import borrow, ffi
-
-
-@runtime_checkable
-class FramePairs(Protocol):
-    """Posteriors of an utterance: for each frame some pairs of a pdf-id and a weight.
-
-    Attributes:
-        row_offsets: integers (frames + 1,); the pairs of frame t are row_offsets[t] .. row_offsets[t + 1] - 1.
-        ids: integers (pairs,), pdf-ids.
-        weights: floats (pairs,).
-    """
-
-    @property
-    def row_offsets(self) -> NDArray[Any]: ...
-    @property
-    def ids(self) -> NDArray[Any]: ...
-    @property
-    def weights(self) -> NDArray[Any]: ...
-
+from kaldi_mpi.loader.posteriors import Posterior
 
 # What the labels of one utterance are: a vector of pdf-ids, or posteriors.
-FrameLabels: TypeAlias = NDArray[Any] | FramePairs
+FrameLabels: TypeAlias = NDArray[Any] | Posterior
+
+_LARGEST_NARROW = 2**16 - 1  # id in two bytes
+_LARGEST = 2**31 - 1
 
 
 class LabelStore:
@@ -68,7 +53,7 @@ class LabelStore:
         Raises:
             DataError: another number of frames than the features have, or values that cannot be labels.
         """
-        if isinstance(labels, FramePairs):
+        if isinstance(labels, Posterior):
             if self._values is not None:
                 raise DataError("posteriors, and other utterances have one label a frame", key=key)
             self._put_pairs(i, labels, file=file, key=key)
@@ -89,18 +74,18 @@ class LabelStore:
         _check_ids(values, key)
         if self._values is None:
             self._values = np.empty(self._total, dtype=np.uint16)
-        if self._values.dtype == np.uint16 and values.max() > np.iinfo(np.uint16).max:
+        if self._values.dtype == np.uint16 and values.max() > _LARGEST_NARROW:
             self._values = self._values.astype(np.int32)
         self._values[self._frames[i] : self._frames[i] + len(values)] = values
 
-    def _put_pairs(self, i: int, pairs: FramePairs, *, file: str, key: str) -> None:
+    def _put_pairs(self, i: int, pairs: Posterior, *, file: str, key: str) -> None:
         offsets, ids = np.asarray(pairs.row_offsets), np.asarray(pairs.ids)
         weights = np.asarray(pairs.weights, dtype=np.float32)
         self._check_frames("posterior", len(offsets) - 1, i, file=file, key=key)
         counts = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != len(ids) or counts.min() < 0 or weights.shape != ids.shape:
             raise DataError("the posterior's arrays do not fit each other", key=key)
-        if len(ids) > np.iinfo(np.int32).max:
+        if len(ids) > _LARGEST:
             raise DataError(f"{len(ids)} pairs are too many for one utterance", key=key)
         if len(ids):
             _check_ids(ids, key)
@@ -111,7 +96,7 @@ class LabelStore:
             self._ends = np.empty(self._total, dtype=np.int32)
         self._entries[i] = self._num_pairs
         self._ends[self._frames[i] : self._frames[i] + len(counts)] = offsets[1:]
-        self._ids.append(ids.astype(np.uint16 if len(ids) == 0 or ids.max() < 2**16 else np.int32))
+        self._ids.append(ids.astype(np.uint16 if len(ids) == 0 or ids.max() <= _LARGEST_NARROW else np.int32))
         self._num_pairs += len(ids)
         self._most, self._least = max(self._most, int(counts.max())), min(self._least, int(counts.min()))
         # Most posteriors are all ones: these are told apart, and take no memory.
@@ -178,5 +163,5 @@ class LabelStore:
 
 def _check_ids(values: NDArray[Any], key: str) -> None:
     low, high = values.min(), values.max()
-    if low < 0 or high > np.iinfo(np.int32).max:
+    if low < 0 or high > _LARGEST:
         raise DataError(f"label {low if low < 0 else high} is not a pdf-id", key=key)
