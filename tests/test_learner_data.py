@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import itertools
 import json
+import logging
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +137,43 @@ def test_data_and_network_must_agree_on_ivectors(toy: Toy) -> None:
     with pytest.raises(DataError, match=r"ivector_online\.scp: no such file \(needed in --feat\.online-ivector-dir\)"):
         missing = f"--feat.online-ivector-dir={toy.feat_dir}"
         session.train(parse(toy.options(experiment(toy, "missing"), missing)), SoloWorld())
+
+
+def test_bad_utterances_are_left_out_if_that_is_allowed(
+    toy: Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose header cannot be read, found at once, and one whose features cannot, found while training."""
+    data = tmp_path / "data"
+    shutil.copytree(toy.feat_dir, data)
+    entries = dict(line.split() for line in (toy.feat_dir / "feats.scp").read_text().splitlines())
+    archive = bytearray((data / "feats.ark").read_bytes())
+    good = parse(toy.options(toy.experiment("good"), "--trainer.num-epochs=0.1"))
+    session.train(good, SoloWorld())
+    held_out = set((Path(good.dir) / "valid_uttlist").read_text().split())
+    watched = set((Path(good.dir) / "train_subset_uttlist").read_text().split())
+    header, nan = [key for key in entries if key not in held_out | watched][:2]
+    offset = int(entries[header].rpartition(":")[2])
+    archive[offset + 2 : offset + 4] = b"??"
+    # CM: token, then the minimum as a float.
+    offset = int(entries[nan].rpartition(":")[2])
+    archive[offset + 5 : offset + 9] = np.float32(np.nan).tobytes()
+    (data / "feats.ark").write_bytes(archive)
+    (data / "feats.scp").write_text(
+        "".join(f"{key} {data}/feats.ark:{value.rpartition(':')[2]}\n" for key, value in entries.items())
+    )
+
+    def run(name: str, allowed: int) -> Path:
+        folder = toy.experiment(name)
+        more = (f"--feat-dir={data}", "--trainer.num-epochs=1", f"--skip-bad-utterances={allowed}")
+        session.train(parse(toy.options(folder, *more)), SoloWorld())
+        return folder
+
+    for allowed in (0, 1):
+        with pytest.raises(DataError, match=header if allowed == 0 else nan):
+            run(f"bad-{allowed}", allowed)
+    with caplog.at_level(logging.WARNING, "kaldi_mpi"):
+        assert (run("bad-2", 2) / "final.mdl").exists()
+    assert all(any(key in message for message in caplog.messages) for key in (header, nan))
 
 
 # Objective and accuracy.
