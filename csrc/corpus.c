@@ -111,6 +111,16 @@ static int chunk_features(const km_corpus *corpus, const km_shape *shape, const 
     return KM_OK;
 }
 
+void km_corpus_prefetch(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
+                        const km_view *view) {
+    const int64_t length = corpus->num_frames[chunk->utterance];
+    const int64_t begin = (int64_t)chunk->start - shape->left + shape->label_delay;
+    const int64_t rows = (int64_t)shape->left + shape->width + shape->right;
+    const int64_t low = clamp(begin, 0, length - 1), high = clamp(begin + rows - 1, 0, length - 1);
+    km_matrix_prefetch(view, corpus->matrices + chunk->utterance,
+                       (int32_t)(corpus->first_row[chunk->utterance] + low), (int32_t)(high - low + 1));
+}
+
 static int64_t label_at(const km_labels *labels, int64_t index) {
     return labels->narrow != NULL ? labels->narrow[index] : labels->wide[index];
 }

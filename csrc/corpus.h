@@ -90,4 +90,8 @@ typedef struct {
 int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
                     const km_view *view, const km_out *out, km_scratch *scratch, km_error *error);
 
+/* Has the processor fetch what km_corpus_chunk is about to be asked for. */
+void km_corpus_prefetch(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
+                        const km_view *view);
+
 #endif

@@ -54,9 +54,48 @@ static int32_t pool_end(const km_plan_config *config, const km_layout *layout, i
     if (config->unit_bytes == NULL) return config->num_units;
     int64_t bytes = config->unit_bytes[unit_at(layout, first)];
     int32_t end = first + 1;
-    while (end < config->num_units && config->unit_bytes[unit_at(layout, end)] <= config->pool_bytes - bytes)
-        bytes += config->unit_bytes[unit_at(layout, end++)];
+    for (; end < config->num_units; end++) {
+        const int64_t more = config->unit_bytes[unit_at(layout, end)];
+        if (more > 0 && more > config->pool_bytes - bytes) break;
+        bytes += more;
+    }
     return end;
+}
+
+/* Where runs begin: of units that are permuted together. Returns how many there are; `first` may be NULL. */
+static int32_t find_runs(const km_plan_config *config, int32_t *first) {
+    int32_t runs = 0;
+    int64_t bytes = 0;
+    for (int32_t unit = 0; unit < config->num_units; unit++) {
+        const int64_t more = config->unit_bytes[unit];
+        bytes += more;
+        if (unit > 0 && (more == 0 || bytes <= config->run_bytes)) continue;
+        if (first != NULL) first[runs] = unit;
+        runs++;
+        bytes = more;
+    }
+    return runs;
+}
+
+/* Has layout->units be a permutation of the units, run by run. */
+static int permute(const km_plan_config *config, km_layout *layout) {
+    const int32_t runs = find_runs(config, NULL);
+    layout->units = calloc((size_t)config->num_units, sizeof *layout->units);
+    uint32_t *order = calloc((size_t)runs, sizeof *order);
+    int32_t *first = calloc((size_t)runs + 1, sizeof *first);
+    const int made = layout->units != NULL && order != NULL && first != NULL;
+    if (made) {
+        int32_t at = 0;
+        (void)find_runs(config, first);
+        first[runs] = config->num_units;
+        km_permutation(config->seed, UNITS_STREAM | (uint64_t)layout->epoch, (uint32_t)runs, order);
+        for (int32_t run = 0; run < runs; run++)
+            for (int32_t unit = first[order[run]]; unit < first[order[run] + 1]; unit++)
+                layout->units[at++] = unit;
+    }
+    free(order);
+    free(first);
+    return made;
 }
 
 static int allocate_pools(const km_plan_config *config, km_layout *layout) {
@@ -99,12 +138,8 @@ km_layout *km_layout_new(const km_plan_config *config, int64_t epoch, const int6
     if (layout == NULL) goto no_memory;
     layout->epoch = epoch;
     /* In a single pool the order of units is without effect. */
-    if (config->shuffle && pool_end(config, layout, 0) < config->num_units) {
-        layout->units = calloc((size_t)config->num_units, sizeof *layout->units);
-        if (layout->units == NULL) goto no_memory;
-        km_permutation(config->seed, UNITS_STREAM | (uint64_t)epoch, (uint32_t)config->num_units,
-                       (uint32_t *)layout->units);
-    }
+    if (config->shuffle && pool_end(config, layout, 0) < config->num_units && !permute(config, layout))
+        goto no_memory;
     for (int32_t unit = 0; unit < config->num_units; layout->num_pools++)
         unit = pool_end(config, layout, unit);
     if (!allocate_pools(config, layout)) goto no_memory;

@@ -233,6 +233,22 @@ int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, 
     return finite ? KM_OK : not_finite(matrix, first, count, out, error);
 }
 
+void km_matrix_prefetch(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count) {
+#if defined(__GNUC__)
+    enum { LINE = 64 };
+    const int64_t rows = matrix->rows, head = column_header_bytes(matrix);
+    if (matrix->kind != KM_COLUMNS8 || !km_view_holds(view, matrix->data, head + rows * matrix->cols)) return;
+    const unsigned char *codes = view->data + (matrix->data - view->begin) + head;
+    for (int64_t at = -head; at < 0; at += LINE)
+        __builtin_prefetch(codes + at);
+    for (int64_t col = 0; col < matrix->cols; col++)
+        for (int64_t row = first; row < (int64_t)first + count + LINE - 1; row += LINE)
+            __builtin_prefetch(codes + col * rows + (row < rows ? row : rows - 1));
+#else
+    (void)view, (void)matrix, (void)first, (void)count;
+#endif
+}
+
 int km_matrix_doubles(const km_file *file, const km_matrix *matrix, double *out, km_error *error) {
     km_scratch scratch = {0};
     const int64_t values = (int64_t)matrix->rows * matrix->cols;

@@ -42,4 +42,9 @@ int km_matrix_find(const km_view *view, int64_t offset, km_matrix *matrix, km_sc
 int km_matrix_rows(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count, float *out,
                    km_scratch *scratch, km_error *error);
 
+/* Has the processor fetch the bytes of some rows, if they are in memory, which km_matrix_rows is about to be
+ * asked for: where they are stored by columns they lie in many places, and waiting for each costs more than
+ * decoding it. */
+void km_matrix_prefetch(const km_view *view, const km_matrix *matrix, int32_t first, int32_t count);
+
 #endif

@@ -2,12 +2,12 @@
  * data: it is made of the lengths of utterances alone (or of the shapes of examples).
  *
  * Units are utterances, cut into chunks of one or several shapes, or examples, of which each is a chunk. An
- * epoch is a permutation of all units, drawn by (seed, epoch) and cut into *pools*: runs of units whose bytes
- * on disk are at most pool_bytes (or one unit, if that is larger). Within a pool all chunks are permuted,
- * drawn by (seed, epoch, pool). Walking through the epoch's chunks in this order, each one joins the group of
- * its shape, and a group that has N * B chunks is a *step*: of N ranks with B chunks each, B being that of
- * the shape. What is left at the end of the epoch are steps too. So groups may have chunks of earlier pools,
- * and no chunk is lost.
+ * epoch is a permutation of all units (or of runs of them), drawn by (seed, epoch) and cut into *pools*: as
+ * many units as have at most pool_bytes on disk (or one unit, if that has more). Within a pool all chunks are
+ * permuted, drawn by (seed, epoch, pool). Walking through the epoch's chunks in this order, each one joins
+ * the group of its shape, and a group that has N * B chunks is a *step*: of N ranks with B chunks each, B
+ * being that of the shape. What is left at the end of the epoch are steps too. So groups may have chunks of
+ * earlier pools, and no chunk is lost.
  *
  * Of a step's M chunks rank r takes M*r/N .. M*(r+1)/N - 1; where M < N, M ranks take one each, and other
  * ones at the next such step of the epoch. So minibatches of two ranks in an epoch never differ by more than
@@ -27,8 +27,11 @@ typedef struct km_plan km_plan;
 typedef struct {
     int32_t num_units;
     const int32_t *num_frames; /* labelled frames of each unit, > 0; borrowed */
-    const int64_t *unit_bytes; /* of each unit, >= 0; borrowed; NULL: there is one pool */
+    const int64_t *unit_bytes; /* of each unit; 0: the same as those of the unit before, with which it is kept
+                                  together; borrowed; NULL: there is one pool */
     int64_t pool_bytes;
+    int64_t run_bytes; /* units that lie together on disk, up to so many bytes, are permuted together; 0: each
+                          alone */
     const int32_t *shape_of; /* examples: the shape of each unit; borrowed. NULL: units are utterances, */
     km_split split;          /* cut by this, and the shape is */
     int32_t shape_at[KM_MAX_WIDTHS][2][2]; /* [width][chunk is the first][chunk is the last] */

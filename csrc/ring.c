@@ -88,28 +88,47 @@ static void clear(const km_ring *ring, const km_shape *shape, const km_out *out)
     if (out->ivector != NULL) memset(out->ivector, 0, (size_t)ring->config.ivector_dim * sizeof(float));
 }
 
+/* A chunk and where its bytes are. */
+typedef struct {
+    km_chunk chunk;
+    km_view view;
+} task;
+
+static task find_chunk(const km_ring *ring, const km_step *step, int64_t i, const km_resident *resident) {
+    task found;
+    found.chunk = km_plan_chunk(ring->config.plan, step->epoch, step->chunks[i]);
+    found.view = km_store_view(ring->store, resident, found.chunk.utterance);
+    if (ring->config.corpus != NULL)
+        km_corpus_prefetch(ring->config.corpus, ring->shapes + step->shape, &found.chunk, &found.view);
+    return found;
+}
+
 /* Decodes one chunk into its place. */
-static int fill_chunk(km_ring *ring, const km_shape *shape, const km_chunk *chunk,
-                      const km_resident *resident, const km_out *out, km_scratch *scratch, km_error *error) {
+static int fill_chunk(const km_ring *ring, const km_shape *shape, const task *what, const km_out *out,
+                      km_scratch *scratch, km_error *error) {
     const km_ring_config *config = &ring->config;
-    const km_view view = km_store_view(ring->store, resident, chunk->utterance);
     if (config->examples != NULL)
-        return km_examples_chunk(config->examples, shape, chunk->utterance, &view, out, scratch, error);
-    return km_corpus_chunk(config->corpus, shape, chunk, &view, out, scratch, error);
+        return km_examples_chunk(config->examples, shape, what->chunk.utterance, &what->view, out, scratch,
+                                 error);
+    return km_corpus_chunk(config->corpus, shape, &what->chunk, &what->view, out, scratch, error);
 }
 
 /* Decodes this rank's chunks of a step into the slot; sets how many labelled frames of bad units it has. */
 static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const km_resident *resident,
                        slot *into, km_scratch *scratch, int64_t *lost) {
     const km_shape *shape = ring->shapes + step->shape;
+    task next;
+    if (share.count > 0) next = find_chunk(ring, step, share.first, resident);
     for (int64_t i = 0; i < share.count; i++) {
         if (atomic_load_explicit(&ring->stop, memory_order_relaxed)) break;
-        const km_chunk chunk = km_plan_chunk(ring->config.plan, step->epoch, step->chunks[share.first + i]);
+        const task now = next;
+        /* One ahead, so that its bytes come while this one is decoded. */
+        if (i + 1 < share.count) next = find_chunk(ring, step, share.first + i + 1, resident);
         const km_out out = place_of(ring, &into->buffer, shape, i);
-        if (fill_chunk(ring, shape, &chunk, resident, &out, scratch, &into->error) == KM_OK) continue;
-        if (!tolerate(ring, chunk.utterance, &into->error)) return KM_FAILED;
+        if (fill_chunk(ring, shape, &now, &out, scratch, &into->error) == KM_OK) continue;
+        if (!tolerate(ring, now.chunk.utterance, &into->error)) return KM_FAILED;
         clear(ring, shape, &out);
-        *lost += chunk.end_label - chunk.first_label;
+        *lost += now.chunk.end_label - now.chunk.first_label;
     }
     return KM_OK;
 }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.loader import Examples, Minibatch, MinibatchReader, MinibatchRule
 from kaldi_mpi.loader.example import Example, SparseRows, read_examples
-from tests.egs_data import chunk_example, random_chunk, write_egs
+from tests.egs_data import chunk_example, merged_example, random_chunk, write_egs
 from tests.paths import kaldi_root
 
 WIDTHS = (4, 4, 6, 4, 3, 6)  # of the chunks, in turn
@@ -116,3 +116,19 @@ def test_examples_come_once_an_epoch_over_all_ranks(archives: list[Path], size: 
     assert sum(whole.values()) == 47
     counts = [sum(len(m.feats) > 0 for m in rank) for rank in ranks]
     assert max(counts) - min(counts) <= 1
+
+
+def test_merged_examples_are_read_once(tmp_path: Path) -> None:
+    """Their chunks stay in one pool, so that memory does not have to hold them, or have them read, many times."""
+    rng = np.random.default_rng(1)
+    merged = [merged_example([random_chunk(rng, kind="FM", dim=20) for _ in range(8)]) for _ in range(12)]
+    path = write_egs(tmp_path / "egs.1.ark", {f"merged-{i}-8": data for i, data in enumerate(merged)})
+    source = Examples.open(path)
+    assert int(source.unit_bytes.sum()) == sum(map(len, merged))
+    with MinibatchReader(source, None, 5, seed=3, num_epochs=2, memory=2 * 3 * len(merged[0])) as reader:
+        epochs: list[Counter[bytes]] = [Counter(), Counter()]
+        for m in reader:
+            epochs[m.epoch].update(row.tobytes() for row in m.feats)
+        counters = reader.counters()
+    assert epochs[0] == epochs[1] == Counter(source.chunk(unit).feats.tobytes() for unit in range(96))
+    assert counters.bytes_read <= 4 * path.stat().st_size

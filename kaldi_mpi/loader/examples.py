@@ -57,7 +57,7 @@ class Examples:
         paths: the archives.
         begin: int64 array, byte offset of each unit's example in its archive (of its ``\\0B``).
         end: int64 array, byte offset behind it.
-        unit_bytes: int64 array, their difference; each unit of a merged example has all of its bytes.
+        unit_bytes: int64 array, their difference; 0 for a unit of a merged example that is not its first.
         n: int32 array, the n of each unit's Index.
         feat_dim: columns of ``input``.
         ivector_dim: columns of ``ivector``; 0: there is none.
@@ -137,6 +137,8 @@ class Examples:
         self.file_of, self.begin, self.end, self.n = index.file_of, index.begin, index.end, index.n
         self.num_frames, self.shape_of = index.frames, index.shape_of
         self.unit_bytes = self.end - self.begin
+        shared = (self.begin[1:] == self.begin[:-1]) & (self.file_of[1:] == self.file_of[:-1])
+        self.unit_bytes[1:][shared] = 0
         self.total_frames = int(self.num_frames.sum(dtype=np.int64))
         self.feat_dim, self.ivector_dim, self.num_pdfs = index.feat_dim, index.ivector_dim, index.num_pdfs
         self.num_targets, self.has_weights = index.num_targets, index.has_weights

@@ -17,6 +17,9 @@ from kaldi_mpi.loader.source import Source
 ENDLESS = 2**62  # steps
 DEFAULT_MEMORY = 128 * 2**20
 
+# Examples are small, and have been shuffled on disk: to read each from another place would be slow for no gain.
+_RUN_BYTES, _RUNS_IN_A_POOL = 2**20, 16
+
 Cut = ChunkShape | Chunking | None
 Size = int | MinibatchRule
 
@@ -72,10 +75,10 @@ def _chunking(chunking: ChunkShape | Chunking) -> Chunking:
 class ChunkPlan:
     """The chunks of a source in the order of each epoch, shared out in global steps; the same on all ranks.
 
-    The order of epoch e is drawn by (seed, e). Units (utterances, examples) are permuted and taken in pools, of as many
-    as have `memory` / 2 bytes on disk; the chunks of a pool are permuted. Walking through them, `size` times the
-    minibatch of chunks of one shape make a global step, and what is left at the end makes smaller ones. A source
-    that fits into one pool is so permuted as a whole.
+    The order of epoch e is drawn by (seed, e). Units (utterances, or runs of examples of up to 1 MiB) are permuted and
+    taken in pools, of as many as have `memory` / 2 bytes on disk; the chunks of a pool are permuted. Walking through
+    them, `size` times the minibatch of chunks of one shape make a global step, and what is left at the end makes
+    smaller ones. A source that fits into one pool is so permuted as a whole.
 
     Args:
         source: a `Corpus` or `Examples`.
@@ -129,6 +132,7 @@ class ChunkPlan:
         config.chunks_per_minibatch = borrow(chunks, "int32_t", np.int32)
         config.num_ranks, config.shuffle, config.seed = size, shuffle, seed
         if chunking is None:
+            config.run_bytes = min(_RUN_BYTES, memory // 2 // _RUNS_IN_A_POOL)
             config.shape_of = borrow(source.shape_of, "int32_t", np.int32)  # type: ignore[attr-defined]
         else:
             _chunking(chunking).fill(config)

@@ -26,7 +26,7 @@ class Source(Protocol):
         file_of: the archive of each unit, an index into `paths`.
         begin: byte offset of each unit in its archive.
         end: byte offset behind each unit.
-        unit_bytes: their difference; units that share their bytes (of merged examples) count them each.
+        unit_bytes: their difference; 0 for a unit whose bytes are those of the unit before (of a merged example).
         num_without_labels: units that were left out because they have no labels.
     """
 
