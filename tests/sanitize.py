@@ -59,6 +59,7 @@ KINDS = {
             "test_loader_order.py",
             "test_loader_plan.py",
             "test_loader_bad_input.py",
+            "test_loader_disk.py",
             "test_loader_egs.py",
         ),
     ),
