@@ -158,24 +158,24 @@ static void several_labels(const km_labels *labels, const km_shape *shape, const
     }
 }
 
-static int chunk_ivector(const km_ivectors *ivectors, const km_chunk *chunk, float *out, km_scratch *scratch,
-                         km_error *error) {
+static int chunk_ivector(const km_ivectors *ivectors, const km_chunk *chunk, const km_view *view, float *out,
+                         km_scratch *scratch, km_error *error) {
     const uint64_t labelled = (uint64_t)chunk->end_label - (uint64_t)chunk->first_label;
     const int64_t frame = chunk->first_label + (int64_t)(chunk->draw % labelled);
     const int32_t utterance = chunk->utterance, rows = ivectors->num_rows[utterance];
     const int64_t row = clamp(frame / ivectors->period, 0, rows - 1) + ivectors->first_row[utterance];
-    const km_view view = {ivectors->files + ivectors->file_of[utterance], NULL, 0, 0};
-    return km_matrix_rows(&view, ivectors->matrices + utterance, (int32_t)row, 1, out, scratch, error);
+    return km_matrix_rows(view, ivectors->matrices + utterance, (int32_t)row, 1, out, scratch, error);
 }
 
 int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
-                    const km_view *view, const km_out *out, km_scratch *scratch, km_error *error) {
+                    const km_view *view, const km_view *ivectors, const km_out *out, km_scratch *scratch,
+                    km_error *error) {
     if (chunk_features(corpus, shape, chunk, view, out->feats, scratch, error) != KM_OK) {
         error->utterance = chunk->utterance;
         return KM_FAILED;
     }
     if (corpus->ivectors.dim > 0 &&
-        chunk_ivector(&corpus->ivectors, chunk, out->ivector, scratch, error) != KM_OK) {
+        chunk_ivector(&corpus->ivectors, chunk, ivectors, out->ivector, scratch, error) != KM_OK) {
         error->utterance = corpus->num_utterances + chunk->utterance;
         return KM_FAILED;
     }

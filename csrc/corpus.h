@@ -29,8 +29,10 @@ typedef struct {
     const km_file *files;      /* the archives */
     const int32_t *file_of;    /* per utterance: index into files */
     const km_matrix *matrices; /* per utterance: dim columns */
-    const int32_t *first_row;  /* per utterance: where a row range of the scp starts, else 0 */
-    const int32_t *num_rows;   /* per utterance, > 0 */
+    const int64_t *begin;      /* per utterance: its values are bytes begin .. end-1 of the file */
+    const int64_t *end;
+    const int32_t *first_row; /* per utterance: where a row range of the scp starts, else 0 */
+    const int32_t *num_rows;  /* per utterance, > 0 */
 } km_ivectors;
 
 typedef struct {
@@ -82,13 +84,14 @@ typedef struct {
     uint64_t draw;       /* random bits: which labelled frame the i-vector is of */
 } km_chunk;
 
-/* `view` is of the utterance's archive. Writes the rows start-left+label_delay ..
- * start+width-1+right+label_delay of the transformed features (the edge rows repeated outside the utterance),
- * the labels of the chunk's width frames, and the i-vector of the labelled frame that the chunk's random bits
- * choose (read from its own archive). On failure error->utterance is set: the utterance's index, to which
- * num_utterances is added where it is the i-vector that cannot be read. */
+/* `view` is of the utterance's archive, and `ivectors` of that of its i-vectors (not looked at where there
+ * are none). Writes the rows start-left+label_delay .. start+width-1+right+label_delay of the transformed
+ * features (the edge rows repeated outside the utterance), the labels of the chunk's width frames, and the
+ * i-vector of the labelled frame that the chunk's random bits choose. On failure error->utterance is set: the
+ * utterance's index, to which num_utterances is added where it is the i-vector that cannot be read. */
 int km_corpus_chunk(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,
-                    const km_view *view, const km_out *out, km_scratch *scratch, km_error *error);
+                    const km_view *view, const km_view *ivectors, const km_out *out, km_scratch *scratch,
+                    km_error *error);
 
 /* Has the processor fetch what km_corpus_chunk is about to be asked for. */
 void km_corpus_prefetch(const km_corpus *corpus, const km_shape *shape, const km_chunk *chunk,

@@ -23,6 +23,7 @@ typedef struct {
 struct km_ring {
     km_ring_config config;
     km_store *store;
+    km_store *ivectors; /* the same pools of the utterances' i-vectors; NULL: there are none */
     km_shape *shapes;
     int32_t num_threads;
     int on_request;
@@ -88,16 +89,23 @@ static void clear(const km_ring *ring, const km_shape *shape, const km_out *out)
     if (out->ivector != NULL) memset(out->ivector, 0, (size_t)ring->config.ivector_dim * sizeof(float));
 }
 
+/* The bytes of one pool, as far as they are in memory. */
+typedef struct {
+    const km_resident *units, *ivectors;
+} pool_bytes;
+
 /* A chunk and where its bytes are. */
 typedef struct {
     km_chunk chunk;
     km_view view;
+    km_view ivectors; /* of the utterance, where there are some */
 } task;
 
-static task find_chunk(const km_ring *ring, const km_step *step, int64_t i, const km_resident *resident) {
-    task found;
-    found.chunk = km_plan_chunk(ring->config.plan, step->epoch, step->chunks[i]);
-    found.view = km_store_view(ring->store, resident, found.chunk.utterance);
+static task find_chunk(const km_ring *ring, const km_step *step, int64_t i, const pool_bytes *resident) {
+    task found = {.chunk = km_plan_chunk(ring->config.plan, step->epoch, step->chunks[i])};
+    const int32_t unit = found.chunk.utterance;
+    found.view = km_store_view(ring->store, resident->units, unit);
+    if (ring->ivectors != NULL) found.ivectors = km_store_view(ring->ivectors, resident->ivectors, unit);
     if (ring->config.corpus != NULL)
         km_corpus_prefetch(ring->config.corpus, ring->shapes + step->shape, &found.chunk, &found.view);
     return found;
@@ -110,11 +118,12 @@ static int fill_chunk(const km_ring *ring, const km_shape *shape, const task *wh
     if (config->examples != NULL)
         return km_examples_chunk(config->examples, shape, what->chunk.utterance, &what->view, out, scratch,
                                  error);
-    return km_corpus_chunk(config->corpus, shape, &what->chunk, &what->view, out, scratch, error);
+    return km_corpus_chunk(config->corpus, shape, &what->chunk, &what->view, &what->ivectors, out, scratch,
+                           error);
 }
 
 /* Decodes this rank's chunks of a step into the slot; sets how many labelled frames of bad units it has. */
-static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const km_resident *resident,
+static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const pool_bytes *resident,
                        slot *into, km_scratch *scratch, int64_t *lost) {
     const km_shape *shape = ring->shapes + step->shape;
     task next;
@@ -139,10 +148,11 @@ static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_sc
     km_plan *plan = ring->config.plan;
     km_step found;
     if (km_plan_acquire(plan, step, &found, &into->error) != KM_OK) return KM_FAILED;
-    const km_resident *resident = km_store_acquire(ring->store, found.pool, disk_waited);
+    pool_bytes resident = {km_store_acquire(ring->store, found.pool, disk_waited), NULL};
+    if (ring->ivectors != NULL) resident.ivectors = km_store_acquire(ring->ivectors, found.pool, disk_waited);
     const km_span share = km_plan_share(plan, &found, ring->config.rank), all = {0, found.count};
     int64_t lost = 0;
-    const int status = fill_chunks(ring, &found, share, resident, into, scratch, &lost);
+    const int status = fill_chunks(ring, &found, share, &resident, into, scratch, &lost);
     into->minibatch = (km_minibatch){
         .step = step,
         .buffer = (int32_t)(position % ring->config.depth),
@@ -152,7 +162,8 @@ static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_sc
         .frames = km_plan_frames(plan, &found, share) - lost,
         .global_frames = km_plan_frames(plan, &found, all),
     };
-    km_store_release(ring->store, resident);
+    km_store_release(ring->store, resident.units);
+    if (ring->ivectors != NULL) km_store_release(ring->ivectors, resident.ivectors);
     km_plan_release(plan, found.pool);
     return status;
 }
@@ -239,6 +250,19 @@ static void release(km_ring *ring) {
     free(ring);
 }
 
+static int make_stores(km_ring *ring, km_error *error) {
+    const km_ring_config *config = &ring->config;
+    const int64_t speed = config->bytes_per_second;
+    ring->store = km_store_new(&config->units, config->plan, speed, error);
+    if (ring->store == NULL) return KM_FAILED;
+    const km_ivectors *ivectors = config->corpus != NULL ? &config->corpus->ivectors : NULL;
+    if (ivectors == NULL || ivectors->dim == 0) return KM_OK;
+    const km_units units = {config->units.num_units, ivectors->files, ivectors->file_of, ivectors->begin,
+                            ivectors->end};
+    ring->ivectors = km_store_new(&units, config->plan, speed, error);
+    return ring->ivectors != NULL ? KM_OK : KM_FAILED;
+}
+
 km_ring *km_ring_new(const km_ring_config *config, km_error *error) {
     const int on_request = config->first_step == KM_ON_REQUEST;
     if (config->threads <= 0 || config->depth <= 0 || (config->first_step < 0 && !on_request) ||
@@ -254,8 +278,8 @@ km_ring *km_ring_new(const km_ring_config *config, km_error *error) {
         return NULL;
     }
     memcpy(ring->shapes, config->shapes, (size_t)config->num_shapes * sizeof *ring->shapes);
-    ring->store = km_store_new(&config->units, config->plan, config->bytes_per_second, error);
-    if (ring->store == NULL) {
+    if (make_stores(ring, error) != KM_OK) {
+        if (ring->store != NULL) km_store_free(ring->store);
         release(ring);
         return NULL;
     }
@@ -284,6 +308,7 @@ void km_ring_stop(km_ring *ring) {
     (void)pthread_cond_signal(&ring->data);
     (void)pthread_mutex_unlock(&ring->mutex);
     km_store_stop(ring->store);
+    if (ring->ivectors != NULL) km_store_stop(ring->ivectors);
 }
 
 void km_ring_free(km_ring *ring) {
@@ -292,6 +317,7 @@ void km_ring_free(km_ring *ring) {
     for (int32_t i = 0; i < ring->num_threads; i++)
         (void)pthread_join(ring->threads[i], NULL);
     km_store_free(ring->store);
+    if (ring->ivectors != NULL) km_store_free(ring->ivectors);
     (void)pthread_cond_destroy(&ring->data);
     (void)pthread_cond_destroy(&ring->work);
     (void)pthread_mutex_destroy(&ring->mutex);
@@ -373,6 +399,9 @@ void km_ring_counters(km_ring *ring, km_counters *counters) {
     (void)pthread_mutex_unlock(&ring->mutex);
     counters->bytes_read += km_store_bytes_read(ring->store);
     counters->memory = km_store_memory(ring->store) + km_plan_memory(ring->config.plan);
+    if (ring->ivectors == NULL) return;
+    counters->bytes_read += km_store_bytes_read(ring->ivectors);
+    counters->memory += km_store_memory(ring->ivectors);
 }
 
 int km_ring_bad(km_ring *ring, int32_t number, km_error *error) {

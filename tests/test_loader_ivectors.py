@@ -97,6 +97,21 @@ def test_all_kinds_of_matrices_and_the_last_row_for_what_is_behind_it(kind: str,
             np.testing.assert_array_equal(ivector, values[key][min(t // 10, len(values[key]) - 1)])
 
 
+def test_read_ahead_and_only_once(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path, [40] * 30, dim=2)
+    place = write_ivectors(tmp_path, written, 10)
+    corpus = Corpus.open(written.scp, written.labels, online_ivector_dir=place)
+    sizes = [path.stat().st_size for path in (tmp_path / "feats.ark", place / "ivector_online.ark")]
+    assert sum(sizes) - 30 * 2 * 40 < corpus.unit_bytes.sum() < sum(sizes)  # all but keys and headers
+    with MinibatchReader(corpus, ChunkShape(1, 0, 0), 9, seed=0, num_epochs=1) as reader:
+        assert sum(m.frames for m in reader) == 30 * 40
+        assert reader.counters().bytes_read <= sum(sizes)
+    # in many pools, each of which is in memory with its i-vectors
+    shape, memory = ChunkShape(7, 0, 0), int(corpus.unit_bytes.sum()) // 4
+    for _, frames, row in drawn(corpus, written, shape, num_epochs=2, memory=memory):
+        assert row in {t // 10 for t in frames}
+
+
 def test_with_transforms_and_without_ivectors(tmp_path: Path) -> None:
     written = write_corpus(tmp_path, [35, 12], dim=2)
     place = write_ivectors(tmp_path, written, 10)

@@ -158,15 +158,17 @@ def test_closing_from_another_thread_ends_the_iteration(corpus: Corpus) -> None:
 
 def test_counters(corpus: Corpus) -> None:
     with MinibatchReader(corpus, SHAPE, 5, seed=0, threads=1, depth=2) as reader:
-        next(reader)
-        time.sleep(0.1)  # the thread fills what it may and then waits for space
-        next(reader)
-        time.sleep(0.02)
+        frames, deadline = 0, time.monotonic() + 60
+        while reader.counters().readers_waited == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)  # the thread fills what it may and then waits for space
+            frames += next(reader).frames
         counters = reader.counters()
-    assert counters.frames > 0
+    assert counters.frames == frames > 0
     assert counters.bytes_read > 0
-    assert 0.05 < counters.readers_waited < 10
-    assert 0 <= counters.consumer_waited < 10
+    assert counters.memory > 0
+    assert 0 < counters.readers_waited < counters.seconds
+    assert 0 <= counters.consumer_waited < counters.seconds
+    assert counters.frames_per_second == pytest.approx(frames / counters.seconds)
 
 
 EXITS = """

@@ -12,6 +12,7 @@ readers take minibatches from it::
 
 from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, to_pdfs
 from kaldi_mpi.loader.chunking import Chunking, ChunkShape
+from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.plan import ChunkPlan, Place
@@ -19,14 +20,17 @@ from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_poste
 from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
 from kaldi_mpi.loader.rule import MinibatchRule
 from kaldi_mpi.loader.source import Source
+from kaldi_mpi.loader.transforms import DeltaOptions, SpliceOptions, parse_delta_opts, parse_splice_opts
 
 __all__ = [
     "Buffer",
     "ChunkPlan",
     "ChunkShape",
     "Chunking",
+    "CmvnOptions",
     "Corpus",
     "Counters",
+    "DeltaOptions",
     "Examples",
     "Minibatch",
     "MinibatchReader",
@@ -34,7 +38,11 @@ __all__ = [
     "Place",
     "Posterior",
     "Source",
+    "SpliceOptions",
     "new_buffers",
+    "parse_cmvn_opts",
+    "parse_delta_opts",
+    "parse_splice_opts",
     "read_alignments",
     "read_int_vectors",
     "read_posteriors",

@@ -16,6 +16,7 @@ from kaldi_mpi.loader.cmvn import read_norms, speakers_of
 from kaldi_mpi.loader.ivectors import Ivectors
 from kaldi_mpi.loader.labels import FrameLabels, LabelStore
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error, struct_dtype
+from kaldi_mpi.loader.ranges import byte_ranges
 from kaldi_mpi.loader.scp import Location, rows_in_range
 from kaldi_mpi.loader.tables import locate
 from kaldi_mpi.loader.transforms import DeltaOptions, Transform, make_transform
@@ -58,7 +59,8 @@ class Corpus:
         begin: int64 array, byte offset of the first value of each utterance in its archive.
         end: int64 array, byte offset behind the last one. Of a row range in a matrix that is stored row by row
             only these rows count; CM is stored column by column, and counts whole.
-        unit_bytes: int64 array, their difference.
+        unit_bytes: int64 array, their difference, and the bytes of the utterance's i-vectors, which are read ahead
+            with it.
         feat_dim: columns of the features, as chunks have them.
         ivector_dim: elements of the i-vector of each chunk; 0 where there is none.
         num_targets: most labels of a frame.
@@ -159,7 +161,6 @@ class Corpus:
             norms = read_norms(cmvn_scp, wanted, corpus._input_dim, norm_vars=norm_vars, skip_dims=skip_dims)
             number = {speaker: i for i, speaker in enumerate(wanted)}
             norm_of = np.array([number[speaker] for speaker in speakers], dtype=np.int32)
-        corpus._find_bytes()
         corpus._lend(transform, norms, norm_of, norm_vars)
         return corpus
 
@@ -268,23 +269,13 @@ class Corpus:
         if self._ivectors is not None:
             self._ivectors.finish(kept)
         self.ivector_dim = 0 if self._ivectors is None else self._ivectors.dim
+        self.begin, self.end = byte_ranges(self._matrices, self._first_row, self.num_frames)
+        self.unit_bytes = self.end - self.begin
+        if self._ivectors is not None:
+            self.unit_bytes += self._ivectors.end - self._ivectors.begin
         self.num_units = len(self.utterances)
         self.total_frames = int(self.num_frames.sum(dtype=np.int64))
         self._index = {key: i for i, key in enumerate(self.utterances)}
-
-    def _find_bytes(self) -> None:
-        """Where the values of each utterance lie, headers not counted: these are in memory."""
-        kinds = self._matrices["kind"]
-        value_bytes = np.ones(lib.KM_ROWS8 + 1, dtype=np.int64)
-        value_bytes[lib.KM_FLOAT], value_bytes[lib.KM_DOUBLE], value_bytes[lib.KM_ROWS16] = 4, 8, 2
-        row_bytes = self._matrices["cols"] * value_bytes[kinds]
-        by_column = kinds == lib.KM_COLUMNS8
-        percentiles = 8 * self._matrices["cols"].astype(np.int64)
-        first = np.where(by_column, 0, self._first_row * row_bytes)
-        size = np.where(by_column, percentiles + self._matrices["rows"] * row_bytes, self.num_frames * row_bytes)
-        self.begin = self._matrices["data"] + first
-        self.end = self.begin + size
-        self.unit_bytes = size
 
     def _lend(
         self,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.native import borrow, ffi, struct_dtype
+from kaldi_mpi.loader.ranges import byte_ranges
 from kaldi_mpi.loader.scp import rows_in_range
 from kaldi_mpi.loader.tables import OnBad, locate
 
@@ -21,7 +22,7 @@ LENGTH_TOLERANCE = 100
 
 
 class Ivectors:
-    """Where the i-vectors of each utterance are; they stay on disk, and each chunk's is read with it.
+    """Where the i-vectors of each utterance are; they stay on disk, and are read ahead with the features.
 
     Each chunk gets one i-vector: that of one of its labelled frames, which is drawn by (seed, epoch, utterance,
     chunk) and so changes from epoch to epoch. This is what nnet3-get-egs means to do; but what it draws from is
@@ -38,6 +39,8 @@ class Ivectors:
     Attributes:
         dim: elements of an i-vector.
         period: frames for each.
+        begin: int64 array, per utterance the byte offset of the first value; after `finish`, as is end.
+        end: behind the last one.
 
     Raises:
         DataError: a file is missing or malformed.
@@ -54,6 +57,7 @@ class Ivectors:
         self._scp = os.path.join(os.fspath(directory), "ivector_online.scp")
         self.period = _read_period(Path(directory) / "ivector_period")
         self.dim = 0
+        self.begin = self.end = np.zeros(0, dtype=np.int64)
         self._archives = Archives()
         self._locations = locate(self._scp, self._archives, wanted=wanted, on_bad=on_bad).locations
         count = num_utterances
@@ -98,6 +102,7 @@ class Ivectors:
         self._file_of, self._first_row, self._num_rows = (
             array[kept] for array in (self._file_of, self._first_row, self._num_rows)
         )
+        self.begin, self.end = byte_ranges(self._matrices, self._first_row, self._num_rows)
 
     def path_of(self, i: int) -> str:
         """The archive of utterance `i`'s i-vectors; for messages."""
@@ -111,6 +116,8 @@ class Ivectors:
             "files": self._archives.table(),
             "file_of": borrow(self._file_of, "int32_t", np.int32),
             "matrices": ffi.from_buffer("km_matrix[]", self._matrices),
+            "begin": borrow(self.begin, "int64_t", np.int64),
+            "end": borrow(self.end, "int64_t", np.int64),
             "first_row": borrow(self._first_row, "int32_t", np.int32),
             "num_rows": borrow(self._num_rows, "int32_t", np.int32),
         }
