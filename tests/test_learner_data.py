@@ -176,6 +176,30 @@ def test_bad_utterances_are_left_out_if_that_is_allowed(
     assert all(any(key in message for message in caplog.messages) for key in (header, nan))
 
 
+def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Learner.compute_gradients
+
+    def die(self: Learner, batch: Batch) -> None:
+        if batch.step == 37:
+            raise InterruptedError
+        compute(self, batch)
+
+    def run(name: str) -> bytes:
+        folder = toy.work / name
+        ivectors = f"--feat.online-ivector-dir={toy.work}/ivectors"
+        session.train(parse(toy.options(folder, ivectors, *SEVERAL)), SoloWorld())
+        return (folder / "final.mdl").read_bytes()
+
+    for name in ("undisturbed", "disturbed"):
+        experiment(toy, name)
+    monkeypatch.setattr(Learner, "compute_gradients", die)
+    with pytest.raises(InterruptedError):
+        run("disturbed")
+    monkeypatch.setattr(Learner, "compute_gradients", compute)
+    assert json.loads((toy.work / "disturbed" / "checkpoint" / "current.json").read_text())["step"] > 20
+    assert run("disturbed") == run("undisturbed")
+
+
 # Objective and accuracy.
 
 
