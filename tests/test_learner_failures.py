@@ -127,7 +127,7 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
         (["--ali-dir=/nowhere"], r"/nowhere: no such directory \(given by --ali-dir\)"),
         (["--xconfig=/nowhere"], r"/nowhere: no such file \(the network's xconfig\)"),
         (["--no-such-option=1"], "unrecognized arguments: --no-such-option=1"),
-        (["--egs.chunk-width=0"], "argument --egs.chunk-width: expected a number from 1, got 0"),
+        (["--egs.chunk-width=0"], "argument --egs.chunk-width: expected widths above 0 as in '20' or '20,15', got '0'"),
         (["--trainer.num-epochs=some"], "argument --trainer.num-epochs: expected a number, got 'some'"),
         (["--trainer.optimization.momentum=1"], "must be below 1"),
         (["--binary=yes"], "argument --binary: expected true or false, got 'yes'"),
@@ -136,7 +136,7 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
         (["--feat.cmvn-opts=--norm-means=maybe"], "--norm-means: expected true or false, got 'maybe'"),
         (["--egs.opts=--num-utts-subset few"], "--egs.opts: --num-utts-subset: expected a number, got 'few'"),
         (["--trainer.dropout-schedule=0,0.2"], "--trainer.dropout-schedule 0,0.2: not supported yet"),
-        (["--trainer.rnn.num-chunk-per-minibatch=128=64"], "expected sizes as in '128' or '128,64'"),
+        (["--trainer.rnn.num-chunk-per-minibatch=128="], "minibatch size '128=': '' is not a number from 1"),
         (["--use-gpu=yes"], "--use-gpu yes: learner rank 0 sees no CUDA device"),
     ],
 )
