@@ -298,8 +298,9 @@ def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int
     statuses = read_status(status_dir)
     if status == 0 and len(statuses) == num_learners and all(s["state"] == "finished" for s in statuses):
         return 0
-    # mpiexec has often ended everybody before the next poll; then only its own words tell who went first.
-    for line in explain_failure(statuses, num_learners, gone or ears.ranks_named(statuses)):
+    # mpiexec has often ended others, or everybody, before the next poll; then only its own words tell who went first.
+    named = ears.ranks_named(statuses)
+    for line in explain_failure(statuses, num_learners, (gone & named) or gone or named):
         logger.error("%s", line)
     return 1
 
