@@ -17,16 +17,18 @@ import kaldi_native_io
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner import session, setup
+from kaldi_mpi.learner.export import write_cmvn_opts
 from kaldi_mpi.learner.feed import Batch, Feed, page_locked
 from kaldi_mpi.learner.loop import Learner
 from kaldi_mpi.learner.objective import label_scores, log_likelihood, right_weight
-from kaldi_mpi.learner.options import in_chunks, parse
+from kaldi_mpi.learner.options import TrainOptions, in_chunks, parse
 from kaldi_mpi.learner.plan import TicketMap
 from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.loader import Chunking, ChunkShape, Minibatch, MinibatchRule
+from kaldi_mpi.loader import Chunking, ChunkShape, Corpus, Minibatch, MinibatchRule, parse_cmvn_opts
 from kaldi_mpi.nnet3 import read_am, to_torch
 from kaldi_mpi.transport.fake import run_world
 from kaldi_mpi.transport.world import SoloWorld
@@ -495,3 +497,23 @@ def test_bad_options_are_named(option: str, says: str) -> None:
         parse(["--feat-dir=f", "--ali-dir=a", "--dir=d", option])
     with pytest.raises(ConfigError, match="exclude each other"):
         parse(["--feat-dir=f", "--ali-dir=a", "--dir=d", "--egs.frames-per-eg=8", "--egs.chunk-width=20"])
+
+
+@pytest.mark.parametrize(("given", "means"), [("--norm-vars=true --skip-dims=0", True), ("--norm-means=false", False)])
+def test_normalisation_reaches_the_features_and_the_model_directory(toy: Toy, given: str, means: bool) -> None:
+    folder = toy.experiment(f"cmvn.{means}")
+    options = parse(toy.options(folder, f"--feat.cmvn-opts={given}"))
+    labels, _ = setup.load_labels(options)
+
+    def features_of(how: TrainOptions) -> NDArray[np.float32]:
+        train = setup.open_data(how, labels, SoloWorld()).train
+        assert isinstance(train, Corpus)
+        return np.concatenate([train.features(key) for key in train.utterances])
+
+    features = features_of(options)
+    raw = features_of(parse(toy.options(folder, "--feat.cmvn-opts=--norm-means=false")))
+    np.testing.assert_array_equal(features[:, 0], raw[:, 0])  # skipped, or nothing is done
+    assert (not np.allclose(features[:, 1:], raw[:, 1:])) == means
+    write_cmvn_opts(options)
+    again = parse_cmvn_opts((folder / "cmvn_opts").read_text())
+    assert again == options.cmvn

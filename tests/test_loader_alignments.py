@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader import read_alignments, read_int_vectors, to_pdfs
+from kaldi_mpi.loader import read_alignments, read_int_vectors, read_pdfs, to_pdfs
 from tests.loader_data import int_vector
 from tests.paths import golden
 
@@ -232,3 +232,15 @@ def test_transition_id_that_the_model_does_not_have(tid: int) -> None:
     with pytest.raises(DataError) as caught:
         to_pdfs(alignments, np.array([-1, 0, 1], np.int32), source="exp/mono_ali")
     assert str(caught.value) == f"exp/mono_ali, key bad: transition-id {tid} at frame 1: the model has 1 to 2"
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.int32)])
+def test_pdf_ids_take_two_bytes_where_that_is_enough(largest: int, dtype: type, tmp_path: Path) -> None:
+    (tmp_path / "ali.1").write_bytes(b"a 1 2 2\nb 3\n")
+    table = np.array([-1, 7, largest, 0], np.int32)
+    pdfs = read_pdfs(tmp_path, table)
+    assert {key: values.tolist() for key, values in pdfs.items()} == {"a": [7, largest, largest], "b": [0]}
+    assert {values.dtype for values in pdfs.values()} == {np.dtype(dtype)}
+    assert list(read_pdfs(tmp_path, table, wanted={"b"})) == ["b"]
+    with pytest.raises(DataError, match=r"key b: transition-id 3 at frame 0: the model has 1 to 2"):
+        read_pdfs(tmp_path, table[:-1])

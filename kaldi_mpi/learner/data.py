@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,10 @@ class Data:
     diagnostic: Source
 
 
-def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world: World) -> Data:
+Labels = Mapping[str, NDArray[np.uint16] | NDArray[np.int32]]
+
+
+def open_data(options: TrainOptions, labels: Labels, world: World) -> Data:
     """Open the examples, or split the aligned utterances by the seed and open each part.
 
     Raises:
@@ -66,7 +70,7 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
             f"{world.size} learners, but only {len(train)} utterances to train on in {feat_dir} "
             f"({held_out} held out): start at most {len(train)} learners"
         )
-    cmvn = options.norm_means or options.norm_vars
+    cmvn = options.cmvn.norm_means or options.cmvn.norm_vars
 
     def corpus(utterances: list[str]) -> Corpus:
         return Corpus.open(
@@ -75,8 +79,7 @@ def open_data(options: TrainOptions, labels: dict[str, NDArray[np.int32]], world
             utterances=utterances,
             cmvn_scp=feat_dir / "cmvn.scp" if cmvn else None,
             utt2spk=feat_dir / "utt2spk" if cmvn else None,
-            norm_means=options.norm_means,
-            norm_vars=options.norm_vars,
+            **options.cmvn._asdict(),
             online_ivector_dir=options.online_ivector_dir,
             skip_bad=options.skip_bad_utterances,
         )

@@ -18,7 +18,9 @@ from kaldi_mpi.report.log import logger
 def write_cmvn_opts(options: TrainOptions) -> None:
     """DIR/cmvn_opts: always written, since Kaldi's scripts disagree on what its absence means."""
     with atomic_write(Path(options.dir) / "cmvn_opts", "w") as stream:
-        stream.write(f"--norm-means={str(options.norm_means).lower()} --norm-vars={str(options.norm_vars).lower()}\n")
+        means, variances = (str(flag).lower() for flag in (options.cmvn.norm_means, options.cmvn.norm_vars))
+        skip = f" --skip-dims={':'.join(map(str, options.cmvn.skip_dims))}" if options.cmvn.skip_dims else ""
+        stream.write(f"--norm-means={means} --norm-vars={variances}{skip}\n")
 
 
 def copy_alignment_files(options: TrainOptions) -> None:

@@ -18,8 +18,8 @@ from kaldi_mpi.averaging.settings import Settings, check_settings
 from kaldi_mpi.averaging.shared import WIRE_TYPES
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import inject
-from kaldi_mpi.loader import MinibatchRule
-from kaldi_mpi.options import Parser, at_least, boolean, kaldi_options, optional
+from kaldi_mpi.loader import CmvnOptions, MinibatchRule, parse_cmvn_opts
+from kaldi_mpi.options import Parser, at_least, boolean, optional
 from kaldi_mpi.report.log import logger
 
 _EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
@@ -86,8 +86,7 @@ class TrainOptions:
     xconfig: str
     phases: tuple[Phase, ...]
     settings: Settings
-    norm_means: bool
-    norm_vars: bool
+    cmvn: CmvnOptions
     online_ivector_dir: str | None
     egs_dir: str | None
     chunk_widths: tuple[int, ...]
@@ -296,11 +295,9 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     _apply_defaults(given)
     if given["momentum"] >= 1:
         raise ConfigError(f"--trainer.optimization.momentum {given['momentum']}: must be below 1")
-    cmvn = kaldi_options(given.pop("cmvn_opts"), ("norm-means", "norm-vars"), "--feat.cmvn-opts")
     egs = _words_to_options(given.pop("egs_opts"))
     # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
-    given["norm_means"] = _converted(boolean, cmvn.get("norm-means", "true"), "--feat.cmvn-opts: --norm-means")
-    given["norm_vars"] = _converted(boolean, cmvn.get("norm-vars", "false"), "--feat.cmvn-opts: --norm-vars")
+    given["cmvn"] = parse_cmvn_opts(given.pop("cmvn_opts"), where="--feat.cmvn-opts")
     subset = egs.get("num-utts-subset", "300")
     given["num_utts_subset"] = _converted(at_least(1), subset, "--egs.opts: --num-utts-subset")
     fields = [field.name for field in dataclasses.fields(Settings) if field.name != "seed"]

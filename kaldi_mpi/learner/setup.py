@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, check_egs, extra_context, open_data, outer_context
+from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, Labels, check_egs, extra_context, open_data, outer_context
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, read_alignments, to_pdfs
+from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, read_pdfs
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
@@ -33,16 +33,17 @@ def check_inputs(options: TrainOptions) -> None:
     Raises:
         DataError: a directory or file is missing; names it and the option that gave it.
     """
-    needed = {"--ali-dir": (options.ali_dir, ["final.mdl", "tree", "num_jobs"])}
+    needed = {}
     if options.egs_dir is not None:
         info = [f"info/{name}" for name in ("feat_dim", "num_archives", "left_context", "right_context")]
         needed["--egs.dir"] = (options.egs_dir, [*info, *DIAGNOSTIC_EGS])
     elif options.feat_dir is not None:
-        cmvn = ["cmvn.scp", "utt2spk"] if options.norm_means or options.norm_vars else []
+        cmvn = ["cmvn.scp", "utt2spk"] if options.cmvn.norm_means or options.cmvn.norm_vars else []
         needed["--feat-dir"] = (options.feat_dir, ["feats.scp", *cmvn])
         if options.online_ivector_dir is not None:
             names = ["ivector_online.scp", "ivector_period"]
             needed["--feat.online-ivector-dir"] = (options.online_ivector_dir, names)
+    needed["--ali-dir"] = (options.ali_dir, ["final.mdl", "tree", "num_jobs"])
     for option, (folder, names) in needed.items():
         if not Path(folder).is_dir():
             raise DataError(f"no such directory (given by {option})", file=folder)
@@ -53,8 +54,8 @@ def check_inputs(options: TrainOptions) -> None:
         raise DataError("no such file (the network's xconfig)", file=options.xconfig)
 
 
-def load_labels(options: TrainOptions) -> tuple[dict[str, NDArray[np.int32]], TransitionModel]:
-    """The pdf-ids of all aligned utterances, (T,) int32 each, and the transition model that gave them.
+def load_labels(options: TrainOptions) -> tuple[Labels, TransitionModel]:
+    """The pdf-ids of all aligned utterances, (T,) each, and the transition model that gave them.
 
     Existing examples have their labels in them: none are read for them.
 
@@ -64,8 +65,7 @@ def load_labels(options: TrainOptions) -> tuple[dict[str, NDArray[np.int32]], Tr
     transitions = read_transition_model(Path(options.ali_dir) / "final.mdl")
     if options.egs_dir is not None:
         return {}, transitions
-    labels = to_pdfs(read_alignments(options.ali_dir), transitions.tid_to_pdf, source=options.ali_dir)
-    return labels, transitions
+    return read_pdfs(options.ali_dir, transitions.tid_to_pdf), transitions
 
 
 def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape | Chunking | None:

@@ -41,7 +41,31 @@ def read_alignments(
         DataError: nothing to read, a job's archive missing, an utterance that comes twice, or a malformed
             archive; names file, key and byte offset (in the decompressed data).
     """
-    alignments: dict[str, NDArray[np.int32]] = {}
+    return dict(_each_alignment(source, wanted))
+
+
+def read_pdfs(
+    source: str | os.PathLike[str], tid_to_pdf: NDArray[np.int32], wanted: Collection[str] | None = None
+) -> dict[str, NDArray[np.uint16] | NDArray[np.int32]]:
+    """Read alignments of transition-ids as the pdf-ids that they stand for, in two bytes a frame where that is enough.
+
+    Args:
+        source, wanted: as for `read_alignments`.
+        tid_to_pdf: as for `to_pdfs`.
+
+    Raises:
+        DataError: as `read_alignments` and `to_pdfs` do.
+    """
+    table = np.asarray(tid_to_pdf, dtype=np.int32)
+    narrow = np.uint16 if table[1:].max(initial=0) <= np.iinfo(np.uint16).max else np.int32
+    return {
+        key: _pdfs(tids, table, source, key).astype(narrow, copy=False) for key, tids in _each_alignment(source, wanted)
+    }
+
+
+def _each_alignment(
+    source: str | os.PathLike[str], wanted: Collection[str] | None
+) -> Iterator[tuple[str, NDArray[np.int32]]]:
     seen: set[str] = set()
     for file in job_files(source, "ali"):
         for key, values in read_entries(file, _INT_VECTORS, wanted):
@@ -49,10 +73,9 @@ def read_alignments(
                 raise DataError("the utterance is aligned twice", file=file, key=key)
             seen.add(key)
             if values is not None:
-                alignments[key] = values
+                yield key, values
     if not seen:
         raise DataError("no alignment in it", file=os.fspath(source))
-    return alignments
 
 
 def read_int_vectors(source: str | os.PathLike[str]) -> Iterator[tuple[str, NDArray[np.int32]]]:
@@ -83,14 +106,18 @@ def to_pdfs(
             utterance.
     """
     table = np.asarray(tid_to_pdf, dtype=np.int32)
-    pdfs: dict[str, NDArray[np.int32]] = {}
-    for key, tids in alignments.items():
-        bad = np.flatnonzero((tids < 1) | (tids >= len(table)))
-        if bad.size:
-            raise DataError(
-                f"transition-id {tids[bad[0]]} at frame {bad[0]}: the model has 1 to {len(table) - 1}",
-                file=source,
-                key=key,
-            )
-        pdfs[key] = table[tids]
+    return {key: _pdfs(tids, table, source, key) for key, tids in alignments.items()}
+
+
+def _pdfs(
+    tids: NDArray[np.int32], table: NDArray[np.int32], source: str | os.PathLike[str] | None, key: str
+) -> NDArray[np.int32]:
+    bad = np.flatnonzero((tids < 1) | (tids >= len(table)))
+    if bad.size:
+        raise DataError(
+            f"transition-id {tids[bad[0]]} at frame {bad[0]}: the model has 1 to {len(table) - 1}",
+            file=None if source is None else os.fspath(source),
+            key=key,
+        )
+    pdfs: NDArray[np.int32] = table[tids]
     return pdfs
