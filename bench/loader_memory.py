@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-from numpy.typing import NDArray
 from synthetic_corpus import NUM_PDFS, write_corpus
 
 from kaldi_mpi.errors import KaldiMpiError
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, read_alignments, read_int_vectors, to_pdfs
+from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, PdfAlignments, read_alignments, to_pdfs
 
 BYTES_PER_HOUR = 15_000_000
 MODES = ["streamed", "at once", "given"]
@@ -49,12 +48,6 @@ def status(field: str) -> float:
     raise SystemExit(f"bench/loader_memory.py: this system does not tell {field}")
 
 
-def streamed(ali: Path, tid_to_pdf: NDArray[np.int32]) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Pdf-ids of one utterance after the other."""
-    for key, tids in read_int_vectors(f"ark:gunzip -c {ali}/ali.*.gz |"):
-        yield from to_pdfs({key: tids}, tid_to_pdf).items()
-
-
 def child(options: argparse.Namespace) -> dict[str, float]:
     """Measure in this process."""
     ali, tid_to_pdf = options.folder / "ali", np.arange(-1, NUM_PDFS, dtype=np.int32)
@@ -66,7 +59,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
         labels = to_pdfs(read_alignments(ali), tid_to_pdf)
         result["alignments"] = status("VmHWM") - before
     elif options.child == "streamed":
-        labels = streamed(ali, tid_to_pdf)
+        labels = PdfAlignments(ali, tid_to_pdf).pairs()
     corpus = Corpus.open(options.folder / "feats.scp", labels)
     result["opened"] = status("VmHWM") - before
     if options.child == "at once":

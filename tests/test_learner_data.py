@@ -393,7 +393,8 @@ def toy_reading(toy: Toy, chunking: ChunkShape | Chunking, rule: str) -> tuple[A
     labels, _ = setup.load_labels(options)
     from kaldi_mpi.loader import Corpus
 
-    corpus = Corpus.open(toy.feat_dir / "feats.scp", labels, online_ivector_dir=toy.work / "ivectors")
+    assert labels is not None
+    corpus = Corpus.open(toy.feat_dir / "feats.scp", labels.pairs(), online_ivector_dir=toy.work / "ivectors")
     return corpus, Reading(chunking, MinibatchRule.parse(rule), seed=3)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader import read_alignments, read_int_vectors, read_pdfs, to_pdfs
+from kaldi_mpi.loader import PdfAlignments, read_alignments, read_int_vectors, to_pdfs
 from tests.loader_data import int_vector
 from tests.paths import golden
 
@@ -234,13 +234,16 @@ def test_transition_id_that_the_model_does_not_have(tid: int) -> None:
     assert str(caught.value) == f"exp/mono_ali, key bad: transition-id {tid} at frame 1: the model has 1 to 2"
 
 
-@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.int32)])
-def test_pdf_ids_take_two_bytes_where_that_is_enough(largest: int, dtype: type, tmp_path: Path) -> None:
+def test_pdf_ids_one_utterance_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "ali.1").write_bytes(b"a 1 2 2\nb 3\n")
-    table = np.array([-1, 7, largest, 0], np.int32)
-    pdfs = read_pdfs(tmp_path, table)
-    assert {key: values.tolist() for key, values in pdfs.items()} == {"a": [7, largest, largest], "b": [0]}
-    assert {values.dtype for values in pdfs.values()} == {np.dtype(dtype)}
-    assert list(read_pdfs(tmp_path, table, wanted={"b"})) == ["b"]
+    (tmp_path / "ali.2").write_bytes(b"c 1\n")
+    table = np.array([-1, 7, 8, 0], np.int32)
+    alignments = PdfAlignments(tmp_path, table)
+    assert alignments.keys() == ["a", "b", "c"]
+    assert [(key, pdfs.tolist()) for key, pdfs in alignments.pairs()] == [("a", [7, 8, 8]), ("b", [0]), ("c", [7])]
+    assert [key for key, _ in alignments.pairs(wanted={"c", "b"})] == ["b", "c"]
     with pytest.raises(DataError, match=r"key b: transition-id 3 at frame 0: the model has 1 to 2"):
-        read_pdfs(tmp_path, table[:-1])
+        list(PdfAlignments(tmp_path, table[:-1]).pairs())
+    (tmp_path / "ali.2").write_bytes(b"a 1\n")
+    with pytest.raises(DataError, match=r"ali\.2, key a: the utterance is aligned twice"):
+        alignments.keys()

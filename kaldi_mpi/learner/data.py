@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.loader import Corpus, Examples, Source
+from kaldi_mpi.loader import Corpus, Examples, PdfAlignments, Source
 from kaldi_mpi.loader.scp import read_table
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.report.log import logger
@@ -38,11 +38,11 @@ class Data:
     diagnostic: Source
 
 
-Labels = Mapping[str, NDArray[np.uint16] | NDArray[np.int32]]
-
-
-def open_data(options: TrainOptions, labels: Labels, world: World) -> Data:
+def open_data(options: TrainOptions, alignments: PdfAlignments | None, world: World) -> Data:
     """Open the examples, or split the aligned utterances by the seed and open each part.
+
+    Alignments are read twice, to know which utterances have one and for their labels, of which a corpus keeps two bytes
+    a frame: all of them at a time would take more memory than all else.
 
     Raises:
         DataError: features and alignments do not fit each other, too few utterances are left, or an archive
@@ -51,11 +51,12 @@ def open_data(options: TrainOptions, labels: Labels, world: World) -> Data:
     """
     if options.egs_dir is not None:
         return _open_egs(options, options.egs_dir, world)
-    assert options.feat_dir is not None  # the options' parser sees to it
+    assert options.feat_dir is not None and alignments is not None  # the options' parser sees to it
     feat_dir = Path(options.feat_dir)
     scp = feat_dir / "feats.scp"
     table = read_table(scp)
-    keys = sorted(key for key in table if key in labels)
+    aligned = set(alignments.keys())
+    keys = sorted(key for key in table if key in aligned)
     if len(keys) < 2:
         raise DataError(
             f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=str(scp)
@@ -72,7 +73,18 @@ def open_data(options: TrainOptions, labels: Labels, world: World) -> Data:
         )
     cmvn = options.cmvn.norm_means or options.cmvn.norm_vars
 
-    def corpus(utterances: list[str]) -> Corpus:
+    set_apart = {*valid, *diagnostic}
+    few: dict[str, NDArray[np.int32]] = {}
+
+    def labels() -> Iterator[tuple[str, NDArray[np.int32]]]:
+        for key, pdfs in alignments.pairs(wanted=set(keys)):
+            if key in set_apart:
+                few[key] = pdfs
+            yield key, pdfs
+
+    def corpus(
+        utterances: list[str], labels: Mapping[str, NDArray[np.int32]] | Iterator[tuple[str, NDArray[np.int32]]]
+    ) -> Corpus:
         return Corpus.open(
             scp,
             labels,
@@ -84,7 +96,7 @@ def open_data(options: TrainOptions, labels: Labels, world: World) -> Data:
             skip_bad=options.skip_bad_utterances,
         )
 
-    data = Data(corpus(train), corpus(valid), corpus(diagnostic))
+    data = Data(corpus(train, labels()), corpus(valid, few), corpus(diagnostic, few))
     if world.rank == 0:
         for name, part in (("valid_uttlist", valid), ("train_subset_uttlist", diagnostic)):
             with atomic_write(Path(options.dir) / name, "w") as stream:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, Labels, check_egs, extra_context, open_data, outer_context
+from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, check_egs, extra_context, open_data, outer_context
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, read_pdfs
+from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, PdfAlignments
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
@@ -54,18 +54,18 @@ def check_inputs(options: TrainOptions) -> None:
         raise DataError("no such file (the network's xconfig)", file=options.xconfig)
 
 
-def load_labels(options: TrainOptions) -> tuple[Labels, TransitionModel]:
-    """The pdf-ids of all aligned utterances, (T,) each, and the transition model that gave them.
+def load_labels(options: TrainOptions) -> tuple[PdfAlignments | None, TransitionModel]:
+    """The alignments, not read yet, and the transition model that gave them.
 
-    Existing examples have their labels in them: none are read for them.
+    Existing examples have their labels in them: no alignments for them.
 
     Raises:
-        DataError: the alignments do not fit the transition model, or are malformed.
+        DataError: the transition model cannot be read.
     """
     transitions = read_transition_model(Path(options.ali_dir) / "final.mdl")
     if options.egs_dir is not None:
-        return {}, transitions
-    return read_pdfs(options.ali_dir, transitions.tid_to_pdf), transitions
+        return None, transitions
+    return PdfAlignments(options.ali_dir, transitions.tid_to_pdf), transitions
 
 
 def chunk_shape(options: TrainOptions, model: AcousticModel) -> ChunkShape | Chunking | None:

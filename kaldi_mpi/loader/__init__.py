@@ -10,7 +10,7 @@ readers take minibatches from it::
             ...  # minibatch.feats (B, 67, D), minibatch.labels (B, 20)
 """
 
-from kaldi_mpi.loader.alignments import read_alignments, read_int_vectors, read_pdfs, to_pdfs
+from kaldi_mpi.loader.alignments import PdfAlignments, read_alignments, read_int_vectors, to_pdfs
 from kaldi_mpi.loader.chunking import Chunking, ChunkShape
 from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.corpus import Corpus
@@ -35,6 +35,7 @@ __all__ = [
     "Minibatch",
     "MinibatchReader",
     "MinibatchRule",
+    "PdfAlignments",
     "Place",
     "Posterior",
     "Source",
@@ -45,7 +46,6 @@ __all__ = [
     "parse_splice_opts",
     "read_alignments",
     "read_int_vectors",
-    "read_pdfs",
     "read_posteriors",
     "to_pdf_posteriors",
     "to_pdfs",

@@ -41,39 +41,50 @@ def read_alignments(
         DataError: nothing to read, a job's archive missing, an utterance that comes twice, or a malformed
             archive; names file, key and byte offset (in the decompressed data).
     """
-    return dict(_each_alignment(source, wanted))
+    return {key: values for key, values in _each_alignment(source, wanted) if values is not None}
 
 
-def read_pdfs(
-    source: str | os.PathLike[str], tid_to_pdf: NDArray[np.int32], wanted: Collection[str] | None = None
-) -> dict[str, NDArray[np.uint16] | NDArray[np.int32]]:
-    """Read alignments of transition-ids as the pdf-ids that they stand for, in two bytes a frame where that is enough.
+class PdfAlignments:
+    """Alignments of transition-ids as the pdf-ids that they stand for, of which one utterance is in memory at a time.
 
     Args:
-        source, wanted: as for `read_alignments`.
+        source: as for `read_alignments`.
         tid_to_pdf: as for `to_pdfs`.
-
-    Raises:
-        DataError: as `read_alignments` and `to_pdfs` do.
     """
-    table = np.asarray(tid_to_pdf, dtype=np.int32)
-    narrow = np.uint16 if table[1:].max(initial=0) <= np.iinfo(np.uint16).max else np.int32
-    return {
-        key: _pdfs(tids, table, source, key).astype(narrow, copy=False) for key, tids in _each_alignment(source, wanted)
-    }
+
+    def __init__(self, source: str | os.PathLike[str], tid_to_pdf: NDArray[np.int32]) -> None:
+        self._source, self._table = source, np.asarray(tid_to_pdf, dtype=np.int32)
+
+    def keys(self) -> list[str]:
+        """The utterances that are aligned, by one pass over all.
+
+        Raises:
+            DataError: as `read_alignments` does.
+        """
+        return [key for key, _ in _each_alignment(self._source, frozenset())]
+
+    def pairs(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, NDArray[np.int32]]]:
+        """Key and pdf-ids of one utterance after the other; of `wanted` ones, where these are given.
+
+        Raises:
+            DataError: as `read_alignments` and `to_pdfs` do.
+        """
+        for key, tids in _each_alignment(self._source, wanted):
+            if tids is not None:
+                yield key, _pdfs(tids, self._table, self._source, key)
 
 
 def _each_alignment(
     source: str | os.PathLike[str], wanted: Collection[str] | None
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
+) -> Iterator[tuple[str, NDArray[np.int32] | None]]:
+    """All utterances; None in place of the alignments that are not wanted."""
     seen: set[str] = set()
     for file in job_files(source, "ali"):
         for key, values in read_entries(file, _INT_VECTORS, wanted):
             if key in seen:
                 raise DataError("the utterance is aligned twice", file=file, key=key)
             seen.add(key)
-            if values is not None:
-                yield key, values
+            yield key, values
     if not seen:
         raise DataError("no alignment in it", file=os.fspath(source))
 
