@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport import launch
 from tests.paths import REPO
 from tests.recipe import digits
@@ -34,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("kaldi"):
                 item.add_marker(pytest.mark.skip(reason="needs a real Kaldi: KALDI_ROOT is not set"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Undo `log.set_up` of the programs that a test runs in this process.
+
+    Else later tests write to a closed stream, and pytest captures twice what is logged when one of them turns on
+    propagation.
+    """
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.hookimpl(tryfirst=True)
