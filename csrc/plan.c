@@ -128,10 +128,6 @@ int64_t km_plan_num_chunks(const km_plan *plan) {
     return total;
 }
 
-int64_t km_plan_chunks_of_shape(const km_plan *plan, int32_t shape) {
-    return plan->chunks_of_shape[shape];
-}
-
 int64_t km_plan_steps_per_epoch(const km_plan *plan) {
     return plan->steps_per_epoch;
 }

@@ -48,9 +48,8 @@ typedef struct {
 km_plan *km_plan_new(const km_plan_config *config, km_error *error);
 void km_plan_free(km_plan *plan);
 
-/* Over all shapes, or of one. */
+/* Of an epoch, over all shapes. */
 int64_t km_plan_num_chunks(const km_plan *plan);
-int64_t km_plan_chunks_of_shape(const km_plan *plan, int32_t shape);
 
 /* Of a whole epoch, and of the first one, of which the start may have left out a part. */
 int64_t km_plan_steps_per_epoch(const km_plan *plan);

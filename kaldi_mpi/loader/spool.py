@@ -43,33 +43,6 @@ class Spool:
                 file=os.fspath(directory) if directory is not None else None,
             ) from error
 
-    def reserve(self, size: int) -> int:
-        """Set aside a region of `size` bytes; returns its byte offset."""
-        with self._lock:
-            offset = self.size
-            self.size += size
-        return offset
-
-    def write(self, offset: int, data: bytes, *, file: str, key: str) -> int:
-        """Write to a region that was set aside; returns the offset behind the data.
-
-        Raises:
-            DataError: the disk is full, or fails; names `file` and `key` (whose data it is), and the directory.
-        """
-        view = memoryview(data)
-        try:
-            while len(view):
-                done = os.pwrite(self._fd, view, offset)
-                view, offset = view[done:], offset + done
-        except OSError as error:
-            raise DataError(
-                f"cannot write to the temporary file in {self.directory}, which has {self.size} bytes of commands' "
-                f"output and of text: {error.strerror or error}; set TMPDIR to a directory with more space",
-                file=file,
-                key=key,
-            ) from error
-        return offset
-
     def add(self, parts: Iterable[bytes], size: int, *, file: str, key: str, offset: int) -> int:
         """Write an object of `size` bytes; returns its byte offset.
 
