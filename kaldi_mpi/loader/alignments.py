@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader.entries import Format, job_files, read_entries
+from kaldi_mpi.loader.entries import Format, read_entries, read_job_entries
 from kaldi_mpi.loader.native import borrow, lib
 
 
@@ -78,15 +78,9 @@ def _each_alignment(
     source: str | os.PathLike[str], wanted: Collection[str] | None
 ) -> Iterator[tuple[str, NDArray[np.int32] | None]]:
     """All utterances; None in place of the alignments that are not wanted."""
-    seen: set[str] = set()
-    for file in job_files(source, "ali"):
-        for key, values in read_entries(file, _INT_VECTORS, wanted):
-            if key in seen:
-                raise DataError("the utterance is aligned twice", file=file, key=key)
-            seen.add(key)
-            yield key, values
-    if not seen:
-        raise DataError("no alignment in it", file=os.fspath(source))
+    return read_job_entries(
+        source, "ali", _INT_VECTORS, wanted, twice="the utterance is aligned twice", nothing="no alignment in it"
+    )
 
 
 def read_int_vectors(source: str | os.PathLike[str]) -> Iterator[tuple[str, NDArray[np.int32]]]:

@@ -114,6 +114,40 @@ def read_entries(
         check_sorted(keys, name)
 
 
+def read_job_entries(
+    source: str | os.PathLike[str],
+    kind: str,
+    form: Format[T],
+    wanted: Collection[str] | None = None,
+    *,
+    twice: str,
+    nothing: str,
+) -> Iterator[tuple[str, T | None]]:
+    """Go through the archives of all jobs of a directory (see `job_files`), or through one table.
+
+    Args:
+        source, kind: as for `job_files`.
+        form, wanted: as for `read_entries`.
+        twice: what to say of an utterance that comes twice.
+        nothing: what to say where there is no utterance at all.
+
+    Returns:
+        As `read_entries`.
+
+    Raises:
+        DataError: as `job_files` and `read_entries` do, and for these two reasons.
+    """
+    seen: set[str] = set()
+    for file in job_files(source, kind):
+        for key, value in read_entries(file, form, wanted):
+            if key in seen:
+                raise DataError(twice, file=file, key=key)
+            seen.add(key)
+            yield key, value
+    if not seen:
+        raise DataError(nothing, file=os.fspath(source))
+
+
 def _archive(rxfilename: str, form: Format[T], wanted: Collection[str] | None) -> Iterator[tuple[str, T | None]]:
     location = parse_location(rxfilename, file=rxfilename or "-", key=None)
     with InputStream(location.path, offset=location.offset) as stream:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader.entries import Format, job_files, read_entries
+from kaldi_mpi.loader.entries import Format, read_job_entries
 from kaldi_mpi.loader.native import borrow, lib
 
 
@@ -71,18 +71,10 @@ def read_posteriors(source: str | os.PathLike[str], wanted: Collection[str] | No
         DataError: nothing to read, an utterance that comes twice, or a malformed archive; names file, key and
             byte offset (in the decompressed data).
     """
-    posteriors: dict[str, Posterior] = {}
-    seen: set[str] = set()
-    for file in job_files(source, "post"):
-        for key, posterior in read_entries(file, _POSTERIORS, wanted):
-            if key in seen:
-                raise DataError("the utterance has posteriors twice", file=file, key=key)
-            seen.add(key)
-            if posterior is not None:
-                posteriors[key] = posterior
-    if not seen:
-        raise DataError("no posteriors in it", file=os.fspath(source))
-    return posteriors
+    entries = read_job_entries(
+        source, "post", _POSTERIORS, wanted, twice="the utterance has posteriors twice", nothing="no posteriors in it"
+    )
+    return {key: posterior for key, posterior in entries if posterior is not None}
 
 
 def to_pdf_posteriors(
