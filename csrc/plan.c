@@ -237,7 +237,7 @@ int km_plan_acquire(km_plan *plan, int64_t step, km_step *found, km_error *error
     (void)pthread_mutex_unlock(&plan->mutex);
     if (pool == NULL) return KM_FAILED;
     const km_group *g = pool->steps + number;
-    *found = (km_step){pool, pool->epoch, g->shape, g->turn, g->count, pool->chunks + g->first};
+    *found = (km_step){pool, pool->epoch, g->shape, g->turn, g->count, g->frames, pool->chunks + g->first};
     return KM_OK;
 }
 
@@ -303,24 +303,11 @@ km_chunk km_plan_chunk(const km_plan *plan, int64_t epoch, km_ref ref) {
     return chunk;
 }
 
-int64_t km_plan_frames(const km_plan *plan, const km_step *step, km_span span) {
-    int64_t frames = 0;
-    for (int64_t i = span.first; i < span.first + span.count; i++) {
-        const km_ref ref = step->chunks[i];
-        const km_cut cut = km_layout_cut(&plan->config, ref.unit);
-        km_chunk chunk;
-        (void)km_layout_chunk(&plan->config, &cut, ref.unit, ref.number, &chunk);
-        frames += chunk.end_label - chunk.first_label;
-    }
-    return frames;
-}
-
 int km_plan_summary(km_plan *plan, int64_t step, km_step_summary *summary, km_error *error) {
     km_step found;
     if (step < 0) return km_fail(error, -1, "negative step");
     if (km_plan_acquire(plan, step, &found, error) != KM_OK) return KM_FAILED;
-    const km_span all = {0, found.count};
-    *summary = (km_step_summary){found.epoch, found.count, km_plan_frames(plan, &found, all), found.shape};
+    *summary = (km_step_summary){found.epoch, found.count, found.frames, found.shape};
     km_plan_release(plan, found.pool);
     return KM_OK;
 }

@@ -85,6 +85,7 @@ typedef struct {
     int32_t shape;
     int32_t turn;         /* which rank is first to take a chunk where there are fewer chunks than ranks */
     int64_t count;        /* over all ranks */
+    int64_t frames;       /* labelled, over all ranks */
     const km_ref *chunks; /* `count` of them */
 } km_step;
 
@@ -102,9 +103,6 @@ typedef struct {
 km_span km_plan_share(const km_plan *plan, const km_step *step, int32_t rank);
 
 km_chunk km_plan_chunk(const km_plan *plan, int64_t epoch, km_ref ref);
-
-/* Labelled frames of some of a step's chunks. */
-int64_t km_plan_frames(const km_plan *plan, const km_step *step, km_span span);
 
 /* The units that a pool is cut from, in ascending order; carried chunks may be of others. */
 const int32_t *km_pool_units(const km_pool *pool, int32_t *count);

@@ -72,6 +72,7 @@ static km_ref *shuffled_chunks(const km_walk *walk, int32_t number, const int32_
 typedef struct {
     km_ref **open;     /* per shape: the chunks of the group that is being filled */
     int64_t *size;     /* how many there are */
+    int64_t *frames;   /* and labelled frames of these */
     int64_t *position; /* how many chunks of the shape the epoch has had, the ones left out included */
 } gathering;
 
@@ -80,14 +81,15 @@ static void free_gathering(gathering *g, int32_t num_shapes) {
         free(g->open[s]);
     free(g->open);
     free(g->size);
+    free(g->frames);
     free(g->position);
 }
 
 static int new_gathering(const km_walk *walk, gathering *g) {
     const size_t shapes = (size_t)walk->config->num_shapes;
     *g = (gathering){calloc(shapes, sizeof *g->open), calloc(shapes, sizeof(int64_t)),
-                     calloc(shapes, sizeof(int64_t))};
-    if (g->open == NULL || g->size == NULL || g->position == NULL) return 0;
+                     calloc(shapes, sizeof(int64_t)), calloc(shapes, sizeof(int64_t))};
+    if (g->open == NULL || g->size == NULL || g->frames == NULL || g->position == NULL) return 0;
     for (int32_t s = 0; s < walk->config->num_shapes; s++) {
         /* Never more than the epoch has: a group may be asked to be larger than the corpus. */
         const int64_t most = walk->chunks_of_shape[s] < km_group_size(walk->config, s)
@@ -105,11 +107,12 @@ static void close_group(km_pool *pool, gathering *g, int32_t shape) {
         km_group *step = pool->steps + pool->num_steps;
         step->first = pool->num_steps > 0 ? step[-1].first + step[-1].count : 0;
         step->count = g->size[shape];
+        step->frames = g->frames[shape];
         step->shape = shape;
         memcpy(pool->chunks + step->first, g->open[shape], (size_t)step->count * sizeof(km_ref));
         pool->num_steps++;
     }
-    g->size[shape] = 0;
+    g->size[shape] = g->frames[shape] = 0;
 }
 
 /* Walks through the chunks of one pool; its steps go into `pool`, unless that is NULL. */
@@ -120,11 +123,13 @@ static int walk_pool(const km_walk *walk, int32_t number, const int32_t *units, 
     km_ref *chunks = shuffled_chunks(walk, number, units, num_units, &num_chunks);
     if (chunks == NULL) return 0;
     km_cut cut = {{0, {0, 0}, 0}, 0};
+    km_chunk chunk;
     for (int64_t i = 0; i < num_chunks; i++) {
         if (walk->config->shape_of == NULL) cut = km_layout_cut(walk->config, chunks[i].unit);
-        const int32_t s = km_layout_chunk(walk->config, &cut, chunks[i].unit, chunks[i].number, NULL);
+        const int32_t s = km_layout_chunk(walk->config, &cut, chunks[i].unit, chunks[i].number, &chunk);
         if (g->position[s]++ < (taken != NULL ? taken[s] : 0)) continue;
         g->open[s][g->size[s]++] = chunks[i];
+        g->frames[s] += chunk.end_label - chunk.first_label;
         if (g->size[s] == km_group_size(walk->config, s)) close_group(pool, g, s);
     }
     free(chunks);

@@ -12,6 +12,7 @@
 /* A step's chunks in the pool's list. */
 typedef struct {
     int64_t first, count;
+    int64_t frames; /* labelled */
     int32_t shape, turn;
 } km_group;
 

@@ -122,9 +122,10 @@ static int fill_chunk(const km_ring *ring, const km_shape *shape, const task *wh
                            error);
 }
 
-/* Decodes this rank's chunks of a step into the slot; sets how many labelled frames of bad units it has. */
+/* Decodes this rank's chunks of a step into the slot; sets how many labelled frames these have, but for bad
+ * units. */
 static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const pool_bytes *resident,
-                       slot *into, km_scratch *scratch, int64_t *lost) {
+                       slot *into, km_scratch *scratch, int64_t *frames) {
     const km_shape *shape = ring->shapes + step->shape;
     task next;
     if (share.count > 0) next = find_chunk(ring, step, share.first, resident);
@@ -134,10 +135,12 @@ static int fill_chunks(km_ring *ring, const km_step *step, km_span share, const 
         /* One ahead, so that its bytes come while this one is decoded. */
         if (i + 1 < share.count) next = find_chunk(ring, step, share.first + i + 1, resident);
         const km_out out = place_of(ring, &into->buffer, shape, i);
-        if (fill_chunk(ring, shape, &now, &out, scratch, &into->error) == KM_OK) continue;
+        if (fill_chunk(ring, shape, &now, &out, scratch, &into->error) == KM_OK) {
+            *frames += now.chunk.end_label - now.chunk.first_label;
+            continue;
+        }
         if (!tolerate(ring, now.chunk.utterance, &into->error)) return KM_FAILED;
         clear(ring, shape, &out);
-        *lost += now.chunk.end_label - now.chunk.first_label;
     }
     return KM_OK;
 }
@@ -150,17 +153,17 @@ static int fill(km_ring *ring, int64_t step, int64_t position, slot *into, km_sc
     if (km_plan_acquire(plan, step, &found, &into->error) != KM_OK) return KM_FAILED;
     pool_bytes resident = {km_store_acquire(ring->store, found.pool, disk_waited), NULL};
     if (ring->ivectors != NULL) resident.ivectors = km_store_acquire(ring->ivectors, found.pool, disk_waited);
-    const km_span share = km_plan_share(plan, &found, ring->config.rank), all = {0, found.count};
-    int64_t lost = 0;
-    const int status = fill_chunks(ring, &found, share, &resident, into, scratch, &lost);
+    const km_span share = km_plan_share(plan, &found, ring->config.rank);
+    int64_t frames = 0;
+    const int status = fill_chunks(ring, &found, share, &resident, into, scratch, &frames);
     into->minibatch = (km_minibatch){
         .step = step,
         .buffer = (int32_t)(position % ring->config.depth),
         .shape = found.shape,
         .num_chunks = (int32_t)share.count,
         .epoch = found.epoch,
-        .frames = km_plan_frames(plan, &found, share) - lost,
-        .global_frames = km_plan_frames(plan, &found, all),
+        .frames = frames,
+        .global_frames = found.frames,
     };
     km_store_release(ring->store, resident.units);
     if (ring->ivectors != NULL) km_store_release(ring->ivectors, resident.ivectors);
