@@ -42,12 +42,13 @@ from kaldi_mpi.averaging import Step
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
 from kaldi_mpi.averaging.names import make_strategy
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.settings import Settings
-from kaldi_mpi.averaging.shared import SharedModel
 from kaldi_mpi.averaging.strategy import Flat, Pending
 from kaldi_mpi.errors import KaldiMpiError
+from kaldi_mpi.launch import launch
 from kaldi_mpi.transport.guard import guarded
-from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV, launch
+from kaldi_mpi.transport.status import NUM_LEARNERS_ENV
 
 CHANNEL = 1
 HIDING = ["adpsgd-delay1", "adpsgd-fixed", "adpsgd-random", "expair"]
@@ -86,16 +87,16 @@ class Asynchronous:
     """One rank's learner of an asynchronous strategy, without a gradient."""
 
     def __init__(self, world: Any, strategy: Exchanging, parameters: int, wire: str, device: float) -> None:
-        self.world, self.links, self.strategy, self.device = world, world.links, strategy, device
+        self.world, self.messages, self.strategy, self.device = world, world.messages, strategy, device
         values = np.random.default_rng(world.rank).standard_normal(parameters, np.float32)
-        self.shared, self.journal = SharedModel(values, wire=wire), Journal()
+        self.shared, self.journal = HostPublishedModel(values, wire=wire), Journal()
         self.copy, self.change = values, np.full(parameters, 1e-6, np.float32)
         self.busy = Busy(lambda: not strategy.quiet())
         strategy.connect(self.shared, self._post, self.journal)
-        self.links.on_message(CHANNEL, self._receive)
+        self.messages.on_message(CHANNEL, self._receive)
 
     def _post(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        self.links.send(CHANNEL, to, numbers, payload)
+        self.messages.send(CHANNEL, to, numbers, payload)
         self.busy.look()
 
     def _receive(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
@@ -111,23 +112,23 @@ class Asynchronous:
                 self.shared.push_pull(piece, self.change, self.copy)
                 self.journal.record(Event.STEP, piece, number)
         if communicate:
-            self.links.post(self.strategy.step_taken)
+            self.messages.post(self.strategy.step_taken)
             if self.strategy.may_block:
-                self.links.wait(lambda: not self.strategy.blocked())
+                self.messages.wait(lambda: not self.strategy.blocked())
         return time.perf_counter() - began
 
     def block(self, steps: int, communicate: bool, into: Seconds) -> None:
         """`steps` steps that count after one that does not, with or without communication."""
         self.world.barrier()
         if communicate:
-            self.links.post(self.strategy.stay)
+            self.messages.post(self.strategy.stay)
         times = [self.step(number, communicate) for number in range(steps + 1)][1:]
         if not communicate:
             into.without += times
             return
         into.with_ += times
-        self.links.post(self.strategy.leave)
-        self.links.wait(self.strategy.quiet)
+        self.messages.post(self.strategy.leave)
+        self.messages.wait(self.strategy.quiet)
         into.steps += steps + 1
 
     def measure(self, steps: int, rounds: int) -> Seconds:
@@ -139,7 +140,7 @@ class Asynchronous:
             self.block(steps, False, result)
             self.block(steps, True, result)
         self.world.barrier()
-        self.links.on_message(CHANNEL, None)
+        self.messages.on_message(CHANNEL, None)
         result.communication = self.busy.seconds
         result.megabytes = (self.strategy.bytes_sent - before) / 1e6
         return result

@@ -8,9 +8,9 @@ are random). Reported, over the parameters and learners and over time after a wa
     spread   E |x_i - mean|^2 of the published models, at times that have nothing to do with the steps
     copies   the same of the copies at which the learners take their gradients
 
-Links: each rank sends one message after the other and needs 1/c of a step for a whole model, so that it can
+Messages: each rank sends one message after the other and needs 1/c of a step for a whole model, so that it can
 take part in c exchanges a step. Delay-by-one, for which the same loop is written down here, has 1 - 1/N for
-both, whatever the links. The last line is JSON.
+both, whatever the messages. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.shared import SharedModel
 from kaldi_mpi.averaging.strategy import Collective
-from kaldi_mpi.transport.simulate import Place, Simulation, Timed
+from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, Timed
 
 Make = Callable[[Collective], Exchanging]
 NUM_PARAMETERS, PIECES = 64, 8
@@ -146,8 +146,8 @@ def measure(
         return (slow if rank == 0 else 1.0) * (1 + 0.05 * (2 * rng.random() - 1))
 
     simulation = Simulation(
-        [make(Place(rank, size)) for rank in range(size)],
-        [SharedModel(start, NUM_PARAMETERS // pieces) for _ in range(size)],
+        [make(SimulatedRank(rank, size)) for rank in range(size)],
+        [HostPublishedModel(start, NUM_PARAMETERS // pieces) for _ in range(size)],
         [_NoJournal() for _ in range(size)],
         noise,
         [10**9] * size,
@@ -289,29 +289,29 @@ def main() -> None:
                 some = [run(make, size, capacity=capacity) for size in sizes]
             spreads[name] = [one["spread"] for one in some]
             copies[name] = [one["copies"] for one in some]
-        _table(f"spread, links that carry {capacity:g} exchanges a step", columns, spreads)
-        _table(f"copies, links that carry {capacity:g} exchanges a step", columns, copies)
+        _table(f"spread, messages that carry {capacity:g} exchanges a step", columns, spreads)
+        _table(f"copies, messages that carry {capacity:g} exchanges a step", columns, copies)
         result["spread"][f"{capacity:g}"] = spreads
         result["copies"][f"{capacity:g}"] = copies
     result["slow"] = {
         name: [run(make, size, slow=100.0)["others"] for size in sizes if size < 64 or make is not FixedRing]
         for name, make in STRATEGIES.items()
     }
-    _table("spread of the others, rank 0 100 times slower, links that carry 4", columns, result["slow"])
+    _table("spread of the others, rank 0 100 times slower, messages that carry 4", columns, result["slow"])
     result["variants"] = {}
     for capacity in (8.0, 2.0):
         rows = {
             name: [run(make, size, capacity=capacity)["spread"] for size in sizes if size < 64 or make is not Ring]
             for name, make in VARIANTS.items()
         }
-        _table(f"spread, variants of ours, links that carry {capacity:g}", columns, rows)
+        _table(f"spread, variants of ours, messages that carry {capacity:g}", columns, rows)
         result["variants"][f"{capacity:g}"] = rows
     two = [run(lambda world: Expair(world, exchanges_per_step=2), size, capacity=8.0) for size in sizes]
     result["two_a_step"] = {"spread": [one["spread"] for one in two], "copies": [one["copies"] for one in two]}
-    _table("expair, two exchanges started a step, links that carry 8", columns, result["two_a_step"])
+    _table("expair, two exchanges started a step, messages that carry 8", columns, result["two_a_step"])
     whole = {name: [run(make, size, capacity=2.0, pieces=1)["spread"] for size in sizes if size < 64]
              for name, make in STRATEGIES.items()}  # fmt: skip
-    _table("spread, the model in one piece, links that carry 2", columns, whole)
+    _table("spread, the model in one piece, messages that carry 2", columns, whole)
     result["one_piece"] = whole
     print(json.dumps(result))
 

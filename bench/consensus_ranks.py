@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kaldi_mpi import launch
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.shared import SharedModel
-from kaldi_mpi.transport import launch
 
 NUM_PARAMETERS, PIECE, SEEN = 2**18, 2**16, 4096
 STEP, SECONDS, WARM_UP, BETWEEN = 0.1, 12.0, 4.0, 0.0137
@@ -40,9 +40,13 @@ CHANNEL = 1
 def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
     """One strategy's run; returns what was found, the same on all ranks."""
     rng = np.random.default_rng(world.rank)
-    shared, journal, links = SharedModel(np.zeros(NUM_PARAMETERS, np.float32), PIECE), Journal(), world.links
-    strategy.connect(shared, lambda to, numbers, payload: links.send(CHANNEL, to, numbers, payload), journal)
-    links.on_message(CHANNEL, strategy.receive)
+    shared, journal, messages = (
+        HostPublishedModel(np.zeros(NUM_PARAMETERS, np.float32), PIECE),
+        Journal(),
+        world.messages,
+    )
+    strategy.connect(shared, lambda to, numbers, payload: messages.send(CHANNEL, to, numbers, payload), journal)
+    messages.on_message(CHANNEL, strategy.receive)
     begin = world.broadcast(time.monotonic() + 0.2)
     seen: list[NDArray[np.float32]] = []
     looks = iter(np.arange(begin + WARM_UP, begin + SECONDS, BETWEEN))
@@ -64,13 +68,13 @@ def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
             with shared.lock(piece):
                 shared.push_pull(piece, change, copy)
                 journal.record(Event.STEP, piece, step)
-        links.post(lambda: strategy.step_taken(1))
+        messages.post(lambda: strategy.step_taken(1))
         step += 1
         step_ends += STEP * (slow if world.rank == 0 else 1.0) * rng.uniform(0.95, 1.05)
-    links.post(strategy.leave)
-    links.wait(strategy.quiet)
+    messages.post(strategy.leave)
+    messages.wait(strategy.quiet)
     world.barrier()
-    links.on_message(CHANNEL, None)
+    messages.on_message(CHANNEL, None)
     own = np.array(seen, np.float64)
     mean = np.array([world.sum_float64(row) for row in own]) / world.size
     spreads = np.array(world.gather(float(((own - mean) ** 2).mean())))

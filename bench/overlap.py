@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from synthetic_corpus import SyntheticCorpus, write_corpus
 
 from kaldi_mpi.errors import KaldiMpiError
+from kaldi_mpi.launch import launch
 from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
 from kaldi_mpi.transport.guard import guarded
-from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV, launch
+from kaldi_mpi.transport.status import NUM_LEARNERS_ENV
 
 Feats = NDArray[np.float32]
 

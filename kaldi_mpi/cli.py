@@ -14,12 +14,12 @@ import kaldi_mpi
 # name -> (module that runs as a script, what it does)
 _COMMANDS = {
     "train": ("kaldi_mpi.train", "one learner of a training (inside mpiexec)"),
-    "launch": ("kaldi_mpi.transport.launch", "start N learners under mpiexec and watch over them"),
-    "progress": ("kaldi_mpi.report.watch", "show the progress of a training that writes to a log"),
-    "synth": ("kaldi_mpi.kaldi.synth", "make a corpus of spoken digits (embedded back end)"),
-    "features": ("kaldi_mpi.kaldi.features", "compute MFCCs and CMVN statistics (embedded back end)"),
-    "decode": ("kaldi_mpi.kaldi.decode", "decode into Kaldi lattices (embedded back end)"),
-    "score": ("kaldi_mpi.kaldi.score", "score lattices as steps/score_kaldi.sh does (embedded back end)"),
+    "launch": ("kaldi_mpi.launch", "start N learners under mpiexec and watch over them"),
+    "progress": ("kaldi_mpi.learner.watch", "show the progress of a training that writes to a log"),
+    "synth": ("kaldi_mpi.embedded.synth", "make a corpus of spoken digits (embedded back end)"),
+    "features": ("kaldi_mpi.embedded.features", "compute MFCCs and CMVN statistics (embedded back end)"),
+    "decode": ("kaldi_mpi.embedded.decode", "decode into Kaldi lattices (embedded back end)"),
+    "score": ("kaldi_mpi.embedded.score", "score lattices as steps/score_kaldi.sh does (embedded back end)"),
 }
 
 

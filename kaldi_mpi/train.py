@@ -6,15 +6,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from kaldi_mpi import log
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.report import log
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank; returns 0 when the training is done (a failure ends all ranks with status 1)."""
     # MPI starts with the import, and only here: everything else of the package works without it.
     from kaldi_mpi.learner.options import parse
-    from kaldi_mpi.learner.session import train
+    from kaldi_mpi.learner.run import train
     from kaldi_mpi.transport.guard import guarded
     from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
 

@@ -80,14 +80,14 @@ fi
 
 mkdir -p "$dir/log"
 log=$dir/log/train.log
-launch=("$python" -m kaldi_mpi.transport.launch --num-learners $((num_learners + num_servers)))
+launch=("$python" -m kaldi_mpi.launch --num-learners $((num_learners + num_servers)))
 [ -z "$mpiexec" ] || launch+=(--mpiexec "$mpiexec")
 [ -z "$mpiexec_opts" ] || launch+=("--mpiexec-opts=$mpiexec_opts")
 
 status=0
 # $cmd unquoted: it may carry options of its own, as in Kaldi's cmd.sh.
 # shellcheck disable=SC2086
-"$python" -m kaldi_mpi.report.watch "$dir/progress.json" -- \
+"$python" -m kaldi_mpi.learner.watch "$dir/progress.json" -- \
   $cmd --num-threads "$num_learners" "$log" \
   "${launch[@]}" -- "$python" -m kaldi_mpi.train "${options[@]}" || status=$?
 if [ $status -ne 0 ]; then

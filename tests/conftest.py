@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from kaldi_mpi.report.log import logger
-from kaldi_mpi.transport import launch
+from kaldi_mpi import launch
+from kaldi_mpi.log import logger
 from tests.paths import REPO
 from tests.recipe import digits
 

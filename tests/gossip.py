@@ -14,13 +14,13 @@ from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Event as JournalEvent
 from kaldi_mpi.averaging.journal import Journal, Records
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.reference import kaldi_step
-from kaldi_mpi.averaging.shared import SharedModel
 from kaldi_mpi.averaging.strategy import Collective
 from kaldi_mpi.learner.flat import ComponentSlice, FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
-from kaldi_mpi.transport.simulate import Place, Simulation
+from kaldi_mpi.testing.reference import kaldi_step
+from kaldi_mpi.testing.simulation import SimulatedRank, Simulation
 from kaldi_mpi.transport.world import World
 
 Make = Callable[[Collective], Exchanging]
@@ -60,8 +60,8 @@ def simulation(
     """N learners that start from the rows of `models`."""
     size = len(models)
     return Simulation(
-        [make(Place(rank, size)) for rank in range(size)],
-        [SharedModel(row, piece_size, wire) for row in models],
+        [make(SimulatedRank(rank, size)) for rank in range(size)],
+        [HostPublishedModel(row, piece_size, wire) for row in models],
         [Journal() for _ in range(size)],
         change,
         [num_steps] * size if isinstance(num_steps, int) else num_steps,
@@ -115,10 +115,10 @@ def train(world: World, strategy: Exchanging) -> tuple[NDArray[np.float32], NDAr
     flat.components = [ComponentSlice(f"c{i}", where, limit, 1.0, 0.0) for i, (where, limit) in enumerate(MAX_CHANGE)]
     optimiser = KaldiSgd(flat, MOMENTUM, MAX_PARAM_CHANGE)
     w, change = flat.values.numpy(), torch.zeros(DIM)
-    shared, journal, links = SharedModel(w, PIECE), Journal(), world.links
+    shared, journal, messages = HostPublishedModel(w, PIECE), Journal(), world.messages
     strategy.begin(w)
-    strategy.connect(shared, lambda to, numbers, payload: links.send(1, to, numbers, payload), journal)
-    links.on_message(1, strategy.receive)
+    strategy.connect(shared, lambda to, numbers, payload: messages.send(1, to, numbers, payload), journal)
+    messages.on_message(1, strategy.receive)
     world.barrier()
     for step in range(num_steps(world.rank)):
         flat.gradients.numpy()[:] = gradient(w.astype(np.float64), world.rank, step)
@@ -128,17 +128,17 @@ def train(world: World, strategy: Exchanging) -> tuple[NDArray[np.float32], NDAr
             with shared.lock(piece):
                 shared.push_pull(piece, change.numpy(), w)
                 journal.record(JournalEvent.STEP, piece, step)
-        links.post(lambda: strategy.step_taken(10))
+        messages.post(lambda: strategy.step_taken(10))
         if strategy.may_block:
-            links.wait(lambda: not strategy.blocked())
+            messages.wait(lambda: not strategy.blocked())
         if (step + world.rank) % 3 == 0:
             time.sleep(0.002)  # so that messages meet learners in various states
-    links.post(strategy.leave)
-    links.wait(strategy.quiet)
+    messages.post(strategy.leave)
+    messages.wait(strategy.quiet)
     world.barrier()
     own, final = shared.values.copy(), shared.values.copy()
     strategy.finish(final)
-    links.on_message(1, None)
+    messages.on_message(1, None)
     return own, final, journal.records()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kaldi_mpi.kaldi.datadir import write_data_dir
-from kaldi_mpi.kaldi.wave import Samples, write_wave
+from kaldi_mpi.embedded.datadir import write_data_dir
+from kaldi_mpi.embedded.wave import Samples, write_wave
 from tests.paths import fsdd
 
 

@@ -120,7 +120,7 @@ def make_toy(work: Path, num_utterances: int = 60, seed: int = 0) -> Toy:
 def launch_command(num_learners: int, options: Sequence[str]) -> list[str]:
     """The command line that trains with real MPI ranks."""
     return [
-        *[sys.executable, "-m", "kaldi_mpi.transport.launch", "-n", str(num_learners), "--"],
+        *[sys.executable, "-m", "kaldi_mpi.launch", "-n", str(num_learners), "--"],
         *[sys.executable, "-m", "kaldi_mpi.train", *options],
     ]
 

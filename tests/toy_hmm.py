@@ -14,12 +14,12 @@ from pathlib import Path
 import kaldi_native_io
 import numpy as np
 
-from kaldi_mpi.kaldi.align import align_data
-from kaldi_mpi.kaldi.cmvn import make_cmvn
-from kaldi_mpi.kaldi.datadir import write_data_dir
-from kaldi_mpi.kaldi.graph import make_graph
-from kaldi_mpi.kaldi.lang import make_grammar, prepare_lang
-from kaldi_mpi.kaldi.mono import MonoOptions, train_mono
+from kaldi_mpi.embedded.align import align_data
+from kaldi_mpi.embedded.cmvn import make_cmvn
+from kaldi_mpi.embedded.datadir import write_data_dir
+from kaldi_mpi.embedded.graph import make_graph
+from kaldi_mpi.embedded.lang import make_grammar, prepare_lang
+from kaldi_mpi.embedded.mono import MonoOptions, train_mono
 
 LEXICON = """\
 !SIL SIL

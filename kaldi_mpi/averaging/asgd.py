@@ -40,7 +40,7 @@ import numpy as np
 from kaldi_mpi.averaging.centre import Centred
 from kaldi_mpi.averaging.exchange import REPLY, Post
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.shared import Shared, Wire, from_wire, to_wire
+from kaldi_mpi.averaging.published import Shared, Wire, from_wire, to_wire
 from kaldi_mpi.averaging.strategy import Collective, Flat
 
 

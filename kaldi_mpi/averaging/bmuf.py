@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.shared import rounded
+from kaldi_mpi.averaging.published import rounded
 from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
 
 

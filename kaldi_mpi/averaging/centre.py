@@ -24,7 +24,7 @@ import numpy as np
 
 from kaldi_mpi.averaging.exchange import Exchanging, Payload, Post
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.shared import Shared, Wire, to_wire
+from kaldi_mpi.averaging.published import Shared, Wire, to_wire
 from kaldi_mpi.averaging.strategy import Collective, Flat
 from kaldi_mpi.errors import ConfigError
 

@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kaldi_mpi.averaging.centre import Centred
-from kaldi_mpi.averaging.shared import Wire, from_wire
+from kaldi_mpi.averaging.published import Wire, from_wire
 from kaldi_mpi.averaging.strategy import Collective, Flat
 
 

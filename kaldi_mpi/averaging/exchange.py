@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.shared import Shared, Wire
+from kaldi_mpi.averaging.published import Shared, Wire
 from kaldi_mpi.averaging.strategy import Collective, Flat, Strategy
 
 WINDOW = 2  # pieces under way in one exchange

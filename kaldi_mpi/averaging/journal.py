@@ -1,7 +1,7 @@
 """The journal of one learner: every event on its published model, in order, in 32 bytes each.
 
 With the journals of all learners the whole asynchronous run can be repeated in float64
-(`kaldi_mpi.averaging.reference`): each event is written while its piece is locked, so the order of the
+(`kaldi_mpi.testing.reference`): each event is written while its piece is locked, so the order of the
 events of a piece is the order in which they changed it.
 """
 

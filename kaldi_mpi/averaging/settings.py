@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from kaldi_mpi.averaging.shared import DEFAULT_PIECE, WIRE_TYPES
+from kaldi_mpi.averaging.published import DEFAULT_PIECE, WIRE_TYPES
 from kaldi_mpi.errors import ConfigError
 
 OPTIONS = {

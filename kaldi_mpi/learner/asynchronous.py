@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.published_device import make_published
+from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.evaluator import Evaluator
-from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.plan import Phase, TicketMap
-from kaldi_mpi.learner.published import make_published
 from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
@@ -93,7 +93,7 @@ class AsynchronousPhase:
 
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
-        learner, strategy, links = self._learner, self._strategy, self._peers.links
+        learner, strategy, messages = self._learner, self._strategy, self._peers.messages
         number, is_new = learner.phases.index(self._phase), learner.step == self._phase.first_step
         if self._phase.dedicated_server:
             tell(self._peers, True, "start", number, is_new, learner.flat.to_numpy())
@@ -103,16 +103,16 @@ class AsynchronousPhase:
         self._shared = make_published(learner.flat.values, around.piece_size, around.wire, strategy.on_device)
         strategy.connect(
             self._shared,
-            lambda to, numbers, payload: links.send(STRATEGY_CHANNEL, to, numbers, payload),
+            lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload),
             self._journal,
         )
         first = self._peers.rank == 0
-        self._client = TicketClient(links, self._reader.request)
-        self._server = TicketServer(links, self._map.units, self._on_ticket) if first else None
+        self._client = TicketClient(messages, self._reader.request)
+        self._server = TicketServer(messages, self._map.units, self._on_ticket) if first else None
         self._evaluator = Evaluator(learner) if first else None
-        self._snapshots = Snapshots(links, strategy, self._shared, self._begin_iteration, self._evaluate)
+        self._snapshots = Snapshots(messages, strategy, self._shared, self._begin_iteration, self._evaluate)
         self._marks: dict[int, int] = {}
-        links.on_message(STRATEGY_CHANNEL, strategy.receive, self._shared.allocate)
+        messages.on_message(STRATEGY_CHANNEL, strategy.receive, self._shared.allocate)
         self._client.attach(self._server)
         self._snapshots.attach()
         if self._phase.dedicated_server:
@@ -124,7 +124,7 @@ class AsynchronousPhase:
         self._tell("stop")
         self._client.detach()
         self._snapshots.detach()
-        self._peers.links.on_message(STRATEGY_CHANNEL, None)
+        self._peers.messages.on_message(STRATEGY_CHANNEL, None)
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Steps (first, end) of the stretches between two points where all learners meet."""
@@ -137,7 +137,7 @@ class AsynchronousPhase:
 
     def _segment(self, first: int, end: int) -> None:
         """Take tickets until there are no more of this segment, then wait until all exchanges are over."""
-        learner, links = self._learner, self._peers.links
+        learner, messages = self._learner, self._peers.messages
         if self._leads:
             if self._server is not None:
                 server, tickets = self._server, (self._map.ticket(first), self._map.ticket(end))
@@ -151,8 +151,8 @@ class AsynchronousPhase:
                     self._marks = marks
                     server.open(*tickets)
 
-                links.post(open_segment)
-            links.post(self._strategy.stay)
+                messages.post(open_segment)
+            messages.post(self._strategy.stay)
             self._client.start()
         requested = -1
         while (ticket := self._next_ticket()) is not None:
@@ -164,8 +164,8 @@ class AsynchronousPhase:
                         self._reader.request(number)
             self._take(next(self._feed), now)
         if self._leads:
-            links.post(self._strategy.leave)
-            links.wait(self._strategy.quiet)
+            messages.post(self._strategy.leave)
+            messages.wait(self._strategy.quiet)
             self._tell("meet")
             self._peers.barrier()
 
@@ -213,17 +213,17 @@ class AsynchronousPhase:
                 shared.push_pull(piece, self._change, learner.flat.values)
                 self._journal.record(Event.STEP, piece, self._own_steps, own_steps=shared.steps[piece])
         self._own_steps += 1
-        links = self._peers.links
-        links.post(lambda: strategy.step_taken(frames))
+        messages = self._peers.messages
+        messages.post(lambda: strategy.step_taken(frames))
         if strategy.may_block:
-            links.wait(lambda: not strategy.blocked())
+            messages.wait(lambda: not strategy.blocked())
 
     def _meet(self, step: int) -> None:
         """All learners have come to `step` and nothing is under way: mean, validation, checkpoint."""
         learner, ends = self._learner, step == self._phase.end_step
         if self._leads:
             if self._evaluator is not None:
-                self._peers.links.wait(self._snapshots.quiet)
+                self._peers.messages.wait(self._snapshots.quiet)
                 self._evaluator.drain()
             own = self._shared.to_numpy()
             self._tell("mean")

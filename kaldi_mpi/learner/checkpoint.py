@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.files import atomic_write
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 from kaldi_mpi.transport.world import World
 
 # Options that may differ between the run that saved and the run that goes on: they change no result.

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.scp import read_table
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.loader import Corpus, Examples, PdfAlignments, Source
-from kaldi_mpi.loader.scp import read_table
+from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
-from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
 # Of the utterances, at most this share is held out, whatever --num-utts-subset says.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.learner.feed import Batch
+from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
 from kaldi_mpi.learner.reading import Reading

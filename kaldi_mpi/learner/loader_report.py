@@ -7,8 +7,8 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from kaldi_mpi.learner.feed import Feed
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.learner.batches import Feed
+from kaldi_mpi.log import logger
 
 
 @dataclasses.dataclass

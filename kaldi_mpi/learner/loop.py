@@ -19,23 +19,23 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.data import Data
 from kaldi_mpi.learner.evaluate import Pass, Score, compute_prob, with_parameters
-from kaldi_mpi.learner.feed import Batch
+from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.learner.inject import Injector
 from kaldi_mpi.learner.loader_report import LoaderReport
+from kaldi_mpi.learner.logs import IterationLogs
 from kaldi_mpi.learner.objective import log_likelihood
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.plan import Phase, Plan
+from kaldi_mpi.learner.progress import Progress
 from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.schedule import ExponentialRate
+from kaldi_mpi.learner.summary import Summary
 from kaldi_mpi.learner.synchronous import run_synchronous
+from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
-from kaldi_mpi.report.iteration import IterationLogs
-from kaldi_mpi.report.log import logger
-from kaldi_mpi.report.progress import Progress
-from kaldi_mpi.report.summary import Summary
 from kaldi_mpi.transport.world import World
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from kaldi_mpi.learner.feed import Batch
+from kaldi_mpi.learner.batches import Batch
 
 
 def log_likelihood(output: Tensor, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 
 from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 # This many minibatches in a row without a finite gradient mean that the training has diverged.
 _MAX_SKIPPED = 50

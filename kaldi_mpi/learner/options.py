@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kaldi_mpi.averaging.names import NAMES
+from kaldi_mpi.averaging.published import WIRE_TYPES
 from kaldi_mpi.averaging.sequence import Phase, parse_sequence
 from kaldi_mpi.averaging.settings import Settings, check_settings
-from kaldi_mpi.averaging.shared import WIRE_TYPES
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner import inject
+from kaldi_mpi.learner import faults
 from kaldi_mpi.loader import CmvnOptions, MinibatchRule, parse_cmvn_opts
+from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, at_least, boolean, optional
-from kaldi_mpi.report.log import logger
 
 _EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
 _CHUNK_WIDTH = 20
@@ -305,7 +305,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     phases = parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES)
     given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
     check_settings([phase.name for phase in phases], given["settings"])
-    inject.parse(given["inject"])
+    faults.parse(given["inject"])
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
     return TrainOptions(**given)
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from kaldi_mpi.learner.feed import Feed, page_locked, streams_of
+from kaldi_mpi.learner.batches import Feed, page_locked, streams_of
 from kaldi_mpi.loader import Chunking, ChunkPlan, ChunkShape, MinibatchReader, MinibatchRule, Source, new_buffers
 
 # A pass in the data's own order gains nothing from more memory than reading ahead needs.

@@ -14,10 +14,10 @@ import torch
 from kaldi_mpi.averaging import make_strategy
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Journal
+from kaldi_mpi.averaging.published_device import make_published
 from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.learner import checkpoint
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.learner.published import make_published
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.transport.world import World
 
@@ -63,7 +63,7 @@ class Server:
                 self._serve_phase(*arguments)
 
     def _serve_phase(self, number: int, is_new: bool, values: Any) -> None:
-        options, everyone, links = self._options, self._everyone, self._everyone.links
+        options, everyone, messages = self._options, self._everyone, self._everyone.messages
         strategy = self._strategies[number]
         assert isinstance(strategy, Exchanging)
         if is_new:
@@ -72,10 +72,10 @@ class Server:
         path = Path(options.dir) / "journal" / f"learner.{everyone.rank}" if options.journal else None
         journal = Journal(path, wanted=path is not None)
         strategy.connect(
-            shared, lambda to, numbers, payload: links.send(STRATEGY_CHANNEL, to, numbers, payload), journal
+            shared, lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload), journal
         )
-        snapshots = Snapshots(links, strategy, shared, lambda _: None, lambda *_: None)
-        links.on_message(STRATEGY_CHANNEL, strategy.receive)
+        snapshots = Snapshots(messages, strategy, shared, lambda _: None, lambda *_: None)
+        messages.on_message(STRATEGY_CHANNEL, strategy.receive)
         snapshots.attach()
         everyone.barrier()
         while True:
@@ -92,7 +92,7 @@ class Server:
             else:
                 break
         snapshots.detach()
-        links.on_message(STRATEGY_CHANNEL, None)
+        messages.on_message(STRATEGY_CHANNEL, None)
         journal.close()
 
     def state_dict(self) -> dict[str, object]:

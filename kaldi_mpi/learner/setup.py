@@ -18,10 +18,10 @@ from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, PdfAlignments
+from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
-from kaldi_mpi.report.log import logger
 from kaldi_mpi.transport.world import World
 
 __all__ = ["Data", "open_data"]
@@ -190,6 +190,6 @@ def describe_transfer(device: torch.device, options: TrainOptions) -> str:
     wire = options.settings.transfer_dtype
     if device.type != "cuda":
         return f"parameters travel from main memory, in {wire}"
-    from kaldi_mpi.transport.cuda import describe
+    from kaldi_mpi.transport.gpu import describe
 
     return f"{describe()}, in {wire}"

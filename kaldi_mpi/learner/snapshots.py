@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.shared import Shared
-from kaldi_mpi.transport.world import Links
+from kaldi_mpi.averaging.published import Shared
+from kaldi_mpi.transport.world import Messages
 
 CHANNEL = 3
 _TAKE, _SQUARES = 0, 1
@@ -24,7 +24,7 @@ class Snapshots:
     """Everything here runs on the communication thread.
 
     Args:
-        links: between the learners (and a dedicated server).
+        messages: between the learners (and a dedicated server).
         strategy: says what this rank's share of the model is.
         shared: this rank's published model.
         begun: called on every rank with the iteration that a snapshot ends.
@@ -34,13 +34,13 @@ class Snapshots:
 
     def __init__(
         self,
-        links: Links,
+        messages: Messages,
         strategy: Exchanging,
         shared: Shared,
         begun: Callable[[int], None],
         done: Callable[[int, NDArray[np.float32], float | None], None],
     ) -> None:
-        self._links, self._strategy, self._shared = links, strategy, shared
+        self._links, self._strategy, self._shared = messages, strategy, shared
         self._begun, self._done = begun, done
         self._under_way = 0  # on rank 0
         self._squares: dict[int, list[float]] = {}  # by iteration: |x_i|^2 of the ranks heard of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kaldi_mpi.averaging import Step, Strategy
+from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import spread_of
-from kaldi_mpi.learner.feed import Batch
 from kaldi_mpi.learner.plan import Phase
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kaldi_mpi.transport.world import Links
+from kaldi_mpi.transport.world import Messages
 
 CHANNEL = 2
 IN_HAND = 2  # tickets of a learner: one in work, one being read
@@ -28,13 +28,13 @@ class TicketServer:
     """Hands out the tickets; lives on rank 0's communication thread.
 
     Args:
-        links: messages between the learners (super-learners).
-        num_learners: how many of the links' ranks, from 0, take tickets.
+        messages: messages between the learners (super-learners).
+        num_learners: how many of the messages' ranks, from 0, take tickets.
         on_ticket: called with each ticket before it is handed out.
     """
 
-    def __init__(self, links: Links, num_learners: int, on_ticket: Callable[[int], None]) -> None:
-        self._links, self._num_learners, self._on_ticket = links, num_learners, on_ticket
+    def __init__(self, messages: Messages, num_learners: int, on_ticket: Callable[[int], None]) -> None:
+        self._links, self._num_learners, self._on_ticket = messages, num_learners, on_ticket
         self._next = self._end = 0
         self._segment = 0  # the one that is open, counted from 1
         self._early: deque[tuple[int, int, int, int]] = deque()  # asked before their segment was opened
@@ -84,12 +84,12 @@ class TicketClient:
     """One learner's side: keeps `IN_HAND` tickets.
 
     Args:
-        links: as the server's.
+        messages: as the server's.
         request: tells the loader to read a minibatch; called on the communication thread.
     """
 
-    def __init__(self, links: Links, request: Callable[[int], None]) -> None:
-        self._links, self._request = links, request
+    def __init__(self, messages: Messages, request: Callable[[int], None]) -> None:
+        self._links, self._request = messages, request
         self._server: TicketServer | None = None
         self._tickets: deque[int] = deque()
         self._segment = 0

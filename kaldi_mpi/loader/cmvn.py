@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.scp import read_table
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.scp import read_table
 from kaldi_mpi.loader.tables import locate
 from kaldi_mpi.options import boolean, kaldi_options
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader.scp import Location
-from kaldi_mpi.loader.stream import InputStream
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.formats.scp import Location
+from kaldi_mpi.formats.stream import InputStream
+from kaldi_mpi.log import logger
 
 MOST_THREADS = 8
 PATIENCE = 60.0  # seconds after which the log says what is waited for

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.scp import Location, rows_in_range
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.cmvn import read_norms, speakers_of
 from kaldi_mpi.loader.ivectors import Ivectors
 from kaldi_mpi.loader.labels import FrameLabels, LabelStore
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error, struct_dtype
 from kaldi_mpi.loader.ranges import byte_ranges
-from kaldi_mpi.loader.scp import Location, rows_in_range
 from kaldi_mpi.loader.tables import locate
 from kaldi_mpi.loader.transforms import DeltaOptions, Transform, make_transform
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 
 class _LeftOut:

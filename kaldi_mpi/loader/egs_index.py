@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.atomic import atomic_write
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.files import atomic_write
 from kaldi_mpi.loader.example import key_at
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 _VERSION = 2
 # A km_unit of csrc/egs_scan.h.

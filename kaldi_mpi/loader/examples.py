@@ -17,7 +17,7 @@ from kaldi_mpi.loader.egs_dir import EgsInfo, find_archives
 from kaldi_mpi.loader.egs_index import EgsIndex, identity_of, load_index, make_index, save_index
 from kaldi_mpi.loader.example import key_before
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 __all__ = ["ExampleChunk", "Examples"]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.stream import InputStream
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
 from kaldi_mpi.loader.spool import Spool
-from kaldi_mpi.loader.stream import InputStream
 
 HEADER_BYTES = 2 + 4 + 16  # the longest header, of CM2 and CM3
 TEXT_LIMIT = 1 << 30  # bytes; a text matrix of that size is none

@@ -20,7 +20,7 @@ from kaldi_mpi.loader.chunking import ChunkShape
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
 from kaldi_mpi.loader.plan import DEFAULT_MEMORY, ENDLESS, ChunkPlan, Cut, Place, Size, check_range, shapes_of, sizes_of
 from kaldi_mpi.loader.source import Source
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 # How long one wait in C lasts before Python may look at its signals (Ctrl-C), in milliseconds.
 _POLL_MS = 200

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.rspecifier import Rspecifier, parse_rspecifier
+from kaldi_mpi.formats.scp import Location, columns_in_range, parse_location, parse_table, read_table, rows_in_range
+from kaldi_mpi.formats.stream import PIPE_BLOCK, InputStream
 from kaldi_mpi.loader.archives import Archives
 from kaldi_mpi.loader.commands import run_commands
 from kaldi_mpi.loader.native import ffi
 from kaldi_mpi.loader.objects import add_full, copy_object, skip_object
-from kaldi_mpi.loader.rspecifier import Rspecifier, parse_rspecifier
-from kaldi_mpi.loader.scp import Location, columns_in_range, parse_location, parse_table, read_table, rows_in_range
 from kaldi_mpi.loader.spool import Spool
-from kaldi_mpi.loader.stream import PIPE_BLOCK, InputStream
-from kaldi_mpi.report.log import logger
+from kaldi_mpi.log import logger
 
 OnBad = Callable[[str, DataError], None]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kaldi_mpi.atomic import atomic_write
+from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.tokens import FloatArray, Reader, Writer
+from kaldi_mpi.formats.transition import TransitionModel, read_transitions, write_transitions
 from kaldi_mpi.nnet3.network import Nnet, read_network, write_network
-from kaldi_mpi.nnet3.tokens import FloatArray, Reader, Writer
-from kaldi_mpi.nnet3.transition import TransitionModel, read_transitions, write_transitions
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kaldi_mpi.nnet3.tokens import Reader, Writer
+from kaldi_mpi.formats.tokens import Reader, Writer
 
 
 @dataclass(frozen=True)

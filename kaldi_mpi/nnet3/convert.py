@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.tokens import FloatArray
+from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.models.components import (
     Affine,
     BackpropTruncation,
@@ -30,8 +32,6 @@ from kaldi_mpi.models.model import AcousticModel
 from kaldi_mpi.nnet3.am import AmNnet
 from kaldi_mpi.nnet3.components import Nnet3Component, empty_statistics
 from kaldi_mpi.nnet3.network import Nnet
-from kaldi_mpi.nnet3.tokens import FloatArray
-from kaldi_mpi.nnet3.transition import TransitionModel
 
 Values = dict[str, Any]
 

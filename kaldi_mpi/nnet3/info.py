@@ -10,11 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from kaldi_mpi import log
 from kaldi_mpi.errors import DataError, KaldiMpiError
+from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.nnet3.am import read_am
 from kaldi_mpi.nnet3.convert import to_torch
-from kaldi_mpi.nnet3.transition import read_transition_model
-from kaldi_mpi.report import log
 
 
 def describe(path: str) -> list[str]:

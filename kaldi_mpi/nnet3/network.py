@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from kaldi_mpi.atomic import atomic_write
+from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.tokens import Reader, Writer
+from kaldi_mpi.formats.transition import read_transitions
 from kaldi_mpi.nnet3.components import Nnet3Component, read_component, write_component
-from kaldi_mpi.nnet3.tokens import Reader, Writer
-from kaldi_mpi.nnet3.transition import read_transitions
 
 _MOST_COMPONENTS = 100_000
 

@@ -1,4 +1,4 @@
-"""Collectives as tasks of the communication thread: generators over the transfers of a `Carrier`.
+"""Collectives as tasks of the communication thread: generators over the transfers of a `PointToPoint`.
 
 Sums are taken in rank order in float64 and rounded once, so they are the same, bit for bit, on all ranks, in all
 runs, under any MPI library and over threads. A large buffer goes piece by piece: of each piece, rank j receives
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.shared import WIRE_TYPES, from_wire, to_wire
-from kaldi_mpi.transport.carrier import Carrier
-from kaldi_mpi.transport.comm_thread import Task, Transfer
+from kaldi_mpi.averaging.published import WIRE_TYPES, from_wire, to_wire
+from kaldi_mpi.transport.point_to_point import PointToPoint
+from kaldi_mpi.transport.thread import Task, Transfer
 from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
 
 PIECE = 4 * 2**20  # numbers of a piece; temporary memory of a sum is about four times this in float32
@@ -29,9 +29,9 @@ Numbers = NDArray[Any]
 class _Part:
     """One piece of a sum under way: what goes out, and the parts of the others that this rank adds."""
 
-    def __init__(self, carrier: Carrier, stream: int, out: Numbers) -> None:
-        self.carrier, self.stream, self.out = carrier, stream, out
-        size, rank = carrier.size, carrier.rank
+    def __init__(self, p2p: PointToPoint, stream: int, out: Numbers) -> None:
+        self.p2p, self.stream, self.out = p2p, stream, out
+        size, rank = p2p.size, p2p.rank
         self.whole = out.nbytes * (size - 1) <= SMALL
         if self.whole:
             self.where = [slice(0, out.size)] * size
@@ -42,8 +42,8 @@ class _Part:
         self.received = np.empty((size, mine.stop - mine.start), out.dtype)
         self.received[rank] = out[mine]
         others = [(rank + k) % size for k in range(1, size)]
-        self.transfers = [carrier.receive(self.received[i], i, stream) for i in others]
-        self.transfers += [carrier.send(out[self.where[i]], i, stream) for i in others]
+        self.transfers = [p2p.receive(self.received[i], i, stream) for i in others]
+        self.transfers += [p2p.send(out[self.where[i]], i, stream) for i in others]
 
     def add(self, finish: Callable[[Numbers], Numbers]) -> Numbers:
         """The sum, in rank order, of the part that this rank adds."""
@@ -51,17 +51,17 @@ class _Part:
 
     def spread(self, mine: Numbers, into: Numbers) -> list[Transfer]:
         """Give the sum of this rank's part to all and take theirs, into an array of the whole piece."""
-        rank, size = self.carrier.rank, self.carrier.size
+        rank, size = self.p2p.rank, self.p2p.size
         into[self.where[rank]] = mine
         if self.whole:
             return []
         others = [(rank + k) % size for k in range(1, size)]
-        receive = [self.carrier.receive(into[self.where[i]], i, self.stream) for i in others]
-        return receive + [self.carrier.send(mine, i, self.stream) for i in others]
+        receive = [self.p2p.receive(into[self.where[i]], i, self.stream) for i in others]
+        return receive + [self.p2p.send(mine, i, self.stream) for i in others]
 
 
 def _by_pieces(
-    carrier: Carrier,
+    p2p: PointToPoint,
     stream: int,
     buffer: Numbers,
     outgoing: Callable[[Numbers], Numbers],
@@ -81,16 +81,16 @@ def _by_pieces(
     """
     source = buffer if source is None else source
     where = [slice(start, min(start + piece, buffer.size)) for start in range(0, buffer.size, piece)]
-    if not where or carrier.size == 1:
+    if not where or p2p.size == 1:
         if source is not buffer:
             buffer[:] = source
         return
-    ahead = _Part(carrier, stream, outgoing(source[where[0]]))
+    ahead = _Part(p2p, stream, outgoing(source[where[0]]))
     for number, here in enumerate(where):
         part = ahead
         yield part.transfers
         if number + 1 < len(where):
-            ahead = _Part(carrier, stream, outgoing(source[where[number + 1]]))
+            ahead = _Part(p2p, stream, outgoing(source[where[number + 1]]))
         mine = part.add(finish)
         values = buffer[here]
         result = values if store is None else np.empty_like(values)
@@ -105,17 +105,17 @@ def _add_wire(received: Numbers) -> NDArray[np.float32]:
     return sum_in_rank_order([from_wire(piece) for piece in received])
 
 
-def sum_float32(carrier: Carrier, stream: int, buffer: NDArray[np.float32], wire: str = "float32") -> Task:
+def sum_float32(p2p: PointToPoint, stream: int, buffer: NDArray[np.float32], wire: str = "float32") -> Task:
     """Replace a (P,) float32 buffer by its sum over ranks; contributions travel in `wire`, results in float32."""
 
     def outgoing(values: Numbers) -> Numbers:
         return values if wire == "float32" else quantized(values, wire)
 
-    return _by_pieces(carrier, stream, buffer, outgoing, _add_wire, None, PIECE)
+    return _by_pieces(p2p, stream, buffer, outgoing, _add_wire, None, PIECE)
 
 
 def mean_into(
-    carrier: Carrier,
+    p2p: PointToPoint,
     stream: int,
     buffer: NDArray[np.float32],
     wire: str = "float32",
@@ -126,7 +126,7 @@ def mean_into(
     x is `source`, which is not changed, or the buffer itself where that is None.
     In float32 q is the identity and all ranks get the mean itself, the same bits.
     """
-    size = carrier.size
+    size = p2p.size
 
     def outgoing(values: Numbers) -> Numbers:
         return values if wire == "float32" else quantized(values, wire)
@@ -142,10 +142,10 @@ def mean_into(
         mean -= from_wire(sent)
         values += mean
 
-    return _by_pieces(carrier, stream, buffer, outgoing, finish, None if wire == "float32" else store, PIECE, source)
+    return _by_pieces(p2p, stream, buffer, outgoing, finish, None if wire == "float32" else store, PIECE, source)
 
 
-def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64]) -> Task:
+def sum_float64(p2p: PointToPoint, stream: int, values: NDArray[np.float64]) -> Task:
     """Replace a flat float64 array by its sum over ranks, in rank order."""
 
     def finish(received: Numbers) -> Numbers:
@@ -154,7 +154,7 @@ def sum_float64(carrier: Carrier, stream: int, values: NDArray[np.float64]) -> T
             total += one
         return total
 
-    return _by_pieces(carrier, stream, values, lambda part: part, finish, None, PIECE // 2)
+    return _by_pieces(p2p, stream, values, lambda part: part, finish, None, PIECE // 2)
 
 
 def quantized(values: NDArray[np.float32], wire: str) -> Numbers:
@@ -164,37 +164,35 @@ def quantized(values: NDArray[np.float32], wire: str) -> Numbers:
     return out
 
 
-def barrier(carrier: Carrier, stream: int) -> Task:
+def barrier(p2p: PointToPoint, stream: int) -> Task:
     """Return when all ranks have come: in round k each hears from the rank 2^k before it (dissemination)."""
     token, heard = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
     step = 1
-    while step < carrier.size:
+    while step < p2p.size:
         yield [
-            carrier.receive(heard, (carrier.rank - step) % carrier.size, stream),
-            carrier.send(token, (carrier.rank + step) % carrier.size, stream),
+            p2p.receive(heard, (p2p.rank - step) % p2p.size, stream),
+            p2p.send(token, (p2p.rank + step) % p2p.size, stream),
         ]
         step *= 2
 
 
-def gather(carrier: Carrier, stream: int, value: Any) -> Task:
+def gather(p2p: PointToPoint, stream: int, value: Any) -> Task:
     """The values of all ranks, pickled on the way, in rank order."""
-    size, rank = carrier.size, carrier.rank
+    size, rank = p2p.size, p2p.rank
     own = np.frombuffer(pickle.dumps(value), np.uint8)
     lengths = np.zeros((size, 1), np.int64)
     lengths[rank] = own.size
     others = [(rank + k) % size for k in range(1, size)]
-    yield [carrier.receive(lengths[i], i, stream) for i in others] + [
-        carrier.send(lengths[rank], i, stream) for i in others
-    ]
+    yield [p2p.receive(lengths[i], i, stream) for i in others] + [p2p.send(lengths[rank], i, stream) for i in others]
     pickled = [np.empty(int(n), np.uint8) for n in lengths[:, 0]]
     pickled[rank] = own
-    yield [carrier.receive(pickled[i], i, stream) for i in others] + [carrier.send(own, i, stream) for i in others]
+    yield [p2p.receive(pickled[i], i, stream) for i in others] + [p2p.send(own, i, stream) for i in others]
     return [pickle.loads(data.data) for data in pickled]
 
 
-def broadcast(carrier: Carrier, stream: int, value: Any) -> Task:
+def broadcast(p2p: PointToPoint, stream: int, value: Any) -> Task:
     """Rank 0's value, pickled on the way, down a binomial tree."""
-    rank, size = carrier.rank, carrier.size
+    rank, size = p2p.rank, p2p.size
     length = np.zeros(1, np.int64)
     data = np.zeros(0, np.uint8)
     reach = 1
@@ -205,15 +203,15 @@ def broadcast(carrier: Carrier, stream: int, value: Any) -> Task:
         while 2 * reach <= rank:
             reach *= 2
         parent = rank - reach  # a rank's parent is itself without its highest bit
-        yield [carrier.receive(length, parent, stream)]
+        yield [p2p.receive(length, parent, stream)]
         data = np.empty(int(length[0]), np.uint8)
-        yield [carrier.receive(data, parent, stream)]
+        yield [p2p.receive(data, parent, stream)]
         reach *= 2
     children = []
     while rank + reach < size:
         children.append(rank + reach)
         reach *= 2
-    yield [carrier.send(length, child, stream) for child in children] + [
-        carrier.send(data, child, stream) for child in children
+    yield [p2p.send(length, child, stream) for child in children] + [
+        p2p.send(data, child, stream) for child in children
     ]
     return pickle.loads(data.data)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.transport import collectives
-from kaldi_mpi.transport.carrier import CLOSING, COLLECTIVES, Carrier
-from kaldi_mpi.transport.comm_thread import CommThread, Completion, Lane, Task
-from kaldi_mpi.transport.messages import MessageLinks
+from kaldi_mpi.transport.messages import CommMessages
+from kaldi_mpi.transport.point_to_point import CLOSING, COLLECTIVES, PointToPoint
+from kaldi_mpi.transport.thread import CommThread, Completion, Lane, Task
 
 
 class _Pending:
@@ -31,22 +31,22 @@ class CommWorld:
 
     Args:
         thread: this process's communication thread.
-        carrier: among the ranks of this world.
+        p2p: among the ranks of this world.
         abort: ends the whole run.
     """
 
-    def __init__(self, thread: CommThread, carrier: Carrier, abort: Callable[[int], NoReturn]) -> None:
-        self.rank, self.size = carrier.rank, carrier.size
+    def __init__(self, thread: CommThread, p2p: PointToPoint, abort: Callable[[int], NoReturn]) -> None:
+        self.rank, self.size = p2p.rank, p2p.size
         self.seconds_waited = 0.0
-        self._thread, self._carrier, self._abort = thread, carrier, abort
+        self._thread, self._p2p, self._abort = thread, p2p, abort
         self._lane = Lane("collective")
         self._closing = Lane("end")
-        self.links = MessageLinks(thread, carrier, self._count_wait)
+        self.messages = CommMessages(thread, p2p, self._count_wait)
 
     @property
     def bytes_sent(self) -> int:
         """By this rank to others of this world, messages and collectives."""
-        return self._carrier.bytes_sent
+        return self._p2p.bytes_sent
 
     def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """See `World.sum_`."""
@@ -54,7 +54,7 @@ class CommWorld:
 
     def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> _Pending:
         """See `World.start_sum`."""
-        task = collectives.sum_float32(self._carrier, COLLECTIVES, _flat(buffer, np.float32), wire)
+        task = collectives.sum_float32(self._p2p, COLLECTIVES, _flat(buffer, np.float32), wire)
         return _Pending(self, self._submit(task, f"sum of {buffer.size}"))
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
@@ -66,37 +66,35 @@ class CommWorld:
         if _flat(source, np.float32).size != into.size:
             raise ValueError(f"the mean of {source.size} numbers does not fit into {into.size}")
         apart = None if source is into else source
-        task = collectives.mean_into(self._carrier, COLLECTIVES, _flat(into, np.float32), wire, apart)
+        task = collectives.mean_into(self._p2p, COLLECTIVES, _flat(into, np.float32), wire, apart)
         return _Pending(self, self._submit(task, f"mean of {into.size}"))
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """See `World.sum_float64`."""
         total = np.array(values, np.float64, order="C")
-        task = collectives.sum_float64(self._carrier, COLLECTIVES, total.reshape(-1))
+        task = collectives.sum_float64(self._p2p, COLLECTIVES, total.reshape(-1))
         self._thread.wait(self._submit(task, f"float64 sum of {total.size}"))
         return total
 
     def gather(self, value: Any) -> list[Any]:
         """See `World.gather`."""
-        said: list[Any] = self._thread.wait(
-            self._submit(collectives.gather(self._carrier, COLLECTIVES, value), "gather")
-        )
+        said: list[Any] = self._thread.wait(self._submit(collectives.gather(self._p2p, COLLECTIVES, value), "gather"))
         return said
 
     def broadcast(self, value: Any) -> Any:
         """See `World.broadcast`."""
-        return self._thread.wait(self._submit(collectives.broadcast(self._carrier, COLLECTIVES, value), "broadcast"))
+        return self._thread.wait(self._submit(collectives.broadcast(self._p2p, COLLECTIVES, value), "broadcast"))
 
     def barrier(self) -> None:
         """See `World.barrier`."""
-        self._thread.wait(self._submit(collectives.barrier(self._carrier, COLLECTIVES), "barrier"))
+        self._thread.wait(self._submit(collectives.barrier(self._p2p, COLLECTIVES), "barrier"))
 
     def split(self, color: int) -> CommWorld:
         """See `World.split`."""
-        said = self.gather((color, self._carrier.next_context))
+        said = self.gather((color, self._p2p.next_context))
         context = max(free for _, free in said)
         ranks = [rank for rank, (other, _) in enumerate(said) if other == color]
-        return CommWorld(self._thread, self._carrier.narrow(ranks, context), self._abort)
+        return CommWorld(self._thread, self._p2p.narrow(ranks, context), self._abort)
 
     def abort(self, status: int) -> NoReturn:
         """See `World.abort`."""
@@ -104,16 +102,16 @@ class CommWorld:
 
     def close(self) -> None:
         """See `World.close`; a world made by `split` ends with the one it was split from."""
-        self.links.post(self.links.forget)
+        self.messages.post(self.messages.forget)
 
     def _meet_to_close(self) -> None:
         """Bring all ranks here, and all messages to their end: afterwards nothing of this world is under way."""
-        self.links.post(self.links.drain)
+        self.messages.post(self.messages.drain)
         for _ in range(2):
-            barrier = collectives.barrier(self._carrier, CLOSING)
+            barrier = collectives.barrier(self._p2p, CLOSING)
             self._thread.wait(self._thread.submit(self._closing, barrier, "everybody to close the world"))
-            self._thread.wait(self._thread.when(lambda: not self.links.sending, "messages to leave"))
-        self.links.post(self.links.forget)
+            self._thread.wait(self._thread.when(lambda: not self.messages.sending, "messages to leave"))
+        self.messages.post(self.messages.forget)
 
     def _submit(self, task: Task, what: str) -> Completion:
         return self._thread.submit(self._lane, task, what)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from kaldi_mpi.errors import KaldiMpiError
-from kaldi_mpi.report.log import logger
-from kaldi_mpi.transport.launch import Status
+from kaldi_mpi.log import logger
+from kaldi_mpi.transport.status import Status
 from kaldi_mpi.transport.world import World
 
 

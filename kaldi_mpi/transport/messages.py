@@ -1,4 +1,4 @@
-"""Messages between the ranks of one world: `Links` on a communication thread.
+"""Messages between the ranks of one world: `Messages` on a communication thread.
 
 A message is a header of fixed size (channel, size of the payload, up to eight whole numbers) and, where there is
 one, the payload as a transfer of its own, so that nothing is copied together. Headers of one sender arrive in
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.transport import collectives
-from kaldi_mpi.transport.carrier import BACKGROUND, HEADERS, PAYLOADS, Carrier
-from kaldi_mpi.transport.comm_thread import CommThread, Lane
-from kaldi_mpi.transport.cuda import device_bytes
+from kaldi_mpi.transport.gpu import device_bytes
+from kaldi_mpi.transport.point_to_point import BACKGROUND, HEADERS, PAYLOADS, PointToPoint
+from kaldi_mpi.transport.thread import CommThread, Lane
 from kaldi_mpi.transport.world import MAX_NUMBERS, Allocate, Handler
 
 _HEADER = 3 + MAX_NUMBERS  # channel, bytes of payload, count of numbers, numbers
@@ -38,17 +38,17 @@ class _Incoming:
         self.payload: Any = np.empty(0, np.uint8)
 
 
-class MessageLinks:
-    """See `kaldi_mpi.transport.world.Links`.
+class CommMessages:
+    """See `kaldi_mpi.transport.world.Messages`.
 
     Args:
         wait: how the world waits for a completion, counting the time.
     """
 
-    def __init__(self, thread: CommThread, carrier: Carrier, wait: Callable[[Any], float]) -> None:
-        self.rank, self.size = carrier.rank, carrier.size
-        self._thread, self._carrier, self._wait = thread, carrier, wait
-        self._lane = Lane(f"background sum of world {carrier.size}")
+    def __init__(self, thread: CommThread, p2p: PointToPoint, wait: Callable[[Any], float]) -> None:
+        self.rank, self.size = p2p.rank, p2p.size
+        self._thread, self._p2p, self._wait = thread, p2p, wait
+        self._lane = Lane(f"background sum of world {p2p.size}")
         self._handlers: dict[int, Handler] = {}
         self._allocators: dict[int, Allocate] = {}
         self._kept: dict[int, deque[tuple[int, tuple[int, ...], NDArray[np.uint8]]]] = {}
@@ -58,11 +58,11 @@ class MessageLinks:
         self.sending = 0  # transfers of messages under way from here
 
     def post(self, action: Callable[[], None]) -> None:
-        """See `Links.post`."""
+        """See `Messages.post`."""
         self._thread.post(action)
 
     def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
-        """See `Links.on_message`."""
+        """See `Messages.on_message`."""
         if allocate is not None:
             self._allocators[channel] = allocate
         elif handler is None:
@@ -73,7 +73,7 @@ class MessageLinks:
             self._thread.post(lambda: self._attach(channel, handler))
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
-        """See `Links.send`."""
+        """See `Messages.send`."""
         if not self._thread.is_current():
             raise RuntimeError("messages are sent on the communication thread: use post")
         if not 0 <= to < self.size:
@@ -88,20 +88,20 @@ class MessageLinks:
         header[:3] = channel, data.nbytes, len(numbers)
         header[3 : 3 + len(numbers)] = numbers
         self.sending += 1
-        self._thread.track(self._carrier.send(header, to, HEADERS), functools.partial(self._sent, header))
+        self._thread.track(self._p2p.send(header, to, HEADERS), functools.partial(self._sent, header))
         if data.nbytes:
             self.sending += 1
-            self._thread.track(self._carrier.send(data, to, PAYLOADS), functools.partial(self._sent, data))
+            self._thread.track(self._p2p.send(data, to, PAYLOADS), functools.partial(self._sent, data))
 
     def wait(self, ready: Callable[[], bool]) -> float:
-        """See `Links.wait`."""
+        """See `Messages.wait`."""
         return self._wait(self._thread.when(ready, "a condition on messages"))
 
     def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
-        """See `Links.start_sum`."""
+        """See `Messages.start_sum`."""
         if not self._thread.is_current():
             raise RuntimeError("background sums are started on the communication thread: use post")
-        task = collectives.sum_float32(self._carrier, BACKGROUND, buffer)
+        task = collectives.sum_float32(self._p2p, BACKGROUND, buffer)
         # Through the inbox, so that `done` never runs inside the caller.
         self._thread.submit(self._lane, task, f"sum of {buffer.size}", lambda: self._thread.post(done))
 
@@ -111,9 +111,9 @@ class MessageLinks:
         self._thread.listen(self, True)
 
     def poll(self) -> bool:
-        """Take in what has come; see `comm_thread.Listener`."""
+        """Take in what has come; see `thread.Listener`."""
         for count in range(_MOST_AT_ONCE):
-            found = self._carrier.probe(self._next.header)
+            found = self._p2p.probe(self._next.header)
             if found is None:
                 return count > 0
             source, transfer = found
@@ -150,7 +150,7 @@ class MessageLinks:
             size = int(one.header[1])
             if size:
                 one.payload = self._allocators.get(int(one.header[0]), _main_memory)(size)
-                transfer = self._carrier.receive(one.payload, source, PAYLOADS)
+                transfer = self._p2p.receive(one.payload, source, PAYLOADS)
                 self._thread.track(transfer, functools.partial(self._arrived, source, one))
             else:
                 one.here = True

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.transport import guard
-from kaldi_mpi.transport.carrier import HEADERS, NUM_STREAMS
-from kaldi_mpi.transport.comm_thread import CommThread, Transfer
 from kaldi_mpi.transport.comm_world import CommWorld
-from kaldi_mpi.transport.launch import NUM_LEARNERS_ENV, say_abort
+from kaldi_mpi.transport.point_to_point import HEADERS, NUM_STREAMS
+from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, say_abort
+from kaldi_mpi.transport.thread import CommThread, Transfer
 
 # A thread that computes in Python holds the interpreter for this long before another thread gets a turn; the
 # communication thread needs several turns to answer a message. Python's own 5 ms would make that 50 ms.
@@ -49,8 +49,8 @@ class _Contexts:
         self.most = (int(highest) if highest else 32767) // NUM_STREAMS
 
 
-class MpiCarrier:
-    """Transfers among some ranks of a communicator; see `carrier.Carrier`."""
+class MpiPointToPoint:
+    """Transfers among some ranks of a communicator; see `p2p.PointToPoint`."""
 
     def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], context: int, contexts: _Contexts) -> None:
         if context >= contexts.most:
@@ -64,22 +64,22 @@ class MpiCarrier:
 
     @property
     def next_context(self) -> int:
-        """See `Carrier`."""
+        """See `PointToPoint`."""
         return self._contexts.next
 
     def send(self, array: NDArray[Any], to: int, stream: int) -> Transfer:
-        """See `Carrier.send`."""
+        """See `PointToPoint.send`."""
         self.bytes_sent += array.nbytes
         peer = self._ranks[to]
         return Transfer(self._comm.Isend(_bytes(array), peer, self._tag + stream), "to", peer)
 
     def receive(self, array: NDArray[Any], source: int, stream: int) -> Transfer:
-        """See `Carrier.receive`."""
+        """See `PointToPoint.receive`."""
         peer = self._ranks[source]
         return Transfer(self._comm.Irecv(_bytes(array), peer, self._tag + stream), "from", peer)
 
     def probe(self, header: NDArray[Any]) -> tuple[int, Transfer] | None:
-        """See `Carrier.probe`."""
+        """See `PointToPoint.probe`."""
         status = MPI.Status()
         message = self._comm.Improbe(MPI.ANY_SOURCE, self._tag + HEADERS, status)
         if message is None:
@@ -87,9 +87,9 @@ class MpiCarrier:
         peer = status.Get_source()
         return self._numbers[peer], Transfer(message.Irecv(header.view(np.uint8)), "from", peer)
 
-    def narrow(self, ranks: Sequence[int], context: int) -> MpiCarrier:
-        """See `Carrier.narrow`."""
-        return MpiCarrier(self._comm, [self._ranks[rank] for rank in ranks], context, self._contexts)
+    def narrow(self, ranks: Sequence[int], context: int) -> MpiPointToPoint:
+        """See `PointToPoint.narrow`."""
+        return MpiPointToPoint(self._comm, [self._ranks[rank] for rank in ranks], context, self._contexts)
 
 
 class MpiWorld(CommWorld):
@@ -124,8 +124,8 @@ class MpiWorld(CommWorld):
             )
         rank = MPI.COMM_WORLD.Get_rank()
         thread = CommThread(rank, _completed, polls=True, on_failure=self._end_run)
-        carrier = MpiCarrier(self._comm, range(size), 0, _Contexts(self._comm))
-        super().__init__(thread, carrier, self._abort_run)
+        p2p = MpiPointToPoint(self._comm, range(size), 0, _Contexts(self._comm))
+        super().__init__(thread, p2p, self._abort_run)
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         # A run that forgets to close the world still ends: the thread must be out of MPI before mpi4py finalizes
         # it, which is after Python's exit handlers.

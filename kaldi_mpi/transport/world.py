@@ -30,7 +30,7 @@ class Pending(Protocol):
         """Return when it is done; the buffer then holds the result."""
 
 
-class Links(Protocol):
+class Messages(Protocol):
     """Messages between the ranks of one world, carried and answered by the ranks' communication threads.
 
     Messages of one sender to one receiver are handed over in the order sent, whatever their sizes. What runs
@@ -96,12 +96,12 @@ class World(Protocol):
         """The number of learners, N."""
 
     @property
-    def links(self) -> Links:
+    def messages(self) -> Messages:
         """Messages among these learners."""
 
     @property
     def seconds_waited(self) -> float:
-        """How long this rank has waited in `sum_`, `mean_into`, `Pending.wait` and `Links.wait`."""
+        """How long this rank has waited in `sum_`, `mean_into`, `Pending.wait` and `Messages.wait`."""
 
     @property
     def bytes_sent(self) -> int:
@@ -157,7 +157,7 @@ class World(Protocol):
         """End the communication, when all ranks have come here. Afterwards the world is of no more use."""
 
 
-class SoloLinks:
+class SoloMessages:
     """Messages of a learner alone, to itself: all actions run in the thread that posts them."""
 
     rank = 0
@@ -180,7 +180,7 @@ class SoloLinks:
                 self._running.release()
 
     def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
-        """See `Links.on_message`."""
+        """See `Messages.on_message`."""
         self._handlers.pop(channel, None)
         if handler is not None:
             self._handlers[channel] = handler
@@ -188,7 +188,7 @@ class SoloLinks:
                 self.post(lambda numbers=numbers, data=data: self._hand_over(channel, numbers, data))  # type: ignore[misc]
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        """See `Links.send`."""
+        """See `Messages.send`."""
         if to != 0:
             raise ValueError(f"no rank {to} in a world of 1")
         data = np.empty(0, np.uint8) if payload is None else payload.reshape(-1).view(np.uint8).copy()
@@ -227,7 +227,7 @@ class SoloWorld:
     bytes_sent = 0
 
     def __init__(self) -> None:
-        self.links = SoloLinks()
+        self.messages = SoloMessages()
 
     def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
         """Nothing to add."""

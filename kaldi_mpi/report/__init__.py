@@ -1,1 +1,0 @@
-"""Logs that Kaldi's tools parse, and progress."""

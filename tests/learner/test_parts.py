@@ -1,0 +1,192 @@
+"""Parts of the asynchronous learner on their own: tickets, disturbances, published models, plans."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kaldi_mpi.averaging.published import HostPublishedModel
+from kaldi_mpi.averaging.published_device import DevicePublishedModel, HostPublished
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.learner import faults
+from kaldi_mpi.learner.plan import Plan, TicketMap
+from kaldi_mpi.learner.tickets import TicketClient, TicketServer
+
+
+class FakeNet:
+    """Messages of several ranks whose messages are delivered one at a time, when the test says so."""
+
+    def __init__(self, size: int) -> None:
+        self.queue: deque[tuple[int, int, tuple[int, ...]]] = deque()
+        self.handlers: list[Any] = [None] * size
+        self.messages = [FakeLinks(self, rank, size) for rank in range(size)]
+
+    def deliver_all(self) -> None:
+        while self.queue:
+            source, to, numbers = self.queue.popleft()
+            self.handlers[to](source, numbers, None)
+
+
+class FakeLinks:
+    """One rank's."""
+
+    def __init__(self, net: FakeNet, rank: int, size: int) -> None:
+        self.net, self.rank, self.size = net, rank, size
+
+    def post(self, action: Callable[[], None]) -> None:
+        action()
+
+    def on_message(self, channel: int, handler: Any) -> None:
+        self.net.handlers[self.rank] = handler
+
+    def send(self, channel: int, to: int, numbers: tuple[int, ...], payload: Any) -> None:
+        self.net.queue.append((self.rank, to, numbers))
+
+    def wait(self, ready: Callable[[], bool]) -> float:
+        self.net.deliver_all()
+        assert ready(), "a learner would wait for ever"
+        return 0.0
+
+
+def share_out(num_tickets: int, speeds: list[float], segments: int = 1) -> tuple[list[list[int]], float]:
+    """Event simulation: who gets which tickets, and when the last is done; a step of learner i takes speeds[i]."""
+    net = FakeNet(len(speeds))
+    clients = [TicketClient(messages, lambda _: None) for messages in net.messages]  # type: ignore[arg-type]
+    server = TicketServer(net.messages[0], len(speeds), lambda _: None)  # type: ignore[arg-type]
+    for client in clients:
+        client.attach(server if client is clients[0] else None)
+    taken: list[list[int]] = [[] for _ in speeds]
+    start = finish = 0.0
+    for segment in range(segments):
+        server.open(segment * num_tickets, (segment + 1) * num_tickets)
+        for client in clients:
+            client.start()
+        free = dict.fromkeys(range(len(speeds)), start)
+        net.deliver_all()
+        while free:
+            rank = min(free, key=lambda r: (free[r], r))
+            ticket = clients[rank].next()
+            if ticket is None:
+                finish = max(finish, free.pop(rank))
+                continue
+            taken[rank].append(ticket)
+            free[rank] += speeds[rank]
+            clients[rank].done(speeds[rank])
+            net.deliver_all()
+        start = finish
+    return taken, finish
+
+
+@given(st.integers(0, 300), st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_every_ticket_is_taken_once(num_tickets: int, speeds: list[float], segments: int) -> None:
+    taken, _ = share_out(num_tickets, speeds, segments)
+    assert sorted(t for mine in taken for t in mine) == list(range(segments * num_tickets))
+
+
+def test_learners_of_one_speed_share_alike() -> None:
+    taken, finish = share_out(400, [0.01] * 4)
+    assert [len(mine) for mine in taken] == [100] * 4
+    assert finish == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("slow", [5, 10, 100])
+def test_a_slow_learner_holds_nobody_up(slow: int) -> None:
+    """The others take over; at the end it is refused what it would finish too late."""
+    speeds = [0.01] * 3 + [0.01 * slow]
+    taken, finish = share_out(3000, speeds)
+    ideal = 3000 / sum(1 / s for s in speeds)
+    assert finish <= 1.02 * ideal + 0.02
+    assert len(taken[3]) == pytest.approx(3000 / (1 + 3 * slow), abs=3)
+
+
+def test_disturbances_are_read() -> None:
+    found = faults.parse("device:20ms, slow:100x@rank2,jitter:30%,pause:5s@rank1@step50,kill@rank3@step7")
+    assert [(d.kind, d.amount, d.rank, d.step) for d in found] == [
+        ("device", 0.02, None, None), ("slow", 100.0, 2, None), ("jitter", 0.3, None, None),
+        ("pause", 5.0, 1, 50), ("kill", 0.0, 3, 7),
+    ]  # fmt: skip
+    assert faults.parse("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("slow", "slow: expected"),
+        ("slow:0.5x", "factor below 1"),
+        ("slow:3x@node1", "'@node1' is neither"),
+        ("pause:1s@rank1", "pause needs @stepK"),
+        ("kill@step3", "kill needs @stepK and @rankR"),
+        ("device:20ms@step3", "device takes no @stepK"),
+        ("speed:2x", "speed:2x: expected"),
+    ],
+)
+def test_bad_disturbances_are_named(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match="--inject") as error:
+        faults.parse(text)
+    assert says.removeprefix("slow: ") in str(error.value)
+
+
+def test_a_step_takes_the_time_that_was_asked_for() -> None:
+    slept: list[float] = []
+    now = [0.0]
+    injector = faults.Injector(
+        faults.parse("device:20ms,slow:10x@rank1,pause:3s@rank1@step1,slow:2x@rank0"), 1, slept.append, lambda: now[0]
+    )
+    for computing in (0.005, 0.01):
+        injector.begin()
+        now[0] += computing
+        injector.end()
+    assert slept == pytest.approx([0.25 - 0.005, 3.0, 0.3 - 0.01])
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
+def test_a_published_model_is_the_same_wherever_it_lives(wire: str) -> None:
+    """The code for GPUs, on CPU tensors, against NumPy's, bit for bit."""
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(1000).astype(np.float32)
+    host, device = HostPublished(start, 300, wire), DevicePublishedModel(torch.from_numpy(start), 300, wire)
+    other = HostPublishedModel(rng.standard_normal(1000).astype(np.float32), 300, wire)
+    change = torch.from_numpy(rng.standard_normal(1000).astype(np.float32))
+    copies = [torch.zeros(1000), torch.zeros(1000)]
+    for piece in range(host.num_pieces):
+        theirs = other.snapshot(piece)
+        results = []
+        for model, copy in zip((host, device), copies, strict=True):
+            with model.lock(piece):
+                mine = model.snapshot(piece)
+                model.push_pull(piece, change, copy)
+                model.mix(piece, mine, theirs, 1 / 3)
+                results.append((mine.tobytes(), mine.dtype, model.read(piece).tobytes(), model.steps[piece]))
+        assert results[0] == results[1]
+    assert host.to_numpy().tobytes() == device.to_numpy().tobytes()
+    assert torch.equal(*copies)
+    device.load(start)
+    assert np.array_equal(device.to_numpy(), start)
+
+
+@given(st.integers(1, 9), st.integers(1, 200), st.integers(1, 10), st.integers(0, 5))
+def test_tickets_number_the_minibatches_of_all_epochs(units: int, chunks: int, per_unit: int, epochs: int) -> None:
+    tickets = -(-chunks // per_unit)
+    steps = -(-chunks // (per_unit * units))
+    where = TicketMap(units, steps, tickets)
+    assert where.ticket(epochs * steps) == epochs * tickets
+    numbers = [where.ticket(step) for step in range((epochs + 1) * steps + 1)]
+    assert numbers == sorted(numbers)
+    assert all(b - a <= units for a, b in itertools.pairwise(numbers))
+    assert where.epochs(numbers[-1]) == epochs + 1
+
+
+def test_a_plan_says_where_iterations_end_and_checkpoints_are_due() -> None:
+    plan = Plan(20, 9, 6, 20 / 9, checkpoint_interval=1, checkpoint_interval_asynchronous=2)
+    assert [step for step in range(1, 21) if plan.ends_iteration(step)] == [6, 12, 18, 20]
+    assert [step for step in (6, 12, 18, 20) if plan.saves(step, False)] == [6, 12, 18]
+    assert [step for step in (6, 12, 18, 20) if plan.saves(step, True)] == [12]
