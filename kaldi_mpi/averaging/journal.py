@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Event(enum.IntEnum):
+class JournalEvent(enum.IntEnum):
     """What happened to a piece of the published model (or of the centre that this rank keeps)."""
 
     STEP = 0  # the learner added its own change and took a copy
@@ -65,7 +65,7 @@ class Journal:
 
     def record(
         self,
-        event: Event,
+        event: JournalEvent,
         piece: int,
         number: int,
         partner: int = -1,

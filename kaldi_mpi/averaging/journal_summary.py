@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from kaldi_mpi import log
-from kaldi_mpi.averaging.journal import Event, Records, read_journal
+from kaldi_mpi.averaging.journal import JournalEvent, Records, read_journal
 from kaldi_mpi.errors import DataError, KaldiMpiError
 
-_MIXING = (Event.ANSWER, Event.MIX, Event.CROSS)
+_MIXING = (JournalEvent.ANSWER, JournalEvent.MIX, JournalEvent.CROSS)
 
 
 def describe(records: Records, rank: int) -> str:
@@ -28,16 +28,17 @@ def describe(records: Records, rank: int) -> str:
         rank: of the learner.
     """
     first = records[records["piece"] == 0]
-    count = {event: int((first["event"] == event).sum()) for event in Event}
+    count = {event: int((first["event"] == event).sum()) for event in JournalEvent}
     mixed = sum(count[event] for event in _MIXING)
-    ages = first["age"][np.isin(first["event"], (Event.MIX, Event.CROSS))]
-    steps, seconds = count[Event.STEP], float(records["seconds"][-1])
+    ages = first["age"][np.isin(first["event"], (JournalEvent.MIX, JournalEvent.CROSS))]
+    steps, seconds = count[JournalEvent.STEP], float(records["seconds"][-1])
     age = f"mean {ages.mean():.2f}, most {ages.max()}" if len(ages) else "none"
-    served = f", {count[Event.CENTRE]} served from the centre kept here" if count[Event.CENTRE] else ""
+    served = f", {count[JournalEvent.CENTRE]} served from the centre kept here" if count[JournalEvent.CENTRE] else ""
     return (
         f"learner {rank}: {steps} steps, {mixed} exchanges ({mixed / max(1, steps):.2f} per step, "
-        f"{mixed / max(seconds, 1e-9):.1f}/s; {count[Event.MIX]} started, {count[Event.ANSWER]} answered, "
-        f"{count[Event.CROSS]} crossed){served}; age of what it mixed, in own steps: {age}"
+        f"{mixed / max(seconds, 1e-9):.1f}/s; {count[JournalEvent.MIX]} started, "
+        f"{count[JournalEvent.ANSWER]} answered, "
+        f"{count[JournalEvent.CROSS]} crossed){served}; age of what it mixed, in own steps: {age}"
     )
 
 
