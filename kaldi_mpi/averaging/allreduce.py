@@ -59,7 +59,7 @@ class Allreduce(Synchronous):
         return parameters.copy()
 
 
-class SuperLearner(Allreduce):
+class SuperLearnerAllreduce(Allreduce):
     """(1) where all learners are one super-learner, which has summed its gradients already."""
 
     hooks = Hook.NONE

@@ -1,4 +1,4 @@
-"""Passes over data that do not train: validation, diagnostics, priors, LDA statistics.
+"""Passes over data that do not train: validation (at once, or in the background), priors, LDA statistics.
 
 Each learner takes its share of the chunks, and the sums are added over learners in rank order, so that the
 figures do not depend on timing.
@@ -7,7 +7,10 @@ figures do not depend on timing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import queue
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.logs import Score, TrainingLog
 from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
-from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.loader import Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.lda import LdaStats
-from kaldi_mpi.transport.world import World
+from kaldi_mpi.transport.world import SoloWorld, World
 
 # LDA statistics are taken of features rounded to this. Their squares and sums are then exact in float64 (up to
 # values of 256 and 2**25 frames, where all weights are 1), so that the transform has the same bits for any number of
@@ -31,32 +35,23 @@ _LDA_QUANTUM = 2.0**-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """What Kaldi's ``nnet3-compute-prob`` reports of one set.
+class IterationEnd:
+    """Where all learners stand between two steps and an iteration ends.
 
     Attributes:
-        log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
-        accuracy: share of frames whose most probable pdf-id is the right one.
-        frames: how many, by the weights of their labels.
+        mean: (P,) float32, the model to validate.
+        spread: the learners' models' mean squared distance from it.
     """
 
-    log_likelihood: float
-    accuracy: float
-    frames: int
-
-    def lines(self) -> list[str]:
-        """The two lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
-        return [
-            f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} per frame, over {self.frames} frames.",
-            f"Overall accuracy for 'output' is {self.accuracy:.6g} per frame, over {self.frames} frames.",
-        ]
+    mean: NDArray[np.float32]
+    spread: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """How a pass cuts its data: the chunks of the training, this learner's share of them, and its device."""
 
-    reading: Reading
+    dataset: Dataset
     world: World
     device: torch.device
 
@@ -67,7 +62,7 @@ class Pass:
         rounded up to whole steps, there are no more.
         """
         chunks = 0
-        with self.reading.feed(
+        with self.dataset.batches(
             source,
             self.device,
             rank=self.world.rank,
@@ -75,11 +70,11 @@ class Pass:
             seed=seed or 0,
             shuffle=seed is not None,
             num_epochs=1,
-        ) as feed:
-            for batch in feed:
+        ) as batches:
+            for batch in batches:
                 if max_chunks is not None and chunks >= max_chunks:
                     break
-                chunks += feed.reader.plan.chunks_of_step(batch.step)
+                chunks += batches.reader.plan.chunks_of_step(batch.step)
                 if batch.frames:
                     yield batch
 
@@ -168,3 +163,65 @@ def spread_of(own: NDArray[np.float32], mean: NDArray[np.float32], world: World)
         return 0.0
     difference = own.astype(np.float64) - mean
     return float(world.sum_float64(np.array([difference @ difference]))[0]) / world.size
+
+
+class Validation:
+    """Scores of a model on the held-out and on the diagnostic set, kept in the log.
+
+    Args:
+        model: this learner's; `flat`: its parameters.
+        how: this learner's share of the pass.
+        log: is told the scores.
+    """
+
+    def __init__(self, model: AcousticModel, flat: FlatParameters, how: Pass, log: TrainingLog) -> None:
+        self.model, self.flat, self.how, self.log = model, flat, how, log
+
+    def run(self, name: int | str, mean: NDArray[np.float32], spread: float | None) -> None:
+        """Evaluate `mean`, (P,) float32, on all ranks together; `spread`: the models' mean squared distance from it."""
+        with with_parameters(self.model, self.flat, mean):
+            self.score(name, self.model, self.how, spread)
+
+    def score(self, name: int | str, model: AcousticModel, how: Pass, spread: float | None) -> None:
+        """Evaluate `model` as it is."""
+        valid, diagnostic = (compute_prob(model, part, how) for part in (how.dataset.valid, how.dataset.diagnostic))
+        self.log.validation(name, valid, diagnostic, spread)
+
+
+class BackgroundValidation:
+    """Validates mean models one after the other beside the training: rank 0's second thread, with a model of its own.
+
+    Args:
+        validation: rank 0's; its model's structure is copied, its parameters are not touched.
+    """
+
+    def __init__(self, validation: Validation) -> None:
+        self._validation = validation
+        self._model = copy.deepcopy(validation.model)
+        self._flat = FlatParameters.of_model(self._model)
+        self._alone = dataclasses.replace(validation.how, world=SoloWorld())
+        self._jobs: queue.Queue[tuple[int, NDArray[np.float32], float | None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="validation", daemon=True)
+        self._thread.start()
+
+    def start(self, iteration: int, mean: NDArray[np.float32], spread: float | None) -> None:
+        """Queue the validation of `mean`, which ends `iteration`."""
+        self._jobs.put((iteration, mean, spread))
+
+    def drain(self) -> None:
+        """Return when all that was queued is done."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        """End the thread after what is queued."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            iteration, mean, spread = job
+            with torch.no_grad():
+                self._flat.load(mean)
+                self._model.eval()
+                self._validation.score(iteration, self._model, self._alone, spread)
+            self._jobs.task_done()
