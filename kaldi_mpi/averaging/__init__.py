@@ -1,6 +1,6 @@
 """Strategies: how the models of several learners become one."""
 
 from kaldi_mpi.averaging.names import make_strategy
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
 
-__all__ = ["Collective", "Flat", "Step", "Strategy", "make_strategy"]
+__all__ = ["Flat", "Step", "Strategy", "make_strategy"]

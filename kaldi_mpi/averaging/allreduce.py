@@ -20,7 +20,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
+from kaldi_mpi.transport.world import Collective
 
 
 class Allreduce(Strategy):

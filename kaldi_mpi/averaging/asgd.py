@@ -40,8 +40,10 @@ import numpy as np
 from kaldi_mpi.averaging.centre import Centred
 from kaldi_mpi.averaging.exchange import REPLY, Post
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire, from_wire, to_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.published import Shared
+from kaldi_mpi.averaging.strategy import Flat
+from kaldi_mpi.transport.number_formats import Wire, from_wire, to_wire
+from kaldi_mpi.transport.world import Collective
 
 
 class Asgd(Centred):

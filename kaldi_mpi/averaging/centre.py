@@ -24,9 +24,11 @@ import numpy as np
 
 from kaldi_mpi.averaging.exchange import Exchanging, Payload, Post
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire, to_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.published import Shared
+from kaldi_mpi.averaging.strategy import Flat
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport.number_formats import Wire, to_wire
+from kaldi_mpi.transport.world import Collective
 
 LEAVE, LEFT, JOIN = 10, 11, 12  # kinds of messages besides those of exchanges; the second number is the round
 

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.strategy import Collective, Flat, Pending, Step, Strategy
+from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
+from kaldi_mpi.transport.world import Collective, Pending
 
 
 class Delay1(Strategy):

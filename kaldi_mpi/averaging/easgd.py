@@ -35,8 +35,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kaldi_mpi.averaging.centre import Centred
-from kaldi_mpi.averaging.published import Wire, from_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.strategy import Flat
+from kaldi_mpi.transport.number_formats import Wire, from_wire
+from kaldi_mpi.transport.world import Collective
 
 
 class Easgd(Centred):

@@ -34,8 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire
-from kaldi_mpi.averaging.strategy import Collective, Flat, Strategy
+from kaldi_mpi.averaging.published import Shared
+from kaldi_mpi.averaging.strategy import Flat, Strategy
+from kaldi_mpi.transport.number_formats import Wire
+from kaldi_mpi.transport.world import Collective
 
 WINDOW = 2  # pieces under way in one exchange
 

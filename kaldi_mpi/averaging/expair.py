@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.transport.world import Collective
 
 
 class Expair(Exchanging):

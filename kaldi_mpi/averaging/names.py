@@ -14,8 +14,9 @@ from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.periodic import Periodic
 from kaldi_mpi.averaging.random_ring import RandomRing
 from kaldi_mpi.averaging.settings import Settings, check_settings
-from kaldi_mpi.averaging.strategy import Collective, Strategy
+from kaldi_mpi.averaging.strategy import Strategy
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport.world import Collective
 
 
 def _periodic(world: Collective, settings: Settings) -> Strategy:

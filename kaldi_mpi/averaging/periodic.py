@@ -28,8 +28,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.published import rounded
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.strategy import Flat, Step, Strategy
+from kaldi_mpi.transport.number_formats import rounded
+from kaldi_mpi.transport.world import Collective
 
 
 class Periodic(Strategy):

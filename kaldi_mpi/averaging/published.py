@@ -20,48 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.strategy import Flat
+from kaldi_mpi.transport.number_formats import WIRE_TYPES, Wire, blocks, from_wire, to_wire
 
-Wire = NDArray[Any]
-
-WIRE_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 DEFAULT_PIECE = 4 * 2**20  # parameters; 16 MB in float32
-# Parameters handled at a time, so that what is computed in between stays in a core's cache: a mixing then takes
-# half the time, which other ranks on the same cores have for their steps.
-_BLOCK = 2**18
-
-
-def _blocks(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK))
-
-
-def to_wire(values: Flat, out: Wire) -> None:
-    """Round float32 `values` into `out` (same length), whose dtype says how: to nearest, ties to even."""
-    if out.dtype == np.uint16:  # bfloat16: the upper half of a float32
-        for block in _blocks(values.size):
-            bits = values[block].view(np.uint32)
-            up = bits >> np.uint32(16)
-            up &= np.uint32(1)
-            up += np.uint32(0x7FFF)
-            up += bits
-            np.right_shift(up, np.uint32(16), out=out[block], casting="unsafe")
-    else:
-        out[...] = values
-
-
-def from_wire(wire: Wire) -> Flat:
-    """The float32 values of `wire`; float32 itself comes back without a copy."""
-    if wire.dtype == np.uint16:
-        return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return wire.astype(np.float32, copy=False)
-
-
-def rounded(values: Flat, wire: str) -> Flat:
-    """`values` as they are after travelling in the type called `wire`; always a new float32 array."""
-    if wire == "float32":
-        return values.copy()
-    travelling = np.empty(values.size, WIRE_TYPES[wire])
-    to_wire(values, travelling)
-    return from_wire(travelling)
 
 
 class Shared(Protocol):
@@ -142,7 +103,7 @@ class HostPublishedModel(Pieces):
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
         """See `Shared.mix`."""
         values = self.values[self.where[piece]]
-        for block in _blocks(values.size):
+        for block in blocks(values.size):
             difference = from_wire(theirs[block]) - from_wire(mine[block])
             difference *= np.float32(weight)
             values[block] += difference

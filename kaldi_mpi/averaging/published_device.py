@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.published import HostPublishedModel, Pieces, Shared, Wire
+from kaldi_mpi.averaging.published import HostPublishedModel, Pieces, Shared
 from kaldi_mpi.averaging.strategy import Flat
 from kaldi_mpi.transport.gpu import takes_device_pointers
+from kaldi_mpi.transport.number_formats import Wire
 from kaldi_mpi.transport.world import Allocate
 
 _TORCH_WIRE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.transport.world import Collective
 
 
 class RandomRing(Exchanging):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from kaldi_mpi.averaging.published import DEFAULT_PIECE, WIRE_TYPES
+from kaldi_mpi.averaging.published import DEFAULT_PIECE
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport.number_formats import WIRE_TYPES
 
 OPTIONS = {
     "frames_per_average": "--frames-per-average",

@@ -18,7 +18,7 @@ Two families differ in who waits for whom:
 learner takes a copy for each step and to which it adds its change; they are driven by events, on a
 communication thread, and never wait.
 
-A strategy sees flat buffers, never a model, and talks through the protocols below, never through MPI, so that
+A strategy sees flat buffers, never a model, and talks through a `Collective`, never through MPI, so that
 the same code runs over real ranks, over threads in a test, in a simulation, and alone.
 
 The learning rate that a learner applies is Kaldi's actual one, N times the effective one: the average of
@@ -29,45 +29,14 @@ N models that each moved with N times the rate moves as one model with the rate 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kaldi_mpi.transport.world import Collective
+
 Flat = NDArray[np.float32]
-
-
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> None:
-        """Return when it is done; the buffer then holds the result."""
-
-
-class Collective(Protocol):
-    """What a strategy may ask of the other learners. Every learner makes the same calls in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """This learner's number, from 0."""
-
-    @property
-    def size(self) -> int:
-        """The number of learners, N."""
-
-    def sum_(self, buffer: Flat, wire: str = "float32") -> None:
-        """Replace `buffer` (float32, any length, the same on all ranks) by its sum over the ranks.
-
-        The sum is taken in rank order with float64 accumulation: the result is the same, bit for bit, on
-        every rank and in every run. `wire` is the type in which the contributions travel; the sum is float32.
-        """
-
-    def start_mean(self, source: Flat, into: Flat, wire: str = "float32") -> Pending:
-        """Put x_i + mean(q(x)) - q(x_i), x being `source` and q the rounding to `wire`, into `into`.
-
-        In the background: both are lent until `Pending.wait` returns. The mean of x over the ranks is kept; in
-        float32 `into` is that mean.
-        """
 
 
 @dataclasses.dataclass(frozen=True)

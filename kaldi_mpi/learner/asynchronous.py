@@ -31,9 +31,10 @@ from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.evaluator import Evaluator
 from kaldi_mpi.learner.plan import Phase, TicketMap
-from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
+from kaldi_mpi.learner.server import tell
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
+from kaldi_mpi.transport.messages import Channel
 
 if TYPE_CHECKING:
     from kaldi_mpi.learner.loop import Learner
@@ -103,7 +104,7 @@ class AsynchronousPhase:
         self._shared = make_published(learner.flat.values, around.piece_size, around.wire, strategy.on_device)
         strategy.connect(
             self._shared,
-            lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload),
+            lambda to, numbers, payload: messages.send(Channel.STRATEGY, to, numbers, payload),
             self._journal,
         )
         first = self._peers.rank == 0
@@ -112,7 +113,7 @@ class AsynchronousPhase:
         self._evaluator = Evaluator(learner) if first else None
         self._snapshots = Snapshots(messages, strategy, self._shared, self._begin_iteration, self._evaluate)
         self._marks: dict[int, int] = {}
-        messages.on_message(STRATEGY_CHANNEL, strategy.receive, self._shared.allocate)
+        messages.on_message(Channel.STRATEGY, strategy.receive, self._shared.allocate)
         self._client.attach(self._server)
         self._snapshots.attach()
         if self._phase.dedicated_server:
@@ -124,7 +125,7 @@ class AsynchronousPhase:
         self._tell("stop")
         self._client.detach()
         self._snapshots.detach()
-        self._peers.messages.on_message(STRATEGY_CHANNEL, None)
+        self._peers.messages.on_message(Channel.STRATEGY, None)
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Steps (first, end) of the stretches between two points where all learners meet."""

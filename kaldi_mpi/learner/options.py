@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kaldi_mpi.averaging.names import NAMES
-from kaldi_mpi.averaging.published import WIRE_TYPES
 from kaldi_mpi.averaging.sequence import Phase, parse_sequence
 from kaldi_mpi.averaging.settings import Settings, check_settings
 from kaldi_mpi.errors import ConfigError
@@ -21,6 +20,7 @@ from kaldi_mpi.learner import faults
 from kaldi_mpi.loader import CmvnOptions, MinibatchRule, parse_cmvn_opts
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, at_least, boolean, optional
+from kaldi_mpi.transport.number_formats import WIRE_TYPES
 
 _EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
 _CHUNK_WIDTH = 20

@@ -19,9 +19,8 @@ from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.learner import checkpoint
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.snapshots import Snapshots
+from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.world import World
-
-STRATEGY_CHANNEL = 1
 
 
 def tell(everyone: World, dedicated: bool, command: str, *arguments: Any) -> None:
@@ -72,10 +71,10 @@ class Server:
         path = Path(options.dir) / "journal" / f"learner.{everyone.rank}" if options.journal else None
         journal = Journal(path, wanted=path is not None)
         strategy.connect(
-            shared, lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload), journal
+            shared, lambda to, numbers, payload: messages.send(Channel.STRATEGY, to, numbers, payload), journal
         )
         snapshots = Snapshots(messages, strategy, shared, lambda _: None, lambda *_: None)
-        messages.on_message(STRATEGY_CHANNEL, strategy.receive)
+        messages.on_message(Channel.STRATEGY, strategy.receive)
         snapshots.attach()
         everyone.barrier()
         while True:
@@ -92,7 +91,7 @@ class Server:
             else:
                 break
         snapshots.detach()
-        messages.on_message(STRATEGY_CHANNEL, None)
+        messages.on_message(Channel.STRATEGY, None)
         journal.close()
 
     def state_dict(self) -> dict[str, object]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.published import Shared
+from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.world import Messages
 
-CHANNEL = 3
 _TAKE, _SQUARES = 0, 1
 
 
@@ -48,11 +48,11 @@ class Snapshots:
 
     def attach(self) -> None:
         """Listen."""
-        self._links.on_message(CHANNEL, self._receive)
+        self._links.on_message(Channel.SNAPSHOTS, self._receive)
 
     def detach(self) -> None:
         """Stop listening; nothing may be under way."""
-        self._links.on_message(CHANNEL, None)
+        self._links.on_message(Channel.SNAPSHOTS, None)
 
     def quiet(self) -> bool:
         """Whether all snapshots that this rank asked for have been handed to `done`."""
@@ -62,7 +62,7 @@ class Snapshots:
         """Have all ranks take a snapshot; rank 0 alone."""
         self._under_way += 1
         for rank in range(self._links.size):
-            self._links.send(CHANNEL, rank, (_TAKE, iteration), None)
+            self._links.send(Channel.SNAPSHOTS, rank, (_TAKE, iteration), None)
 
     def _receive(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
         kind, iteration = numbers
@@ -74,7 +74,7 @@ class Snapshots:
         own = self._shared.to_numpy()
         if self._links.rank < self._strategy.num_learners:  # a server's own model never moves
             square = np.array([np.dot(own.astype(np.float64), own)])
-            self._links.send(CHANNEL, 0, (_SQUARES, iteration), square)
+            self._links.send(Channel.SNAPSHOTS, 0, (_SQUARES, iteration), square)
         total = self._strategy.share(own)
 
         def summed() -> None:

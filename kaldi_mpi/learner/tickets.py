@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.world import Messages
 
-CHANNEL = 2
 IN_HAND = 2  # tickets of a learner: one in work, one being read
 
 _ASK, _TICKET, _END = 0, 1, 2
@@ -61,12 +61,12 @@ class TicketServer:
             self._step_us[source] = step_us
         if self._next >= self._end or self._too_slow(source):
             self._active.discard(source)
-            self._links.send(CHANNEL, source, (_END, 0, 0, 0), None)
+            self._links.send(Channel.TICKETS, source, (_END, 0, 0, 0), None)
             return
         ticket = self._next
         self._next += 1
         self._on_ticket(ticket)
-        self._links.send(CHANNEL, source, (_TICKET, ticket, 0, 0), None)
+        self._links.send(Channel.TICKETS, source, (_TICKET, ticket, 0, 0), None)
 
     def _too_slow(self, source: int) -> bool:
         """Whether the others would be through with all remaining tickets before `source` was with one more."""
@@ -101,11 +101,11 @@ class TicketClient:
     def attach(self, server: TicketServer | None) -> None:
         """Listen for tickets, and on rank 0 for those who ask; on any thread."""
         self._server = server
-        self._links.on_message(CHANNEL, self._receive)
+        self._links.on_message(Channel.TICKETS, self._receive)
 
     def detach(self) -> None:
         """Stop listening; every ask must have been answered."""
-        self._links.on_message(CHANNEL, None)
+        self._links.on_message(Channel.TICKETS, None)
 
     def start(self) -> None:
         """Ask for the first tickets of a segment."""
@@ -141,7 +141,7 @@ class TicketClient:
 
     def _ask(self) -> None:
         self._asking += 1
-        self._links.send(CHANNEL, 0, (_ASK, self._segment, self._in_hand, round(self._step_us)), None)
+        self._links.send(Channel.TICKETS, 0, (_ASK, self._segment, self._in_hand, round(self._step_us)), None)
 
     def _receive(self, source: int, numbers: tuple[int, ...], _: Any) -> None:
         kind, first, in_hand, step_us = numbers
