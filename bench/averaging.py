@@ -44,13 +44,14 @@ from kaldi_mpi.averaging.journal import Event, Journal
 from kaldi_mpi.averaging.names import make_strategy
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.settings import Settings
-from kaldi_mpi.averaging.strategy import Flat, Pending
+from kaldi_mpi.averaging.strategy import Flat
 from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.launch import launch
 from kaldi_mpi.transport.guard import guarded
+from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.status import NUM_LEARNERS_ENV
+from kaldi_mpi.transport.world import Pending
 
-CHANNEL = 1
 HIDING = ["adpsgd-delay1", "adpsgd-fixed", "adpsgd-random", "expair"]
 
 
@@ -93,10 +94,10 @@ class Asynchronous:
         self.copy, self.change = values, np.full(parameters, 1e-6, np.float32)
         self.busy = Busy(lambda: not strategy.quiet())
         strategy.connect(self.shared, self._post, self.journal)
-        self.messages.on_message(CHANNEL, self._receive)
+        self.messages.on_message(Channel.STRATEGY, self._receive)
 
     def _post(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        self.messages.send(CHANNEL, to, numbers, payload)
+        self.messages.send(Channel.STRATEGY, to, numbers, payload)
         self.busy.look()
 
     def _receive(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
@@ -140,7 +141,7 @@ class Asynchronous:
             self.block(steps, False, result)
             self.block(steps, True, result)
         self.world.barrier()
-        self.messages.on_message(CHANNEL, None)
+        self.messages.on_message(Channel.STRATEGY, None)
         result.communication = self.busy.seconds
         result.megabytes = (self.strategy.bytes_sent - before) / 1e6
         return result

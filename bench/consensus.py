@@ -32,8 +32,8 @@ from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.strategy import Collective
 from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, Timed
+from kaldi_mpi.transport.world import Collective
 
 Make = Callable[[Collective], Exchanging]
 NUM_PARAMETERS, PIECES = 64, 8

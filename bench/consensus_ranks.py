@@ -31,10 +31,10 @@ from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Event, Journal
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.transport.messages import Channel
 
 NUM_PARAMETERS, PIECE, SEEN = 2**18, 2**16, 4096
 STEP, SECONDS, WARM_UP, BETWEEN = 0.1, 12.0, 4.0, 0.0137
-CHANNEL = 1
 
 
 def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
@@ -45,8 +45,10 @@ def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
         Journal(),
         world.messages,
     )
-    strategy.connect(shared, lambda to, numbers, payload: messages.send(CHANNEL, to, numbers, payload), journal)
-    messages.on_message(CHANNEL, strategy.receive)
+    strategy.connect(
+        shared, lambda to, numbers, payload: messages.send(Channel.STRATEGY, to, numbers, payload), journal
+    )
+    messages.on_message(Channel.STRATEGY, strategy.receive)
     begin = world.broadcast(time.monotonic() + 0.2)
     seen: list[NDArray[np.float32]] = []
     looks = iter(np.arange(begin + WARM_UP, begin + SECONDS, BETWEEN))
@@ -74,7 +76,7 @@ def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
     messages.post(strategy.leave)
     messages.wait(strategy.quiet)
     world.barrier()
-    messages.on_message(CHANNEL, None)
+    messages.on_message(Channel.STRATEGY, None)
     own = np.array(seen, np.float64)
     mean = np.array([world.sum_float64(row) for row in own]) / world.size
     spreads = np.array(world.gather(float(((own - mean) ** 2).mean())))

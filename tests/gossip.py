@@ -16,12 +16,11 @@ from kaldi_mpi.averaging.journal import Event as JournalEvent
 from kaldi_mpi.averaging.journal import Journal, Records
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.strategy import Collective
 from kaldi_mpi.learner.flat import ComponentSlice, FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.testing.reference import kaldi_step
 from kaldi_mpi.testing.simulation import SimulatedRank, Simulation
-from kaldi_mpi.transport.world import World
+from kaldi_mpi.transport.world import Collective, World
 
 Make = Callable[[Collective], Exchanging]
 

@@ -12,14 +12,14 @@ from kaldi_mpi.averaging.asgd import Asgd
 from kaldi_mpi.averaging.centre import Centred
 from kaldi_mpi.averaging.easgd import Easgd
 from kaldi_mpi.averaging.journal import Event, Journal, Records
-from kaldi_mpi.averaging.published import HostPublishedModel, to_wire
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.testing.replay_centre import ReplayedCentre, replay_centre
 from kaldi_mpi.testing.simulation import Event as Happening
 from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, explore, run_random
 from kaldi_mpi.testing.threads import run_world
-from kaldi_mpi.transport.world import SoloWorld, World
+from kaldi_mpi.transport.number_formats import to_wire
+from kaldi_mpi.transport.world import Collective, SoloWorld, World
 from tests import gossip
 
 Make = Callable[[Collective], Centred]

@@ -16,10 +16,9 @@ from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.names import NAMES, make_strategy
-from kaldi_mpi.averaging.published import HostPublishedModel, Wire
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
 from kaldi_mpi.averaging.settings import Settings
-from kaldi_mpi.averaging.strategy import Collective
 from kaldi_mpi.testing.simulation import (
     Deadlock,
     Event,
@@ -31,6 +30,8 @@ from kaldi_mpi.testing.simulation import (
     fingerprint,
     run_random,
 )
+from kaldi_mpi.transport.number_formats import Wire
+from kaldi_mpi.transport.world import Collective
 from tests.gossip import GOSSIP, noise, simulation, starting_models, still, total_after
 
 EXTRA = {"asgd": Settings(staleness_bound=1), "easgd": Settings(elastic_momentum=0.5)}
