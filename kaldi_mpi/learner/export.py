@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
-from kaldi_mpi.nnet3 import TransitionModel, make_am, write_am
+from kaldi_mpi.nnet3 import make_am, write_am
 
 
 def write_cmvn_opts(options: TrainOptions) -> None:

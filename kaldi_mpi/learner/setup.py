@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
 from kaldi_mpi.learner.data import DIAGNOSTIC_EGS, Data, check_egs, extra_context, open_data, outer_context
 from kaldi_mpi.learner.evaluate import Pass, lda_statistics
 from kaldi_mpi.learner.options import TrainOptions
@@ -21,7 +23,6 @@ from kaldi_mpi.loader import Chunking, ChunkShape, Examples, MinibatchRule, PdfA
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.config import ComponentNode, InputNode
-from kaldi_mpi.nnet3 import TransitionModel, read_matrix, read_transition_model, write_matrix
 from kaldi_mpi.transport.world import World
 
 __all__ = ["Data", "open_data"]
