@@ -21,7 +21,7 @@ from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
 
 if TYPE_CHECKING:
-    from kaldi_mpi.nnet3 import TransitionModel
+    from kaldi_mpi.formats.transition import TransitionModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_hmm(tree: str | Path, model: str | Path) -> Hmm:
     Raises:
         DataError: a file is missing, truncated or damaged, or the tree is not binary.
     """
-    from kaldi_mpi.nnet3 import read_transition_model
+    from kaldi_mpi.formats.transition import read_transition_model
 
     return _hmm(tree, read_transition_model(model), str(model))
 
@@ -87,8 +87,7 @@ def write_gmm_model(path: str | Path, hmm: Hmm, gmms: Gmms) -> None:
         DataError: the file cannot be written.
     """
     from kaldi_mpi.formats.tokens import Writer
-    from kaldi_mpi.formats.transition import write_transitions
-    from kaldi_mpi.nnet3 import parse_transition_model
+    from kaldi_mpi.formats.transition import parse_transition_model, write_transitions
 
     _, wheel_model = hmm.build()
     transitions = parse_transition_model(str(wheel_model))

@@ -16,10 +16,12 @@ from kaldi_mpi.models.components import (
     Affine,
     BackpropTruncation,
     ComponentModule,
+    FixedAffine,
     Initializer,
     Linear,
     LstmNonlinearity,
     make_component,
+    split_transform,
 )
 from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
@@ -189,6 +191,33 @@ class AcousticModel(nn.Module):
             if isinstance(node, ComponentNode) and node.component == component:
                 return node
         raise KeyError(component)
+
+    def set_transform(self, component: str, matrix: NDArray[Any]) -> None:
+        """Put a transform into a fixed-affine component, in place of the one that the network was built with.
+
+        The network is then what `build_model` makes with this transform, bit for bit: the parameters of the other
+        components do not depend on it.
+
+        Args:
+            component: the name of a FixedAffineComponent (see `transform_files`).
+            matrix: (out, in + 1), the offset in the last column; rounded to float32.
+
+        Raises:
+            KeyError: there is no such component.
+            ConfigError: the matrix has another shape than the one before.
+        """
+        fixed = self.by_name[component]
+        if not isinstance(fixed, FixedAffine):
+            raise KeyError(component)
+        wanted = (fixed.output_dim, fixed.input_dim + 1)
+        if matrix.shape != wanted:
+            raise ConfigError(
+                f"{self.config.source}: the transform of {component} has shape {matrix.shape}, "
+                f"the network needs {wanted}"
+            )
+        linear, bias = split_transform(matrix)
+        fixed.linear.copy_(linear)
+        fixed.bias.copy_(bias)
 
     def updatable_components(self) -> list[Component]:
         """The trained components, in the model file's order."""

@@ -23,7 +23,8 @@ from kaldi_mpi.embedded.score import score
 from kaldi_mpi.embedded.scorers import ChunkOptions, in_chunks, load_scorer
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.symbols import SymbolTable
-from kaldi_mpi.nnet3 import read_am, read_transition_model, to_torch
+from kaldi_mpi.formats.transition import read_transition_model
+from kaldi_mpi.nnet3 import read_am, to_torch
 from tests.paths import REPO, golden, kaldi_root
 from tests.toy_hmm import toy_system
 

@@ -14,8 +14,9 @@ import torch
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.scorers import ChunkOptions, load_scorer
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig_text
-from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, read_transition_model, to_torch, write_am, write_nnet
+from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
 
 DIM, IVECTOR_DIM = 40, 7

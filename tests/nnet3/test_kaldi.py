@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.models import LdaStats, build_model, parse_xconfig_text
-from kaldi_mpi.nnet3 import (
-    from_torch,
-    make_am,
-    read_matrix,
-    read_nnet,
-    read_transition_model,
-    to_torch,
-    write_am,
-    write_matrix,
-    write_nnet,
-)
+from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
 
 pytestmark = pytest.mark.kaldi
