@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
 from kaldi_mpi.averaging.published_device import make_published
-from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.evaluator import Evaluator
 from kaldi_mpi.learner.plan import Phase, TicketMap
 from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
+from kaldi_mpi.loader import Minibatch
 
 if TYPE_CHECKING:
     from kaldi_mpi.learner.loop import Learner
@@ -177,7 +177,7 @@ class AsynchronousPhase:
             got = None if ticket is None else (ticket, self._client.peek())
         return got if self._group is None else self._group.broadcast(got)
 
-    def _take(self, minibatch: Batch, ticket: int) -> None:
+    def _take(self, minibatch: Minibatch[torch.Tensor], ticket: int) -> None:
         """One step of this learner, or of its super-learner."""
         learner, flat = self._learner, self._learner.flat
         began = time.monotonic()

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
 from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.loader import Source
+from kaldi_mpi.loader import Minibatch, Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.lda import LdaStats
 from kaldi_mpi.transport.world import World
@@ -60,7 +59,9 @@ class Pass:
     world: World
     device: torch.device
 
-    def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, source: Source, seed: int | None = None, max_chunks: int | None = None
+    ) -> Iterator[Minibatch[torch.Tensor]]:
         """This learner's minibatches of one epoch, but for those without frames.
 
         They come in the source's order, or shuffled by `seed`; after `max_chunks` chunks, over all learners and

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
-from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.data import Data
 from kaldi_mpi.learner.evaluate import Pass, Score, compute_prob, with_parameters
 from kaldi_mpi.learner.faults import Injector
@@ -34,6 +33,7 @@ from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.summary import Summary
 from kaldi_mpi.learner.synchronous import run_synchronous
+from kaldi_mpi.loader import Minibatch
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.transport.world import World
@@ -148,7 +148,7 @@ class Learner:
         for line in self.optimiser.report():
             logger.info("%s", line)
 
-    def objective(self, batch: Batch) -> torch.Tensor:
+    def objective(self, batch: Minibatch[torch.Tensor]) -> torch.Tensor:
         """The sum over the minibatch's labels of weight times log-probability."""
         width = batch.shape.width
         output = self.model(
@@ -161,7 +161,7 @@ class Learner:
         )
         return log_likelihood(output, batch)
 
-    def compute_gradients(self, batch: Batch) -> None:
+    def compute_gradients(self, batch: Minibatch[torch.Tensor]) -> None:
         """Fill the flat gradients, of the loss summed over the minibatch's frames (zero if it has none)."""
         self.flat.gradients.zero_()
         if batch.frames:

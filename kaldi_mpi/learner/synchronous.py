@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from kaldi_mpi.averaging import Step, Strategy
-from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import spread_of
 from kaldi_mpi.learner.plan import Phase
+from kaldi_mpi.loader import Minibatch
 
 if TYPE_CHECKING:
     from kaldi_mpi.learner.loop import Learner
@@ -41,7 +43,7 @@ def run_synchronous(learner: Learner, phase: Phase) -> None:
                 learner.end_iteration(mean, spread_of(own, mean, world) if spread is None else spread, False)
 
 
-def _take(learner: Learner, phase: Phase, minibatch: Batch, global_chunks: int) -> None:
+def _take(learner: Learner, phase: Phase, minibatch: Minibatch[torch.Tensor], global_chunks: int) -> None:
     """One global step, which has `global_chunks` chunks over all learners."""
     strategy, flat, size = phase.strategy, learner.flat, learner.world.size
     step = Step(minibatch.step, minibatch.frames, minibatch.global_frames)

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.formats.rspecifier import Rspecifier, parse_rspecifier
-from kaldi_mpi.formats.scp import parse_location
+from kaldi_mpi.formats.scp import Rspecifier, check_sorted, parse_location, parse_rspecifier, read_script
 from kaldi_mpi.formats.stream import InputStream
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.tables import check_sorted, read_script
 from kaldi_mpi.log import logger
 
 T = TypeVar("T")

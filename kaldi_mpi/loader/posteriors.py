@@ -34,11 +34,6 @@ class Posterior:
         """Frames of the utterance; also those without any pair count."""
         return len(self.row_offsets) - 1
 
-    @property
-    def most_pairs(self) -> int:
-        """Pairs of the frame that has the most."""
-        return int(np.diff(self.row_offsets).max(initial=0))
-
 
 def _take(data: Any, entry: Any) -> Posterior:
     offsets = np.empty(entry.frames + 1, dtype=np.int64)

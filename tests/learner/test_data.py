@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import dataclasses
 import itertools
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner import setup
-from kaldi_mpi.learner.batches import Batch, Feed, page_locked
+from kaldi_mpi.learner.batches import Feed, page_locked
 from kaldi_mpi.learner.export import write_cmvn_opts
 from kaldi_mpi.learner.loop import Learner
 from kaldi_mpi.learner.objective import label_scores, log_likelihood, right_weight
@@ -85,7 +87,7 @@ def test_every_frame_is_trained_on_once_an_epoch(
     shapes: set[tuple[ChunkShape, int]] = set()
     lock, compute = threading.Lock(), Learner.compute_gradients
 
-    def record(self: Learner, batch: Batch) -> None:
+    def record(self: Learner, batch: Minibatch[torch.Tensor]) -> None:
         assert batch.ivectors is not None and batch.ivectors.shape == (len(batch.feats), IVECTOR_DIM)
         assert batch.feats.shape[1:] == (batch.shape.rows, FEAT_DIM)
         centre = batch.feats[:, -batch.first :][:, : batch.shape.width].numpy()
@@ -182,7 +184,7 @@ def test_bad_utterances_are_left_out_if_that_is_allowed(
 def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Learner.compute_gradients
 
-    def die(self: Learner, batch: Batch) -> None:
+    def die(self: Learner, batch: Minibatch[torch.Tensor]) -> None:
         if batch.step == 37:
             raise InterruptedError
         compute(self, batch)
@@ -203,16 +205,39 @@ def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatc
     assert run("disturbed") == run("undisturbed")
 
 
+def test_each_file_is_read_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are three parts, of which the diagnostic one lies in another."""
+    options = parse(toy.options(toy.experiment("once")))
+    labels, _ = setup.load_labels(options)
+    opened: collections.Counter[str] = collections.Counter()
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(path: Any, *args: Any, **kwargs: Any) -> Any:
+            opened[Path(path).name if isinstance(path, str | Path) else ""] += 1
+            return original(path, *args, **kwargs)
+
+        return spy
+
+    for module, name in ((builtins, "open"), (os, "open")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    data = setup.open_data(options, labels, SoloWorld())
+    assert {name: opened[name] for name in ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz")} == dict.fromkeys(
+        ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz"), 1
+    )
+    train, valid, diagnostic = (set(part.utterances) for part in (data.train, data.valid, data.diagnostic))  # type: ignore[attr-defined]
+    assert diagnostic < train and not valid & train and len(train | valid) == 60
+
+
 # Objective and accuracy.
 
 
-def random_batch(weights: bool, targets: int) -> tuple[torch.Tensor, Batch]:
+def random_batch(weights: bool, targets: int) -> tuple[torch.Tensor, Minibatch[torch.Tensor]]:
     rng = np.random.default_rng(targets)
     shape = (4, 6, targets) if targets > 1 else (4, 6)
     pdfs = np.stack([rng.permutation(5)[:targets] for _ in range(24)]).reshape(shape)
     labels = np.where(rng.random(shape) < 0.3, -1, pdfs)
     given = np.where(labels >= 0, rng.random(shape), 7.0).astype(np.float32)
-    batch = Batch(
+    batch = Minibatch(
         feats=torch.zeros(4, 9, 2), labels=torch.from_numpy(labels),
         weights=torch.from_numpy(given) if weights else None, ivectors=None, shape=ChunkShape(6, 2, 1),
         frames=24, global_frames=24, weight=0.0, epoch=0, step=0,
@@ -328,7 +353,7 @@ class OneBuffer:
         self.count, self.error, self.step, self.closed = count, error, 0, False
         self.feats, self.labels = np.zeros((4, 9, 2), np.float32), np.zeros((4, 6), np.int64)
 
-    def __next__(self) -> Minibatch:
+    def __next__(self) -> Minibatch[NDArray[Any]]:
         if self.step == self.count:
             if self.error is not None:
                 raise self.error
@@ -338,7 +363,7 @@ class OneBuffer:
         self.step += 1
         size = 2 + self.step % 3
         return Minibatch(
-            self.feats[:size], self.labels[:size], 6 * size, 24, 0, self.step - 1, ChunkShape(6, 2, 1),
+            self.feats[:size], self.labels[:size], 6 * size, 24, 6.0 * size, 0, self.step - 1, ChunkShape(6, 2, 1),
             weights=np.full((size, 6), self.step, np.float32) if self.step > 4 else None,
         )  # fmt: skip
 
@@ -352,7 +377,7 @@ def computed_on(streams: LateStreams, count: int) -> list[tuple[int, int, float,
     with Feed(OneBuffer(count), streams) as feed:  # type: ignore[arg-type]
         for batch in feed:
 
-            def use(b: Batch = batch) -> None:
+            def use(b: Minibatch[torch.Tensor] = batch) -> None:
                 weight = 1.0 if b.weights is None else float(b.weights.mean())
                 got.append((b.step, len(b.labels), float(b.feats.mean() + b.labels.double().mean()) / 2, weight))
 
@@ -428,7 +453,7 @@ def test_page_locked_buffers_hold_the_same_minibatches(toy: Toy, monkeypatch: py
                 [None if t is None else t.clone() for t in (batch.feats, batch.labels, batch.weights, batch.ivectors)]
             )
     assert_same_batches(plain, copied)
-    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the ring's buffers
+    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the reader's buffers
     assert page_locked(streams)(5, np.int64).dtype == np.int64
 
 

@@ -19,13 +19,12 @@ import torch
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner import setup
-from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.evaluate import Pass, compute_prob, lda_statistics, mean_posterior
 from kaldi_mpi.learner.loop import Learner
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.run import train
-from kaldi_mpi.loader import Chunking, MinibatchRule
+from kaldi_mpi.loader import Chunking, Minibatch, MinibatchRule
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.models import build_model, parse_xconfig
 from kaldi_mpi.nnet3 import read_am, to_torch
@@ -164,7 +163,7 @@ def test_every_example_is_trained_on_once_an_epoch(
     seen: collections.Counter[bytes] = collections.Counter()
     lock, compute = threading.Lock(), Learner.compute_gradients
 
-    def record(self: Learner, batch: Batch) -> None:
+    def record(self: Learner, batch: Minibatch[torch.Tensor]) -> None:
         assert batch.weights is not None and batch.labels.shape == batch.weights.shape == (*batch.labels.shape[:2], 2)
         with lock:
             parts = zip(batch.feats.numpy(), batch.labels.numpy(), batch.weights.numpy(), strict=True)
