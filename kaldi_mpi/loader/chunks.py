@@ -35,7 +35,7 @@ class ChunkShape:
 
     def __post_init__(self) -> None:
         for name, least in (("width", 1), ("left", 0), ("right", 0), ("label_delay", 0)):
-            if not least <= getattr(self, name) < 2**24:
+            if not least <= getattr(self, name) < _LIMIT:
                 raise ConfigError(f"chunk {name} is {getattr(self, name)}, and must be at least {least}")
 
     @property

@@ -153,7 +153,7 @@ class Corpus:
         corpus._open_archives(locations)
         transform = make_transform(deltas, splice, corpus._input_dim)
         corpus._open_ivectors(online_ivector_dir)
-        corpus._take_labels(labels)
+        corpus._add_labels(labels)
         norms = norm_of = None
         if norm_means and cmvn_scp is not None:
             speakers = speakers_of(corpus.utterances, utt2spk)
@@ -228,11 +228,11 @@ class Corpus:
         self._ivectors = Ivectors(directory, len(self.utterances), wanted={key for _, key in good}, on_bad=on_bad)
         for i, key in self._good():
             try:
-                self._ivectors.take(i, key, int(self.num_frames[i]))
+                self._ivectors.add(i, key, int(self.num_frames[i]))
             except DataError as error:
                 self._left_out.add(key, error)
 
-    def _take_labels(self, labels: Labels | Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]]) -> None:
+    def _add_labels(self, labels: Labels | Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]]) -> None:
         """Copy the labels, unless they are shared, and forget all utterances that have none or have been left out."""
         frames_of = {key: int(self.num_frames[i]) for i, key in self._good()}
         labelled: set[str] = set()

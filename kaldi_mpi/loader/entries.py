@@ -31,13 +31,13 @@ class Format(Generic[T]):
         what: the kind's plural, for messages.
         entry: C type that describes an entry; it has key_length, next and incomplete.
         find: C function that fills it in: (data, size, at, entry, error) -> status.
-        take: the entry's value, from data and entry.
+        value: the entry's value, from data and entry.
     """
 
     what: str
     entry: str
     find: Callable[[Any, int, int, Any, Any], int]
-    take: Callable[[Any, Any], T]
+    value: Callable[[Any, Any], T]
 
 
 def job_files(source: str | os.PathLike[str], prefix: str) -> list[str]:
@@ -197,7 +197,7 @@ class _Parser(Generic[T]):
             elif form.find(data, len(self._data), self._at, entry, error) == lib.KM_OK:
                 key = self._data[self._at : self._at + entry.key_length].decode("utf-8", "replace")
                 self._at = entry.next
-                yield key, form.take(data, entry) if wanted is None or key in wanted else None
+                yield key, form.value(data, entry) if wanted is None or key in wanted else None
                 continue
             elif self._ended or not entry.incomplete:
                 if error.offset >= 0:

@@ -230,14 +230,14 @@ class Examples:
                 save_index(index, index_cache, identity)
         examples = cls()
         examples._archives = archives
-        examples._take(index, paths, files, output)
+        examples._use(index, paths, files, output)
         if info is not None:
             examples._check_info(info)
         if index.num_without_labels:
             logger.warning("%d chunks of %s have no label and are left out", index.num_without_labels, named_in)
         return examples
 
-    def _take(self, index: EgsIndex, paths: list[str], files: Any, output: str) -> None:
+    def _use(self, index: EgsIndex, paths: list[str], files: Any, output: str) -> None:
         """Keep the index, and build the C view of it."""
         self.paths = paths
         self.num_units = len(index.begin)

@@ -63,7 +63,7 @@ class Ivectors:
         self._matrices = np.zeros(count, dtype=struct_dtype("km_matrix"))
         self._header = ffi.new("km_matrix *")
 
-    def take(self, i: int, key: str, frames: int) -> None:
+    def add(self, i: int, key: str, frames: int) -> None:
         """Read the header of the i-vectors of utterance `i`, which has so many frames.
 
         Raises:

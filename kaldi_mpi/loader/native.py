@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.loader._csrc import ffi, lib
 
-__all__ = ["borrow", "ffi", "lib", "new_error", "raise_data_error", "struct_dtype"]
+__all__ = ["Archives", "borrow", "byte_ranges", "ffi", "lib", "new_error", "raise_data_error", "struct_dtype"]
 
 
 def new_error() -> Any:

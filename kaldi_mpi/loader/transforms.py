@@ -28,9 +28,7 @@ def speakers_of(utterances: Sequence[str], utt2spk: str | os.PathLike[str] | Map
     if utt2spk is None:
         return list(utterances)
     table: Mapping[str, str] = utt2spk if isinstance(utt2spk, Mapping) else read_table(utt2spk)
-    name = "utt2spk"
-    if isinstance(table, TextTable):
-        name = table.name
+    name = table.name if isinstance(table, TextTable) else "utt2spk"
     for utterance in utterances:
         if utterance not in table:
             raise DataError("the utterance has no speaker", file=name, key=utterance)
