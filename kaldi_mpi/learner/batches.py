@@ -14,54 +14,26 @@ computing stream for the copy's. The learner itself never waits for a copy.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaldi_mpi.loader import ChunkShape, Counters, Minibatch, MinibatchReader
+from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader
+from kaldi_mpi.loader.reader import NumpyMinibatch
+
+# A minibatch on the learner's device; valid until the next ``__next__``.
+Batch: TypeAlias = Minibatch[Tensor]
 
 _COPIES = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A minibatch on the device; valid until the next ``__next__``.
-
-    Attributes:
-        feats: (B, rows, feat_dim) float32.
-        labels: (B, W) or (B, W, K) int64; -1: none.
-        weights: of the labels' shape, float32; None: all 1.
-        ivectors: (B, ivector_dim) float32, or None.
-        shape: of its chunks.
-        frames: labelled frames here; global_frames: over all ranks of the step.
-        weight: the sum of the weights of all labels here; `frames` where all are 1.
-        epoch, step: from 0.
-    """
-
-    feats: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    ivectors: Tensor | None
-    shape: ChunkShape
-    frames: int
-    global_frames: int
-    weight: float
-    epoch: int
-    step: int
-
-    @property
-    def first(self) -> int:
-        """The time of a chunk's first row, when its first label has time 0."""
-        return self.shape.label_delay - self.shape.left
 
 
 class StreamEvent(Protocol):
@@ -190,7 +162,7 @@ class DeviceBatches(Iterator[Batch]):
         began = time.monotonic()
         try:
             if self._streams is None:
-                return _batch(next(self.reader))
+                return _as_tensors(next(self.reader))
             return self._next_copied(self._streams)
         finally:
             self.waited += time.monotonic() - began
@@ -220,14 +192,8 @@ class DeviceBatches(Iterator[Batch]):
                     break
                 if buffers.used is not None:
                     streams.copy_after(buffers.used)
-                host = _batch(minibatch)
-                there = dataclasses.replace(
-                    host,
-                    feats=buffers.copy_in(streams, "feats", host.feats),
-                    labels=buffers.copy_in(streams, "labels", host.labels),
-                    weights=None if host.weights is None else buffers.copy_in(streams, "weights", host.weights),
-                    ivectors=None if host.ivectors is None else buffers.copy_in(streams, "ivectors", host.ivectors),
-                )
+                host = _as_tensors(minibatch)
+                there = host.map(functools.partial(buffers.copy_in, streams))
                 copied = streams.copied()
                 self._ready.put((buffers, copied, there))
                 copied.synchronize()  # the reader takes its buffer back at the next call
@@ -260,26 +226,6 @@ class DeviceBatches(Iterator[Batch]):
         self.close()
 
 
-def _batch(minibatch: Minibatch) -> Batch:
+def _as_tensors(minibatch: NumpyMinibatch) -> Batch:
     """The minibatch as tensors in the reader's memory."""
-    weights = minibatch.weights
-    return Batch(
-        feats=torch.from_numpy(minibatch.feats),
-        labels=torch.from_numpy(minibatch.labels),
-        weights=_tensor(weights),
-        ivectors=_tensor(minibatch.ivectors),
-        shape=minibatch.shape,
-        frames=minibatch.frames,
-        global_frames=minibatch.global_frames,
-        weight=_weight(minibatch.labels, weights) if weights is not None else float(minibatch.frames),
-        epoch=minibatch.epoch,
-        step=minibatch.step,
-    )
-
-
-def _tensor(array: NDArray[np.float32] | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
-
-
-def _weight(labels: NDArray[np.int64], weights: NDArray[np.float32]) -> float:
-    return float(weights.sum(dtype=np.float64, where=labels >= 0))
+    return minibatch.map(lambda _, array: torch.from_numpy(array))

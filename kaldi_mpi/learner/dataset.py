@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from kaldi_mpi.loader import (
     ChunkShape,
     Corpus,
     Examples,
+    Labels,
     MinibatchReader,
     PdfAlignments,
     Source,
@@ -164,16 +164,19 @@ def chunk_shape(options: DataOptions, context: Context) -> ChunkShape | Chunking
 
 
 def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World) -> tuple[Corpus, Corpus, Corpus]:
-    """The aligned utterances, split by the seed; rank 0 writes down which ones are held out."""
+    """The aligned utterances, split by the seed; rank 0 writes down which ones are held out.
+
+    Each file is read once. The parts share the labels, which take two bytes a frame: the alignments, all of them at a
+    time, would take more memory than all else.
+    """
     assert options.feat_dir is not None  # the options' parser sees to it
     feat_dir = Path(options.feat_dir)
-    scp = feat_dir / "feats.scp"
-    table = read_table(scp)
-    aligned = set(alignments.keys())
-    keys = sorted(key for key in table if key in aligned)
+    scp = read_table(feat_dir / "feats.scp")
+    labels = Labels.read(alignments.pairs(wanted=scp))
+    keys = sorted(labels)
     if len(keys) < 2:
         raise DataError(
-            f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=str(scp)
+            f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=scp.name
         )
     rng = np.random.default_rng([options.seed, 0x76616C])  # 'val': apart from every other use of the seed
     held_out = max(1, min(options.num_utts_subset, int(len(keys) * _LARGEST_HELD_OUT_SHARE)))
@@ -186,37 +189,28 @@ def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World)
             f"({held_out} held out): start at most {len(train)} learners"
         )
     cmvn = options.cmvn.norm_means or options.cmvn.norm_vars
-    set_apart = {*valid, *diagnostic}
-    few: dict[str, NDArray[np.int32]] = {}
+    cmvn_scp, utt2spk = (read_table(feat_dir / name) if cmvn else None for name in ("cmvn.scp", "utt2spk"))
 
-    def labels() -> Iterator[tuple[str, NDArray[np.int32]]]:
-        for key, pdfs in alignments.pairs(wanted=set(keys)):
-            if key in set_apart:
-                few[key] = pdfs
-            yield key, pdfs
-
-    def corpus(
-        utterances: list[str], labels: Mapping[str, NDArray[np.int32]] | Iterator[tuple[str, NDArray[np.int32]]]
-    ) -> Corpus:
+    def corpus(utterances: list[str]) -> Corpus:
         return Corpus.open(
             scp,
             labels,
             utterances=utterances,
-            cmvn_scp=feat_dir / "cmvn.scp" if cmvn else None,
-            utt2spk=feat_dir / "utt2spk" if cmvn else None,
+            cmvn_scp=cmvn_scp,
+            utt2spk=utt2spk,
             **options.cmvn._asdict(),
             online_ivector_dir=options.online_ivector_dir,
             skip_bad=options.skip_bad_utterances,
         )
 
-    parts = corpus(train, labels()), corpus(valid, few), corpus(diagnostic, few)
+    parts = corpus(train), corpus(valid), corpus(diagnostic)
     if world.rank == 0:
         for name, part in (("valid_uttlist", valid), ("train_subset_uttlist", diagnostic)):
             with atomic_write(Path(options.dir) / name, "w") as stream:
                 stream.writelines(f"{key}\n" for key in part)
         logger.info(
             "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
-            len(train), parts[0].total_frames, len(valid), parts[1].total_frames, len(table) - len(keys),
+            len(train), parts[0].total_frames, len(valid), parts[1].total_frames, len(scp) - len(keys),
         )  # fmt: skip
     return parts
 

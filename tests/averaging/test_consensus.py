@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kaldi_mpi.averaging.names import NAMES, make_strategy
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.exchange import BUSY_REPLY, REPLY, REQUEST, Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Journal
-from kaldi_mpi.averaging.names import NAMES, make_strategy
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
 from kaldi_mpi.averaging.settings import Settings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from kaldi_mpi.averaging.names import NAMES
+
 from kaldi_mpi.averaging.sequence import Phase, parse_sequence
 from kaldi_mpi.errors import ConfigError
 

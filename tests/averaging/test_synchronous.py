@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kaldi_mpi.averaging.names import NAMES
 from numpy.typing import NDArray
 
 from kaldi_mpi.averaging import Step, Strategy, make_strategy
 from kaldi_mpi.averaging.bmuf import Bmuf
 from kaldi_mpi.averaging.delay1 import Delay1
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.names import NAMES
 from kaldi_mpi.averaging.periodic import Periodic
 from kaldi_mpi.averaging.settings import OPTIONS, USERS, Settings, check_settings
 from kaldi_mpi.errors import ConfigError

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import dataclasses
 import itertools
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -211,6 +213,28 @@ def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatc
     assert run("disturbed") == run("undisturbed")
 
 
+def test_each_file_is_read_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are three parts, of which the diagnostic one lies in another."""
+    options = parse(toy.options(toy.experiment("once")))
+    opened: collections.Counter[str] = collections.Counter()
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(path: Any, *args: Any, **kwargs: Any) -> Any:
+            opened[Path(path).name if isinstance(path, str | Path) else ""] += 1
+            return original(path, *args, **kwargs)
+
+        return spy
+
+    for module, name in ((builtins, "open"), (os, "open")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    data, _ = open_data(options)
+    assert {name: opened[name] for name in ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz")} == dict.fromkeys(
+        ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz"), 1
+    )
+    train, valid, diagnostic = (set(part.utterances) for part in (data.train, data.valid, data.diagnostic))  # type: ignore[attr-defined]
+    assert diagnostic < train and not valid & train and len(train | valid) == 60
+
+
 # Objective and accuracy.
 
 
@@ -220,7 +244,7 @@ def random_batch(weights: bool, targets: int) -> tuple[torch.Tensor, Batch]:
     pdfs = np.stack([rng.permutation(5)[:targets] for _ in range(24)]).reshape(shape)
     labels = np.where(rng.random(shape) < 0.3, -1, pdfs)
     given = np.where(labels >= 0, rng.random(shape), 7.0).astype(np.float32)
-    batch = Batch(
+    batch = Minibatch(
         feats=torch.zeros(4, 9, 2), labels=torch.from_numpy(labels),
         weights=torch.from_numpy(given) if weights else None, ivectors=None, shape=ChunkShape(6, 2, 1),
         frames=24, global_frames=24, weight=0.0, epoch=0, step=0,
@@ -336,7 +360,7 @@ class OneBuffer:
         self.count, self.error, self.step, self.closed = count, error, 0, False
         self.feats, self.labels = np.zeros((4, 9, 2), np.float32), np.zeros((4, 6), np.int64)
 
-    def __next__(self) -> Minibatch:
+    def __next__(self) -> Minibatch[NDArray[Any]]:
         if self.step == self.count:
             if self.error is not None:
                 raise self.error
@@ -346,7 +370,7 @@ class OneBuffer:
         self.step += 1
         size = 2 + self.step % 3
         return Minibatch(
-            self.feats[:size], self.labels[:size], 6 * size, 24, 0, self.step - 1, ChunkShape(6, 2, 1),
+            self.feats[:size], self.labels[:size], 6 * size, 24, 6.0 * size, 0, self.step - 1, ChunkShape(6, 2, 1),
             weights=np.full((size, 6), self.step, np.float32) if self.step > 4 else None,
         )  # fmt: skip
 
@@ -436,7 +460,7 @@ def test_page_locked_buffers_hold_the_same_minibatches(toy: Toy, monkeypatch: py
                 [None if t is None else t.clone() for t in (batch.feats, batch.labels, batch.weights, batch.ivectors)]
             )
     assert_same_batches(plain, copied)
-    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the ring's buffers
+    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the reader's buffers
     assert page_locked(streams)(5, np.int64).dtype == np.int64
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kaldi_mpi.learner.validate import Pass, compute_prob, lda_statistics, mean_posterior
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.learner.batches import Batch
@@ -24,6 +23,7 @@ from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.run import train
 from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.learner.validate import Pass, compute_prob, lda_statistics, mean_posterior
 from kaldi_mpi.loader import Chunking
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.models import build_model, parse_xconfig

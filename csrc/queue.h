@@ -1,25 +1,25 @@
-/* The prefetch ring: reader threads fill a ring of the caller's minibatch buffers ahead of the consumer.
+/* The prefetch queue: reader threads fill a queue of the caller's minibatch buffers ahead of the consumer.
  *
- * The ring delivers one step at each *position* 0, 1, 2, ...: a run of consecutive steps, or, made with
- * KM_ON_REQUEST, the steps that km_ring_request names, in that order. Position p always lands in buffer
- * p mod depth and the positions are handed out in order, so what the consumer sees does not depend on the
- * number of threads. A thread that finds the next position's buffer free takes it and fills it alone. A
- * failure belongs to its position: the consumer gets every one before it.
+ * Minibatches are numbered 0, 1, 2, ... as they are delivered: they are consecutive steps, or, in a queue
+ * made with KM_ON_REQUEST, the steps that km_queue_request names, in that order. Minibatch n always lands in
+ * buffer n mod depth and the numbers are handed out in order, so what the consumer sees does not depend on
+ * how many threads there are. A thread that finds the next minibatch's buffer free takes it and fills it
+ * alone. A failure belongs to its minibatch: the consumer gets every one before it.
  *
- * One consumer thread; steps may be requested by any. What the configuration points to must outlive the ring:
- * km_ring_free joins the threads, and nothing is touched after it returns.
+ * One consumer thread; steps may be requested by any. What the configuration points to must outlive the
+ * queue: km_queue_free joins the threads, and nothing is touched after it returns.
  */
-#ifndef KALDI_MPI_RING_H
-#define KALDI_MPI_RING_H
+#ifndef KALDI_MPI_QUEUE_H
+#define KALDI_MPI_QUEUE_H
 
+#include "cache.h"
 #include "examples.h"
-#include "store.h"
 
 /* python: begin */
 enum { KM_READY = 1, KM_END = 2, KM_NOT_YET = 3, KM_FULL = 4 };
 enum { KM_ON_REQUEST = -1 };
 
-typedef struct km_ring km_ring;
+typedef struct km_queue km_queue;
 
 typedef struct {
     int64_t step;       /* over all epochs */
@@ -65,36 +65,36 @@ typedef struct {
     int64_t first_step, end_step;
     int64_t bytes_per_second; /* read no faster than that; 0: as fast as possible */
     int32_t skip_bad;         /* units that may turn out to be unreadable */
-} km_ring_config;
+} km_queue_config;
 
 /* Everything that the configuration points to is borrowed. Delivers one rank's share of the steps first_step
  * .. end_step-1; first_step KM_ON_REQUEST: of the steps requested (end_step is not looked at). NULL on
  * failure. */
-km_ring *km_ring_new(const km_ring_config *config, km_error *error);
+km_queue *km_queue_new(const km_queue_config *config, km_error *error);
 
-/* Has the threads stop, in mid-minibatch if need be, and a waiting km_ring_next return; waits for nobody. */
-void km_ring_stop(km_ring *ring);
+/* Has the threads stop, in mid-minibatch if need be, and a waiting km_queue_next return; waits for nobody. */
+void km_queue_stop(km_queue *queue);
 
-/* The same, and joins the threads; nobody else may be using the ring. */
-void km_ring_free(km_ring *ring);
+/* The same, and joins the threads; nobody else may be using the queue. */
+void km_queue_free(km_queue *queue);
 
 /* Asks for a step (>= 0) to be delivered after those requested before. KM_OK; KM_FULL: `depth` steps are
- * requested and not yet delivered; KM_END: after km_ring_finish, or the ring is not KM_ON_REQUEST. */
-int km_ring_request(km_ring *ring, int64_t step);
+ * requested and not yet delivered; KM_END: after km_queue_finish, or the queue is not KM_ON_REQUEST. */
+int km_queue_request(km_queue *queue, int64_t step);
 
 /* There will be no more requests: KM_END follows the last one. */
-void km_ring_finish(km_ring *ring);
+void km_queue_finish(km_queue *queue);
 
 /* Frees the buffer of the minibatch delivered before, and waits up to milliseconds for the next one.
  * KM_READY: *minibatch is it; KM_END: there are no more; KM_NOT_YET: call again (the caller may look at its
- * signals), or the ring is stopped; KM_FAILED: *error says why, and so it will at every later call. */
-int km_ring_next(km_ring *ring, int32_t milliseconds, km_minibatch *minibatch, km_error *error);
+ * signals), or the queue is stopped; KM_FAILED: *error says why, and so it will at every later call. */
+int km_queue_next(km_queue *queue, int32_t milliseconds, km_minibatch *minibatch, km_error *error);
 
-void km_ring_counters(km_ring *ring, km_counters *counters);
+void km_queue_counters(km_queue *queue, km_counters *counters);
 
 /* Why the bad unit `number` (from 0, in the order in which they were met) could not be read; KM_END: there
  * are not so many. A chunk of a bad unit is delivered with features 0 and without labels. */
-int km_ring_bad(km_ring *ring, int32_t number, km_error *error);
+int km_queue_bad(km_queue *queue, int32_t number, km_error *error);
 /* python: end */
 
 #endif

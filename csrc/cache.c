@@ -1,6 +1,6 @@
 #define _POSIX_C_SOURCE 200809L
 
-#include "store.h"
+#include "cache.h"
 
 #include "thread.h"
 
@@ -29,7 +29,7 @@ struct km_resident {
     int64_t capacity;
 };
 
-struct km_store {
+struct km_cache {
     km_units units;
     km_plan *plan;
     int64_t bytes_per_second;
@@ -43,27 +43,27 @@ struct km_store {
     km_resident slots[NUM_SLOTS];
 };
 
-static int64_t bytes_of(const km_store *store, int32_t unit) {
-    return store->units.end[unit] - store->units.begin[unit];
+static int64_t bytes_of(const km_cache *cache, int32_t unit) {
+    return cache->units.end[unit] - cache->units.begin[unit];
 }
 
 /* Row ranges of one matrix may begin at the same byte and end elsewhere. */
-static int same_bytes(const km_store *store, int32_t unit, int32_t other) {
-    const km_units *units = &store->units;
+static int same_bytes(const km_cache *cache, int32_t unit, int32_t other) {
+    const km_units *units = &cache->units;
     return units->file_of[unit] == units->file_of[other] && units->begin[unit] == units->begin[other] &&
            units->end[unit] == units->end[other];
 }
 
-static int is_stopped(km_store *store) {
-    (void)pthread_mutex_lock(&store->mutex);
-    const int stop = store->stop;
-    (void)pthread_mutex_unlock(&store->mutex);
+static int is_stopped(km_cache *cache) {
+    (void)pthread_mutex_lock(&cache->mutex);
+    const int stop = cache->stop;
+    (void)pthread_mutex_unlock(&cache->mutex);
     return stop;
 }
 
 /* Makes room for the pool's bytes, and lists where each unit's will be. Units that share bytes (the examples
  * of a merged one) share them here too. */
-static int lay_out(km_store *store, km_resident *slot) {
+static int lay_out(km_cache *cache, km_resident *slot) {
     int32_t count;
     const int32_t *units = km_pool_units(slot->pool, &count);
     int32_t *kept = realloc(slot->units, (size_t)count * sizeof *kept);
@@ -75,10 +75,10 @@ static int lay_out(km_store *store, km_resident *slot) {
     int64_t total = 0;
     for (int32_t i = 0; i < count; i++) {
         const int32_t unit = units[i], before = i > 0 ? units[i - 1] : -1;
-        const int shared = before >= 0 && same_bytes(store, unit, before);
+        const int shared = before >= 0 && same_bytes(cache, unit, before);
         slot->units[i] = unit;
         slot->at[i] = shared ? slot->at[i - 1] : total;
-        if (!shared) total += bytes_of(store, unit);
+        if (!shared) total += bytes_of(cache, unit);
     }
     if (total <= slot->capacity) return 1;
     free(slot->arena);
@@ -88,22 +88,22 @@ static int lay_out(km_store *store, km_resident *slot) {
 }
 
 /* Sleeps for as long as the reading so far was too fast. */
-static void hold_back(km_store *store, double since, int64_t bytes) {
-    if (store->bytes_per_second <= 0) return;
-    const double due = since + (double)bytes / (double)store->bytes_per_second;
-    for (double left = due - km_seconds(); left > 0.0 && !is_stopped(store); left = due - km_seconds())
+static void hold_back(km_cache *cache, double since, int64_t bytes) {
+    if (cache->bytes_per_second <= 0) return;
+    const double due = since + (double)bytes / (double)cache->bytes_per_second;
+    for (double left = due - km_seconds(); left > 0.0 && !is_stopped(cache); left = due - km_seconds())
         km_sleep(left < 0.02 ? left : 0.02);
 }
 
 /* One read of a file that holds units from..to-1 of the slot, scattered to their places. */
-static int read_block(const km_store *store, km_resident *slot, int32_t from, int32_t to, int64_t begin,
+static int read_block(const km_cache *cache, km_resident *slot, int32_t from, int32_t to, int64_t begin,
                       int64_t end, km_scratch *block) {
-    const km_file *file = store->units.files + store->units.file_of[slot->units[from]];
+    const km_file *file = cache->units.files + cache->units.file_of[slot->units[from]];
     km_error ignored; /* whoever needs these bytes will meet the error again */
     if (end > file->size) return 0;
     const int direct =
         to - from == 1 ||
-        end - begin == slot->at[to - 1] + bytes_of(store, slot->units[to - 1]) - slot->at[from];
+        end - begin == slot->at[to - 1] + bytes_of(cache, slot->units[to - 1]) - slot->at[from];
     unsigned char *into = slot->arena + slot->at[from];
     if (!direct) {
         if (km_scratch_reserve(block, end - begin, &ignored) != KM_OK) return 0;
@@ -112,16 +112,16 @@ static int read_block(const km_store *store, km_resident *slot, int32_t from, in
     if (km_read(file, begin, end - begin, into, block, &ignored) != KM_OK) return 0;
     for (int32_t i = from; i < to && !direct; i++) {
         const int32_t unit = slot->units[i];
-        memcpy(slot->arena + slot->at[i], into + (store->units.begin[unit] - begin),
-               (size_t)bytes_of(store, unit));
+        memcpy(slot->arena + slot->at[i], into + (cache->units.begin[unit] - begin),
+               (size_t)bytes_of(cache, unit));
     }
     return 1;
 }
 
 /* Reads the slot's units, in ascending order and as many at once as lie close together. */
-static int load(km_store *store, km_resident *slot) {
-    if (!lay_out(store, slot)) return 0;
-    const km_units *units = &store->units;
+static int load(km_cache *cache, km_resident *slot) {
+    if (!lay_out(cache, slot)) return 0;
+    const km_units *units = &cache->units;
     const double since = km_seconds();
     km_scratch block = {0};
     int good = 1;
@@ -132,7 +132,7 @@ static int load(km_store *store, km_resident *slot) {
         for (to = from + 1; to < slot->num_units; to++) {
             const int32_t unit = slot->units[to];
             const int64_t gap = units->begin[unit] - end;
-            const int same = same_bytes(store, unit, slot->units[to - 1]);
+            const int same = same_bytes(cache, unit, slot->units[to - 1]);
             if (units->file_of[unit] != units->file_of[first] ||
                 (!same && (gap < 0 || gap > GAP_BYTES || gap > wanted)))
                 break;
@@ -140,163 +140,163 @@ static int load(km_store *store, km_resident *slot) {
             end = units->end[unit];
             wanted += same ? 0 : end - units->begin[unit];
         }
-        good = read_block(store, slot, from, to, begin, end, &block) && !is_stopped(store);
-        hold_back(store, since, block.bytes_read);
+        good = read_block(cache, slot, from, to, begin, end, &block) && !is_stopped(cache);
+        hold_back(cache, since, block.bytes_read);
     }
-    (void)pthread_mutex_lock(&store->mutex);
-    store->bytes_read += block.bytes_read;
-    (void)pthread_mutex_unlock(&store->mutex);
+    (void)pthread_mutex_lock(&cache->mutex);
+    cache->bytes_read += block.bytes_read;
+    (void)pthread_mutex_unlock(&cache->mutex);
     km_scratch_free(&block);
     return good;
 }
 
 /* With the mutex held: the slot that has the pool, or is to have it. */
-static km_resident *find(km_store *store, int64_t id) {
+static km_resident *find(km_cache *cache, int64_t id) {
     for (int i = 0; i < NUM_SLOTS; i++)
-        if (store->slots[i].state != EMPTY && store->slots[i].id == id) return store->slots + i;
+        if (cache->slots[i].state != EMPTY && cache->slots[i].id == id) return cache->slots + i;
     return NULL;
 }
 
 /* With the mutex held: gives the slot that nobody has used for longest to a pool, which it holds from now on;
  * NULL where all are in use. */
-static km_resident *claim(km_store *store, km_pool *pool) {
+static km_resident *claim(km_cache *cache, km_pool *pool) {
     km_resident *oldest = NULL;
     for (int i = 0; i < NUM_SLOTS; i++) {
-        km_resident *slot = store->slots + i;
+        km_resident *slot = cache->slots + i;
         if (slot->users > 0 || slot->state == LOADING) continue;
         if (oldest == NULL || slot->last_used < oldest->last_used) oldest = slot;
     }
     if (oldest == NULL) return NULL;
-    if (oldest->pool != NULL) km_plan_release(store->plan, oldest->pool);
-    km_plan_hold(store->plan, pool);
+    if (oldest->pool != NULL) km_plan_release(cache->plan, oldest->pool);
+    km_plan_hold(cache->plan, pool);
     oldest->pool = pool;
-    oldest->id = km_pool_id(store->plan, pool);
+    oldest->id = km_pool_id(cache->plan, pool);
     oldest->state = WANTED;
     oldest->follow = 1;
     oldest->was_used = 0;
-    oldest->last_used = store->clock++;
-    (void)pthread_cond_signal(&store->work);
+    oldest->last_used = cache->clock++;
+    (void)pthread_cond_signal(&cache->work);
     return oldest;
 }
 
 /* With the mutex held, which is let go meanwhile: claims a slot for the pool that comes after the slot's. */
-static void follow(km_store *store, km_resident *slot) {
+static void follow(km_cache *cache, km_resident *slot) {
     slot->users++; /* so that it stays */
-    (void)pthread_mutex_unlock(&store->mutex);
-    km_pool *next = km_plan_acquire_next(store->plan, slot->pool);
-    (void)pthread_mutex_lock(&store->mutex);
+    (void)pthread_mutex_unlock(&cache->mutex);
+    km_pool *next = km_plan_acquire_next(cache->plan, slot->pool);
+    (void)pthread_mutex_lock(&cache->mutex);
     slot->follow = 0;
     if (next != NULL) {
-        if (find(store, km_pool_id(store->plan, next)) == NULL) slot->follow = claim(store, next) == NULL;
-        km_plan_release(store->plan, next);
+        if (find(cache, km_pool_id(cache->plan, next)) == NULL) slot->follow = claim(cache, next) == NULL;
+        km_plan_release(cache->plan, next);
     }
     slot->users--;
 }
 
 /* With the mutex held: what the thread does next; a pool that somebody waits for comes first. */
-static km_resident *next_wanted(km_store *store) {
+static km_resident *next_wanted(km_cache *cache) {
     km_resident *next = NULL;
     for (int i = 0; i < NUM_SLOTS; i++)
-        if (store->slots[i].state == WANTED && (next == NULL || store->slots[i].users > 0))
-            next = store->slots + i;
+        if (cache->slots[i].state == WANTED && (next == NULL || cache->slots[i].users > 0))
+            next = cache->slots + i;
     return next;
 }
 
 /* With the mutex held: the slot used last, if the pool after it is still to be claimed and there is a slot
  * for it. */
-static km_resident *next_followed(km_store *store) {
+static km_resident *next_followed(km_cache *cache) {
     km_resident *last = NULL;
     int is_free = 0;
     for (int i = 0; i < NUM_SLOTS; i++)
-        if (last == NULL || store->slots[i].last_used > last->last_used) last = store->slots + i;
+        if (last == NULL || cache->slots[i].last_used > last->last_used) last = cache->slots + i;
     for (int i = 0; i < NUM_SLOTS; i++)
-        is_free |= store->slots + i != last && store->slots[i].users == 0 && store->slots[i].state != LOADING;
+        is_free |= cache->slots + i != last && cache->slots[i].users == 0 && cache->slots[i].state != LOADING;
     /* Not before somebody has used it: else one pool would pull the next after it, without end. */
     return is_free && last->follow && last->was_used ? last : NULL;
 }
 
 static void *read_ahead(void *argument) {
-    km_store *store = argument;
-    (void)pthread_mutex_lock(&store->mutex);
-    while (!store->stop) {
-        km_resident *wanted = next_wanted(store);
-        km_resident *followed = wanted == NULL ? next_followed(store) : NULL;
+    km_cache *cache = argument;
+    (void)pthread_mutex_lock(&cache->mutex);
+    while (!cache->stop) {
+        km_resident *wanted = next_wanted(cache);
+        km_resident *followed = wanted == NULL ? next_followed(cache) : NULL;
         if (followed != NULL) {
-            follow(store, followed);
+            follow(cache, followed);
         } else if (wanted != NULL) {
             wanted->state = LOADING;
-            (void)pthread_mutex_unlock(&store->mutex);
-            const int good = load(store, wanted);
-            (void)pthread_mutex_lock(&store->mutex);
+            (void)pthread_mutex_unlock(&cache->mutex);
+            const int good = load(cache, wanted);
+            (void)pthread_mutex_lock(&cache->mutex);
             wanted->state = good ? LOADED : FAILED;
-            (void)pthread_cond_broadcast(&store->loaded);
+            (void)pthread_cond_broadcast(&cache->loaded);
         } else {
-            (void)pthread_cond_wait(&store->work, &store->mutex);
+            (void)pthread_cond_wait(&cache->work, &cache->mutex);
         }
     }
-    (void)pthread_mutex_unlock(&store->mutex);
+    (void)pthread_mutex_unlock(&cache->mutex);
     return NULL;
 }
 
-km_store *km_store_new(const km_units *units, km_plan *plan, int64_t bytes_per_second, km_error *error) {
-    km_store *store = calloc(1, sizeof *store);
-    if (store == NULL) {
-        (void)km_fail(error, -1, "out of memory: a store");
+km_cache *km_cache_new(const km_units *units, km_plan *plan, int64_t bytes_per_second, km_error *error) {
+    km_cache *cache = calloc(1, sizeof *cache);
+    if (cache == NULL) {
+        (void)km_fail(error, -1, "out of memory: a cache");
         return NULL;
     }
-    store->units = *units;
-    store->plan = plan;
-    store->bytes_per_second = bytes_per_second;
-    (void)pthread_mutex_init(&store->mutex, NULL);
-    (void)pthread_cond_init(&store->work, NULL);
-    (void)pthread_cond_init(&store->loaded, NULL);
-    if (km_thread_start(&store->thread, read_ahead, store) == 0) return store;
+    cache->units = *units;
+    cache->plan = plan;
+    cache->bytes_per_second = bytes_per_second;
+    (void)pthread_mutex_init(&cache->mutex, NULL);
+    (void)pthread_cond_init(&cache->work, NULL);
+    (void)pthread_cond_init(&cache->loaded, NULL);
+    if (km_thread_start(&cache->thread, read_ahead, cache) == 0) return cache;
     (void)km_fail(error, -1, "cannot start a thread that reads ahead");
-    (void)pthread_cond_destroy(&store->loaded);
-    (void)pthread_cond_destroy(&store->work);
-    (void)pthread_mutex_destroy(&store->mutex);
-    free(store);
+    (void)pthread_cond_destroy(&cache->loaded);
+    (void)pthread_cond_destroy(&cache->work);
+    (void)pthread_mutex_destroy(&cache->mutex);
+    free(cache);
     return NULL;
 }
 
-void km_store_stop(km_store *store) {
-    (void)pthread_mutex_lock(&store->mutex);
-    store->stop = 1;
-    (void)pthread_cond_broadcast(&store->work);
-    (void)pthread_cond_broadcast(&store->loaded);
-    (void)pthread_mutex_unlock(&store->mutex);
+void km_cache_stop(km_cache *cache) {
+    (void)pthread_mutex_lock(&cache->mutex);
+    cache->stop = 1;
+    (void)pthread_cond_broadcast(&cache->work);
+    (void)pthread_cond_broadcast(&cache->loaded);
+    (void)pthread_mutex_unlock(&cache->mutex);
 }
 
-void km_store_free(km_store *store) {
-    if (store == NULL) return;
-    km_store_stop(store);
-    (void)pthread_join(store->thread, NULL);
+void km_cache_free(km_cache *cache) {
+    if (cache == NULL) return;
+    km_cache_stop(cache);
+    (void)pthread_join(cache->thread, NULL);
     for (int i = 0; i < NUM_SLOTS; i++) {
-        km_resident *slot = store->slots + i;
-        if (slot->pool != NULL) km_plan_release(store->plan, slot->pool);
+        km_resident *slot = cache->slots + i;
+        if (slot->pool != NULL) km_plan_release(cache->plan, slot->pool);
         free(slot->units);
         free(slot->at);
         free(slot->arena);
     }
-    (void)pthread_cond_destroy(&store->loaded);
-    (void)pthread_cond_destroy(&store->work);
-    (void)pthread_mutex_destroy(&store->mutex);
-    free(store);
+    (void)pthread_cond_destroy(&cache->loaded);
+    (void)pthread_cond_destroy(&cache->work);
+    (void)pthread_mutex_destroy(&cache->mutex);
+    free(cache);
 }
 
-const km_resident *km_store_acquire(km_store *store, km_pool *pool, double *waited) {
-    (void)pthread_mutex_lock(&store->mutex);
-    km_resident *slot = find(store, km_pool_id(store->plan, pool));
-    if (slot == NULL) slot = claim(store, pool);
+const km_resident *km_cache_acquire(km_cache *cache, km_pool *pool, double *waited) {
+    (void)pthread_mutex_lock(&cache->mutex);
+    km_resident *slot = find(cache, km_pool_id(cache->plan, pool));
+    if (slot == NULL) slot = claim(cache, pool);
     if (slot != NULL) {
         slot->users++;
-        slot->last_used = store->clock++;
-        if (!slot->was_used) (void)pthread_cond_signal(&store->work);
+        slot->last_used = cache->clock++;
+        if (!slot->was_used) (void)pthread_cond_signal(&cache->work);
         slot->was_used = 1;
         if (slot->state == WANTED || slot->state == LOADING) {
             const double since = km_seconds();
-            while (!store->stop && (slot->state == WANTED || slot->state == LOADING))
-                (void)pthread_cond_wait(&store->loaded, &store->mutex);
+            while (!cache->stop && (slot->state == WANTED || slot->state == LOADING))
+                (void)pthread_cond_wait(&cache->loaded, &cache->mutex);
             *waited += km_seconds() - since;
         }
         if (slot->state != LOADED) {
@@ -304,19 +304,19 @@ const km_resident *km_store_acquire(km_store *store, km_pool *pool, double *wait
             slot = NULL;
         }
     }
-    (void)pthread_mutex_unlock(&store->mutex);
+    (void)pthread_mutex_unlock(&cache->mutex);
     return slot;
 }
 
-void km_store_release(km_store *store, const km_resident *resident) {
+void km_cache_release(km_cache *cache, const km_resident *resident) {
     if (resident == NULL) return;
-    (void)pthread_mutex_lock(&store->mutex);
-    if (--store->slots[resident - store->slots].users == 0) (void)pthread_cond_signal(&store->work);
-    (void)pthread_mutex_unlock(&store->mutex);
+    (void)pthread_mutex_lock(&cache->mutex);
+    if (--cache->slots[resident - cache->slots].users == 0) (void)pthread_cond_signal(&cache->work);
+    (void)pthread_mutex_unlock(&cache->mutex);
 }
 
-km_view km_store_view(const km_store *store, const km_resident *resident, int32_t unit) {
-    const km_units *units = &store->units;
+km_view km_cache_view(const km_cache *cache, const km_resident *resident, int32_t unit) {
+    const km_units *units = &cache->units;
     km_view view = {units->files + units->file_of[unit], NULL, 0, 0};
     if (resident == NULL) return view;
     int32_t low = 0, high = resident->num_units;
@@ -335,19 +335,19 @@ km_view km_store_view(const km_store *store, const km_resident *resident, int32_
     return view;
 }
 
-int64_t km_store_bytes_read(km_store *store) {
-    (void)pthread_mutex_lock(&store->mutex);
-    const int64_t bytes = store->bytes_read;
-    (void)pthread_mutex_unlock(&store->mutex);
+int64_t km_cache_bytes_read(km_cache *cache) {
+    (void)pthread_mutex_lock(&cache->mutex);
+    const int64_t bytes = cache->bytes_read;
+    (void)pthread_mutex_unlock(&cache->mutex);
     return bytes;
 }
 
-int64_t km_store_memory(km_store *store) {
+int64_t km_cache_memory(km_cache *cache) {
     int64_t bytes = BLOCK_BYTES;
-    (void)pthread_mutex_lock(&store->mutex);
+    (void)pthread_mutex_lock(&cache->mutex);
     for (int i = 0; i < NUM_SLOTS; i++)
-        if (store->slots[i].state != LOADING)
-            bytes += store->slots[i].capacity + 12 * (int64_t)store->slots[i].num_units;
-    (void)pthread_mutex_unlock(&store->mutex);
+        if (cache->slots[i].state != LOADING)
+            bytes += cache->slots[i].capacity + 12 * (int64_t)cache->slots[i].num_units;
+    (void)pthread_mutex_unlock(&cache->mutex);
     return bytes;
 }
