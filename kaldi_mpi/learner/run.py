@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from kaldi_mpi import log
 from kaldi_mpi.averaging import make_strategy
 from kaldi_mpi.averaging.allreduce import Allreduce
 from kaldi_mpi.averaging.settings import CENTRES, HIERARCHICAL
@@ -17,7 +20,7 @@ from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import IterationLogs
 from kaldi_mpi.learner.loop import Learner, Surroundings
 from kaldi_mpi.learner.optimiser import KaldiSgd
-from kaldi_mpi.learner.options import TrainOptions
+from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.plan import Phase, Plan
 from kaldi_mpi.learner.progress import Progress
 from kaldi_mpi.learner.reading import Reading
@@ -183,3 +186,19 @@ def train(options: TrainOptions, everyone: World) -> None:
         learner.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoint.remove(folder)
     world.barrier()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi train``: run this rank until the training is done (a failure ends all ranks with status 1)."""
+    # MPI starts with the import, and only here: everything else of the package works without it.
+    from kaldi_mpi.transport.guard import guarded
+    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+
+    die_with_parent()
+    world = MpiWorld()
+    log.set_up("kaldi-mpi-train", world.rank, logging.INFO if world.rank == 0 else logging.WARNING)
+    with guarded(world):
+        if world.rank == 0:
+            logger.info("%s", " ".join(["kaldi-mpi train", *arguments]))
+        train(parse(arguments), world)
+        world.close()

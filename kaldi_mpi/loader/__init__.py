@@ -10,9 +10,9 @@ readers take minibatches from it::
             ...  # minibatch.feats (B, 67, D), minibatch.labels (B, 20)
 """
 
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.alignments import PdfAlignments, read_alignments, read_int_vectors, to_pdfs
 from kaldi_mpi.loader.chunking import Chunking, ChunkShape
-from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.plan import ChunkPlan, Place

@@ -15,11 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.embedded.best_path import best_paths
-from kaldi_mpi.embedded.best_wer import best_wer
-from kaldi_mpi.embedded.best_wer import main as print_best_wer
 from kaldi_mpi.embedded.fst import vector_header
 from kaldi_mpi.embedded.lattice import Lattice, read_lattices
-from kaldi_mpi.embedded.score import ErrorCounter, ErrorCounts, ScoreOptions, score
+from kaldi_mpi.embedded.score import ErrorCounter, ErrorCounts, ScoreOptions, best_wer, best_wer_main, score
 from kaldi_mpi.errors import ConfigError, DataError
 from tests.paths import golden, kaldi_root
 
@@ -164,7 +162,7 @@ def test_files_of_scoring(scored: Path, capsys: pytest.CaptureFixture[str]) -> N
     expected = f"%WER 25.00 [ 1 / 4, 0 ins, 1 del, 0 sub ] [PARTIAL] {decode}/wer_7_0.0"
     assert line == expected
     assert (decode / "scoring_kaldi" / "best_wer").read_text() == expected + "\n"
-    print_best_wer([str(decode)])
+    best_wer_main([str(decode)])
     assert capsys.readouterr().out.startswith("%WER 25.00 [ 1 / 4, 0 ins, 1 del, 0 sub ]")
 
 
@@ -209,7 +207,7 @@ def test_bad_input_of_scoring(scored: Path) -> None:
     with pytest.raises(DataError, match=r"decode: it has no lat\.\*\.gz: was it decoded\?"):
         score(scored / "data", scored / "graph", decode)
     with pytest.raises(DataError, match=r"decode: it has no wer_\* files: was it scored\?"):
-        print_best_wer([str(decode)])
+        best_wer_main([str(decode)])
     (decode / "wer_1_0").write_text("nothing\n")
     with pytest.raises(DataError, match="no wer_"):
         best_wer([decode / "wer_1_0"])

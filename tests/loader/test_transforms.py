@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader import Chunking, ChunkShape, Corpus, MinibatchReader
-from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.transforms import (
     DeltaOptions,
     SpliceOptions,

@@ -10,6 +10,10 @@ _add_to_path "$KALDI_MPI_ROOT/steps_mpi"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$KALDI_MPI_ROOT/.venv/bin/python3" ]; then
   _add_to_path "$KALDI_MPI_ROOT/.venv/bin"
 fi
+if ! command -v kaldi-mpi >/dev/null; then
+  echo "path.sh: no kaldi-mpi on PATH: run make in $KALDI_MPI_ROOT, or activate the environment it is installed in" >&2
+  return 1
+fi
 case ":${PYTHONPATH:-}:" in
   *":$KALDI_MPI_ROOT:"*) ;;
   *) export PYTHONPATH=$KALDI_MPI_ROOT${PYTHONPATH:+:$PYTHONPATH} ;;

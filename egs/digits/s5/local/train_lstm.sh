@@ -36,7 +36,7 @@ for file in "$data/feats.scp" "$ali/final.mdl" "$ali/tree" "$ali/num_jobs"; do
   if [ ! -f "$file" ]; then echo "$0: no such file $file" >&2; exit 1; fi
 done
 
-num_targets=$(python3 -m kaldi_mpi.nnet3.info "$ali/final.mdl" | awk '$1 == "num-pdfs" {print $2}')
+num_targets=$(kaldi-mpi model-info "$ali/final.mdl" | awk '$1 == "num-pdfs" {print $2}')
 mkdir -p "$dir/configs"
 # An LDA of an older run belongs to older data.
 rm -f "$dir/configs/lda.mat"
