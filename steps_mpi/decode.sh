@@ -36,6 +36,7 @@ Main options:
 set -eu -o pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=/dev/null # the recipe's
 if [ -f ./path.sh ]; then . ./path.sh; fi
 . "$here/parse_options.sh"
 

@@ -19,7 +19,7 @@ NUM_PDFS, FEAT_DIM = 5, 6
 
 XCONFIG = f"""\
 input dim={FEAT_DIM} name=input
-fixed-affine-layer name=lda input=Append(-1,0,1) affine-transform-file={{lda}}
+fixed-affine-layer name=lda delay=2 input=Append(-1,0,1) affine-transform-file={{lda}}
 fast-lstm-layer name=lstm1 cell-dim=8 delay=-1 decay-time=20
 fast-lstm-layer name=lstm2 cell-dim=8 delay=-2
 output-layer name=output output-delay=2 dim={NUM_PDFS} max-change=1.5

@@ -5,7 +5,7 @@ A range of frames is a pair (first, last), both included; FOREVER stands for no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kaldi_mpi.errors import ConfigError
@@ -238,6 +238,30 @@ def defined(descriptor: Descriptor, nodes: Mapping[str, Range]) -> Range:
     for part in descriptor.children:
         frames = intersection(frames, defined(part, nodes))
     return frames
+
+
+def contexts(nodes: Iterable[Node]) -> tuple[int, int]:
+    """Frames that the output named ``output`` needs to its left and right, as nnet3-info prints them.
+
+    Args:
+        nodes: each after those that it depends on, but for what stands in IfDefined.
+
+    Raises:
+        KeyError: a node that does not exist, or there is no such output.
+    """
+    first, last = 0, 0
+    # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
+    for given in ((0, FOREVER), (-FOREVER, 0)):
+        found: dict[str, Range] = {}
+        for node in nodes:
+            if isinstance(node, InputNode):
+                found[node.name] = (0, 0) if node.name == IVECTOR else given
+            elif isinstance(node, DimRangeNode):
+                found[node.name] = found[node.input_node]
+            else:
+                found[node.name] = defined(node.input, found)
+        first, last = max(first, found["output"][0]), min(last, found["output"][1])
+    return first, -last
 
 
 def _demand(descriptor: Descriptor, frames: Range, computable: Mapping[str, Range], wanted: dict[str, Range]) -> None:
