@@ -5,7 +5,7 @@ A range of frames is a pair (first, last), both included; FOREVER stands for no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kaldi_mpi.errors import ConfigError
@@ -240,28 +240,35 @@ def defined(descriptor: Descriptor, nodes: Mapping[str, Range]) -> Range:
     return frames
 
 
-def contexts(nodes: Iterable[Node]) -> tuple[int, int]:
+def contexts(computable: Callable[[Range], Mapping[str, Range]]) -> tuple[int, int]:
     """Frames that the output named ``output`` needs to its left and right, as nnet3-info prints them.
 
     Args:
-        nodes: each after those that it depends on, but for what stands in IfDefined.
+        computable: frames that each node can have when the input has a range.
 
     Raises:
-        KeyError: a node that does not exist, or there is no such output.
+        KeyError: there is no such output.
     """
-    first, last = 0, 0
     # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
-    for given in ((0, FOREVER), (-FOREVER, 0)):
-        found: dict[str, Range] = {}
-        for node in nodes:
-            if isinstance(node, InputNode):
-                found[node.name] = (0, 0) if node.name == IVECTOR else given
-            elif isinstance(node, DimRangeNode):
-                found[node.name] = found[node.input_node]
-            else:
-                found[node.name] = defined(node.input, found)
-        first, last = max(first, found["output"][0]), min(last, found["output"][1])
-    return first, -last
+    left, right = computable((0, FOREVER))["output"][0], -computable((-FOREVER, 0))["output"][1]
+    return max(0, left), max(0, right)
+
+
+def computable_in_order(nodes: Iterable[Node], given: Range) -> dict[str, Range]:
+    """`Graph.computable` of nodes that come after what they depend on, but for what stands in IfDefined.
+
+    Raises:
+        KeyError: a node that does not exist, or comes later.
+    """
+    found: dict[str, Range] = {}
+    for node in nodes:
+        if isinstance(node, InputNode):
+            found[node.name] = (0, 0) if node.name == IVECTOR else given
+        elif isinstance(node, DimRangeNode):
+            found[node.name] = found[node.input_node]
+        else:
+            found[node.name] = defined(node.input, found)
+    return found
 
 
 def _demand(descriptor: Descriptor, frames: Range, computable: Mapping[str, Range], wanted: dict[str, Range]) -> None:

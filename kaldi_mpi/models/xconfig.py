@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models.config import Config, InputNode, Node, Options, OutputNode, Place, parse_config, split_options
 from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
-from kaldi_mpi.models.graph import contexts
+from kaldi_mpi.models.graph import computable_in_order, contexts
 
 _LAYER_TYPE = re.compile(r"^[a-z][-a-z0-9]+$")
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -89,10 +90,10 @@ def _check_contexts(lda_input: str, config: Config, label_delay: int, place: Pla
     Raises:
         ConfigError: names the layer's line and what to add.
     """
-    inputs: list[Node] = [node for node in config.nodes if isinstance(node, InputNode)]
+    inputs = [node for node in config.nodes if isinstance(node, InputNode)]
     try:
-        part = contexts([*inputs, OutputNode("output", parse_descriptor(lda_input))])
-        whole = contexts(config.nodes)
+        lda: list[Node] = [*inputs, OutputNode("output", parse_descriptor(lda_input))]
+        part, whole = (contexts(partial(computable_in_order, nodes)) for nodes in (lda, config.nodes))
     except KeyError:
         return  # no output, or another input than the network's: told where the network is built
     if part[0] > whole[0] or part[1] > whole[1]:

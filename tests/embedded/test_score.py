@@ -37,10 +37,9 @@ def lattices(draw: st.DrawFn) -> Lattice:
     cost = st.integers(-40, 40).map(lambda n: n / 4)  # sums are exact, so that ties are ties
     rows = [(draw(st.integers(0, 3)) if b < count else 0, draw(cost), draw(cost)) for _, b in arcs]
     words, graph, acoustic = zip(*rows, strict=True)
-    return Lattice(
-        order[0], count, *(np.array(column, dtype=np.int32) for column in zip(*arcs, strict=True)),
-        np.array(words, dtype=np.int32), np.array(graph, dtype=np.float32), np.array(acoustic, dtype=np.float32),
-    )  # fmt: skip
+    source, target, word = (np.array(column, dtype=np.int32) for column in (*zip(*arcs, strict=True), words))
+    costs = (np.array(column, dtype=np.float32) for column in (graph, acoustic))
+    return Lattice(order[0], count, source, target, word, *costs)
 
 
 def all_paths(lattice: Lattice) -> list[list[int]]:
@@ -62,7 +61,7 @@ def test_best_paths_are_the_cheapest_of_all(some: list[Lattice]) -> None:
     for lattice, answer in zip(some, answers, strict=True):
         paths = all_paths(lattice)
         for setting, (scale, penalty) in enumerate(zip(SCALES, PENALTIES, strict=True)):
-            costs = {}
+            costs: dict[tuple[int, ...], float] = {}
             for path in paths:
                 words = tuple(int(w) for w in lattice.word[path] if w)
                 cost = (
@@ -82,10 +81,10 @@ def test_many_lattices_are_swept_in_groups(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_lattices_without_complete_path() -> None:
-    ints = [np.array(values, dtype=np.int32) for values in ([0, 1], [1, 0], [1, 2])]
+    source, target, word = (np.array(values, dtype=np.int32) for values in ([0, 1], [1, 0], [1, 2]))
     costs = np.zeros(2, dtype=np.float32)
     with pytest.raises(DataError, match="a cycle or no complete path"):
-        best_paths([Lattice(0, 2, *ints, costs, costs)], SCALES, PENALTIES)
+        best_paths([Lattice(0, 2, source, target, word, costs, costs)], SCALES, PENALTIES)
 
 
 def test_kaldis_lattices() -> None:
