@@ -38,10 +38,11 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kaldi_mpi.averaging.names import make_strategy
+
 from kaldi_mpi.averaging import Step
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.names import make_strategy
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.settings import Settings
 from kaldi_mpi.averaging.strategy import Flat

@@ -124,5 +124,5 @@ def word_error_rate(what: Training, share: float = 1.0, num_jobs: int = 2) -> fl
     decoded = f"exp/{what.name}/decode_test"
     if not list((RECIPE / decoded).glob("wer_*")):
         run(f"decode.sh --nj {num_jobs} exp/{gmm()}/graph {data} {decoded}")
-    best = run(f"python3 -m kaldi_mpi.embedded.best_wer {decoded}")
+    best = run(f"python3 -m kaldi_mpi best-wer {decoded}")
     return float(best.split()[1])

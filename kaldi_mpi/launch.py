@@ -1,6 +1,6 @@
 """Start N learners under mpiexec, watch over them, and say which one failed and why.
 
-``python -m kaldi_mpi.launch --num-learners 4 [--mpiexec PATH] -- python -m kaldi_mpi.train ...``
+``kaldi-mpi launch --num-learners 4 [--mpiexec PATH] -- kaldi-mpi train ...``
 
 What mpiexec does alone is not enough: its settings for few cores differ by vendor, and when a learner dies
 its message seldom says more than a process number. Here each learner keeps a small status file (its rank,
@@ -26,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kaldi_mpi import log
-from kaldi_mpi.errors import ConfigError, KaldiMpiError
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, read_status
 
 MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
@@ -321,12 +321,12 @@ def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int
     return 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kaldi_mpi.launch",
+def main(arguments: Sequence[str]) -> int:
+    """``kaldi-mpi launch``; returns the exit status."""
+    parser = Parser(
+        prog="kaldi-mpi launch",
         description="Start N learners under mpiexec and watch over them.",
-        epilog="e.g.: python -m kaldi_mpi.launch -n 4 -- python -m kaldi_mpi.train --dir exp/lstm ...",
+        epilog="e.g.: kaldi-mpi launch -n 4 -- kaldi-mpi train --dir exp/lstm ...",
     )
     parser.add_argument("--num-learners", "-n", type=int, default=1, help="N (default 1)")
     parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")
@@ -334,15 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of one rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    log.set_up("kaldi-mpi-launch")
     if not command:
         parser.error("no command given")
-    try:
-        return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))

@@ -6,16 +6,14 @@ that it mixed (own steps between a snapshot and its mixing).
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kaldi_mpi import log
 from kaldi_mpi.averaging.journal import JournalEvent, Records, read_journal
-from kaldi_mpi.errors import DataError, KaldiMpiError
+from kaldi_mpi.errors import DataError
+from kaldi_mpi.options import Parser
 
 _MIXING = (JournalEvent.ANSWER, JournalEvent.MIX, JournalEvent.CROSS)
 
@@ -42,25 +40,15 @@ def describe(records: Records, rank: int) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.averaging.journal_summary", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi journal``; see the module's text."""
+    parser = Parser(prog="kaldi-mpi journal", description=__doc__)
     parser.add_argument("dir", type=Path, help="the training's directory")
     folder = parser.parse_args(arguments).dir / "journal"
-    log.set_up("kaldi-mpi-journal")
-    try:
-        paths = sorted(folder.glob("learner.*"), key=lambda path: int(path.suffix[1:]))
-        if not paths:
-            raise DataError("no journals (of an asynchronous strategy, without --journal=false)", file=str(folder))
-        for path in paths:
-            records = read_journal(path)
-            if len(records):
-                print(describe(records, int(path.suffix[1:])))
-    except KaldiMpiError as error:
-        log.logger.error("%s", error)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    paths = sorted(folder.glob("learner.*"), key=lambda path: int(path.suffix[1:]))
+    if not paths:
+        raise DataError("no journals (of an asynchronous strategy, without --journal=false)", file=str(folder))
+    for path in paths:
+        records = read_journal(path)
+        if len(records):
+            print(describe(records, int(path.suffix[1:])))

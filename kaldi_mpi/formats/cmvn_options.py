@@ -1,4 +1,4 @@
-"""What apply-cmvn is told, as it stands in a file ``cmvn_opts`` and on command lines."""
+"""The options of Kaldi's apply-cmvn, as its scripts keep them in a file ``cmvn_opts`` beside a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kaldi_mpi.options import boolean, kaldi_options
 
 
 class CmvnOptions(NamedTuple):
-    """What apply-cmvn is told; the defaults are its own. These are also keyword arguments of `Corpus.open`.
+    """What apply-cmvn is told; the defaults are its own.
 
     Attributes:
         norm_means: subtract the speaker's mean.
@@ -50,7 +50,7 @@ def parse_cmvn_opts(text: str, *, where: str = "cmvn_opts") -> CmvnOptions:
 
 
 def format_cmvn_opts(options: CmvnOptions) -> str:
-    """The text that `parse_cmvn_opts` takes apart, for example ``--norm-means=true --norm-vars=false``; one line."""
+    """The same as one line, without its end: ``--norm-means=true --norm-vars=false --skip-dims=13:14``."""
     words = [f"--norm-means={str(options.norm_means).lower()}", f"--norm-vars={str(options.norm_vars).lower()}"]
     if options.skip_dims:
         words.append(f"--skip-dims={':'.join(map(str, options.skip_dims))}")

@@ -165,9 +165,9 @@ def _faults(text: str) -> tuple[Fault, ...]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="kaldi_mpi.train",
+        prog="kaldi-mpi train",
         description="Train an nnet3 acoustic model with N persistent learners (started by mpiexec).",
-        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi.train --feat-dir data/train_hires --ali-dir exp/tri_ali "
+        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi train --feat-dir data/train_hires --ali-dir exp/tri_ali "
         "--dir exp/lstm --strategy periodic --frames-per-average 100000",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

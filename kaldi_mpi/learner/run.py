@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kaldi_mpi import log as console
 from kaldi_mpi.averaging import make_strategy
 from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.errors import ConfigError
@@ -23,7 +25,7 @@ from kaldi_mpi.learner.inputs import check_egs, check_files
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
-from kaldi_mpi.learner.options import TrainOptions
+from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.progress import Progress
 from kaldi_mpi.learner.schedule import (
     ExponentialRate,
@@ -45,6 +47,22 @@ from kaldi_mpi.transport.status import TERMINAL_ENV
 from kaldi_mpi.transport.world import World
 
 _CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, by default
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi train``: be this rank until the training is done (a failure ends all ranks with status 1)."""
+    # MPI starts with the import, and only here: everything else of the package works without it.
+    from kaldi_mpi.transport.guard import guarded
+    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+
+    die_with_parent()
+    world = MpiWorld()
+    console.set_up("kaldi-mpi-train", world.rank, logging.INFO if world.rank == 0 else logging.WARNING)
+    with guarded(world):
+        if world.rank == 0:
+            logger.info("%s", " ".join(["kaldi-mpi train", *arguments]))
+        train(parse(arguments), world)
+        world.close()
 
 
 def train(options: TrainOptions, everyone: World) -> None:

@@ -25,7 +25,7 @@ from kaldi_mpi.models.components import (
 )
 from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
-from kaldi_mpi.models.graph import FOREVER, IVECTOR, Graph, LstmGroup, Range, defined, intersection
+from kaldi_mpi.models.graph import IVECTOR, Graph, LstmGroup, Range, contexts, defined, intersection
 from kaldi_mpi.models.lstm import LstmSettings, lstm
 
 
@@ -95,9 +95,7 @@ class AcousticModel(nn.Module):
         self.input_name = inputs[0].name
         self.ivector_dim = sum(node.dim for node in all_inputs if node.name == IVECTOR)
         self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim("output")
-        # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
-        self.left_context = max(0, self.graph.computable((0, FOREVER))["output"][0])
-        self.right_context = max(0, -self.graph.computable((-FOREVER, 0))["output"][1])
+        self.left_context, self.right_context = contexts(self.graph.computable)
         self._settings = {
             group.w_all: self._lstm_settings(group) for group in self.graph.units if isinstance(group, LstmGroup)
         }

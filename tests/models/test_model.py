@@ -23,7 +23,7 @@ from kaldi_mpi.models.graph import Graph
 
 LSTM = """
 input dim=6 name=input
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=conf/lda.mat
+fixed-affine-layer name=lda delay=5 input=Append(-2,-1,0,1,2) affine-transform-file=conf/lda.mat
 fast-lstm-layer name=lstm1 cell-dim=8 delay=-1 decay-time=20
 fast-lstmp-layer name=lstm2 cell-dim=8 recurrent-projection-dim=3 non-recurrent-projection-dim=2 delay=-3
 output-layer name=output dim=7 output-delay=5 max-change=1.2 param-stddev=0.3

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kaldi
 
 NETWORK = """
 input dim=40 name=input
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat
+fixed-affine-layer name=lda delay=2 input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat
 relu-renorm-layer name=r1 dim=24
 fast-lstm-layer name=lstm1 cell-dim=16 delay=-1 decay-time=20
 fast-lstmp-layer name=lstm2 cell-dim=16 recurrent-projection-dim=6 non-recurrent-projection-dim=5 delay=-3

@@ -1,6 +1,6 @@
 """Decoding a data directory with Vosk, as a program of its own.
 
-``python -m kaldi_mpi.embedded.vosk_decode [--mbr] VOSK_DIR DATA_DIR [UTTERANCE...]`` prints one JSON object:
+``python -m tests.embedded.vosk_decode [--mbr] VOSK_DIR DATA_DIR [UTTERANCE...]`` prints one JSON object:
 utterance -> words. It must be a program: Vosk's library carries OpenFst, which does not go together with the
 embedded back end's wheels in one process.
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.wave import read_utterances
 from kaldi_mpi.errors import ConfigError
@@ -56,18 +55,17 @@ def decode(
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.vosk_decode", description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("vosk_dir")
     parser.add_argument("data_dir")
     parser.add_argument("utterance", nargs="*")
     parser.add_argument("--mbr", action="store_true")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args()
     answers = decode(chosen.vosk_dir, chosen.data_dir, chosen.utterance or None, mbr=chosen.mbr)
     json.dump(answers, sys.stdout, indent=1)
     print()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """A synthetic corpus of connected digits, spoken by espeak-ng from its PyPI wheel.
 
-    python -m kaldi_mpi.embedded.synth --nj 2 --seed 1 --hours 1.5 OUT
+    local/synth.py --nj 2 --seed 1 --hours 1.5 OUT
 
 writes OUT/{train,test}/{wav.scp,text,utt2spk,spk2utt} and OUT/wav/*.wav, 8 kHz, 16 bit, mono. A speaker is
 an accent, a voice variant, a pitch and a length of the vocal tract; the variants of the test set do not
@@ -13,10 +14,11 @@ each utterance in a forked copy of one fresh state, with its own random generato
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import os
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,11 +28,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.embedded.command import run_command
+from kaldi_mpi import cli
 from kaldi_mpi.embedded.datadir import PathLike, make_directories, write_data_dir
 from kaldi_mpi.embedded.wave import Samples, encode_wave, resample
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 RATE = 8000
 WORDS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
@@ -243,7 +246,7 @@ def _speak_share(speaker: Speaker, seconds: float, seed: int, folder: str) -> li
 
 
 def make_corpus(
-    out: PathLike, *, hours: float = 1.5, test_hours: float = 0.3, seed: int = 1, jobs: int = 2
+    out: PathLike, *, hours: float = 1.5, test_hours: float = 0.3, seed: int = 1, nj: int = 2
 ) -> dict[str, float]:
     """Write the corpus; see the module's text.
 
@@ -252,7 +255,7 @@ def make_corpus(
         hours: about how much training speech.
         test_hours: about how much test speech.
         seed: decides everything.
-        jobs: number of processes; changes nothing in the result.
+        nj: number of processes; changes nothing in the result.
 
     Returns:
         ``{"train": hours, "test": hours}`` as they came out.
@@ -261,14 +264,14 @@ def make_corpus(
         ConfigError: impossible sizes; espeak-ng is not there.
         DataError: a file cannot be written.
     """
-    if hours <= 0 or test_hours <= 0 or jobs < 1:
+    if hours <= 0 or test_hours <= 0 or nj < 1:
         raise ConfigError("hours and the number of jobs must be positive")
     folder = Path(out).resolve() / "wav"
     make_directories(folder)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # for the processes below: they fork, so they have no threads
     lengths = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(nj, mp_context=get_context("spawn")) as pool:
         for part, part_hours, density in (
             ("train", hours, _TRAIN_SPEAKERS_PER_HOUR),
             ("test", test_hours, _TEST_SPEAKERS_PER_HOUR),
@@ -297,25 +300,17 @@ def make_corpus(
     return lengths
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kaldi_mpi.embedded.synth", description="synthetic connected digits by espeak-ng"
-    )
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = Parser(prog="synth.py", description="synthetic connected digits by espeak-ng")
     parser.add_argument("out")
     parser.add_argument("--nj", type=int, default=2, help="number of processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--hours", type=float, default=1.5, help="training speech (default: %(default)s)")
     parser.add_argument("--test-hours", type=float, default=0.3, help="test speech (default: %(default)s)")
-    options = parser.parse_args()
-    make_corpus(
-        options.out,
-        hours=options.hours,
-        test_hours=options.test_hours,
-        seed=options.seed,
-        jobs=options.nj,
-    )
+    options = parser.parse_args(arguments)
+    make_corpus(options.out, hours=options.hours, test_hours=options.test_hours, seed=options.seed, nj=options.nj)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(cli.run("synth", main, sys.argv[1:]))

@@ -1,18 +1,14 @@
 """A trained model as a directory that the Vosk speech recognition toolkit loads.
 
-``python -m kaldi_mpi.embedded.vosk_dir MODEL_DIR GRAPH_DIR MFCC_CONF OUT_DIR`` lays out ``am``, ``conf`` and
-``graph`` (Vosk's second layout). Vosk holds Kaldi's own online nnet3 decoder; networks that look forward
-without limit, such as bidirectional ones, cannot be run by it.
+`write_vosk_dir` lays out ``am``, ``conf`` and ``graph`` (Vosk's second layout). Vosk holds Kaldi's own online
+nnet3 decoder; networks that look forward without limit, such as bidirectional ones, cannot be run by it.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.embedded.decode import DecodeOptions
 from kaldi_mpi.errors import DataError
 
@@ -75,18 +71,3 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
     except OSError as error:
         raise DataError(f"cannot copy: {error.strerror or error}", file=str(source)) from error
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.vosk_dir", description=__doc__)
-    parser.add_argument("model_dir")
-    parser.add_argument("graph_dir")
-    parser.add_argument("mfcc_conf")
-    parser.add_argument("out_dir")
-    chosen = parser.parse_args(arguments)
-    write_vosk_dir(chosen.model_dir, chosen.graph_dir, chosen.mfcc_conf, chosen.out_dir)
-
-
-if __name__ == "__main__":
-    run_command(main)
