@@ -32,7 +32,7 @@ class Evaluator:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._model = copy.deepcopy(learner.model)
-        self._flat = FlatParameters(self._model)
+        self._flat = FlatParameters.of_model(self._model)
         self._pass = dataclasses.replace(learner.pass_, world=SoloWorld())
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="validation", daemon=True)

@@ -31,31 +31,45 @@ class ComponentSlice:
 
 
 class FlatParameters:
-    """Lays a model's updatable parameters into one buffer, component by component, in the model's order.
+    """Parameters and gradients, component by component.
 
     Attributes:
-        values: (P,) float32 on the model's device; the model's parameters are views of it.
-        gradients: (P,) float32; the parameters' ``.grad`` are views of it, so backward passes add to it.
+        values: (P,) float32.
+        gradients: (P,) float32, zeros at first.
         components: the slices, which cover 0..P without gaps.
+
+    Args:
+        values, components: as above; the vector is kept, not copied.
     """
 
-    def __init__(self, model: AcousticModel) -> None:
-        parameters = [(c, p) for c in model.updatable_components() for p in c.parameters]
-        device = parameters[0][1].device if parameters else torch.device("cpu")
-        total = sum(p.numel() for _, p in parameters)
-        self.values = torch.empty(total, dtype=torch.float32, device=device)
-        self.gradients = torch.zeros_like(self.values)
-        self.components: list[ComponentSlice] = []
+    def __init__(self, values: torch.Tensor, components: list[ComponentSlice]) -> None:
+        self.values, self.components = values, components
+        self.gradients = torch.zeros_like(values)
+        on_gpu = values.device.type == "cuda"
+        self._staging = torch.empty(values.shape, dtype=torch.float32, pin_memory=True) if on_gpu else None
+        self._shown: torch.Tensor | None = None
+
+    @classmethod
+    def of_model(cls, model: AcousticModel) -> FlatParameters:
+        """Lay a model's updatable parameters into one buffer on its device, in the model's order.
+
+        The model's parameters become views of `values` and their ``.grad`` views of `gradients`, so that backward
+        passes add to it.
+        """
+        parameters = [parameter for component in model.updatable_components() for parameter in component.parameters]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        total = sum(parameter.numel() for parameter in parameters)
+        flat = cls(torch.empty(total, dtype=torch.float32, device=device), [])
         start = 0
         for component in model.updatable_components():
             first = start
             for parameter in component.parameters:
                 end = start + parameter.numel()
-                self.values[start:end] = parameter.detach().reshape(-1)
-                parameter.data = self.values[start:end].view(parameter.shape)
-                parameter.grad = self.gradients[start:end].view(parameter.shape)
+                flat.values[start:end] = parameter.detach().reshape(-1)
+                parameter.data = flat.values[start:end].view(parameter.shape)
+                parameter.grad = flat.gradients[start:end].view(parameter.shape)
                 start = end
-            self.components.append(
+            flat.components.append(
                 ComponentSlice(
                     component.name,
                     slice(first, start),
@@ -64,9 +78,7 @@ class FlatParameters:
                     component.l2_regularize,
                 )
             )
-        on_gpu = device.type == "cuda"
-        self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
-        self._shown: torch.Tensor | None = None
+        return flat
 
     def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], T]) -> T:
         """Let `rule` change `buffer` (a vector such as `values`) in place through a NumPy view of it.

@@ -129,7 +129,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     model = setup.make_model(options, data, transitions.num_pdfs, world, device)
     reading = setup.make_reading(options, model)
     plan, total_frames = make_plan(options, model, reading, data.train, world)
-    flat = FlatParameters(model)
+    flat = FlatParameters.of_model(model)
 
     def save() -> None:
         tell(everyone, options.settings.dedicated_server, "save", learner.step)

@@ -27,7 +27,7 @@ def parameters(folder: Path) -> np.ndarray:
     from kaldi_mpi.learner.flat import FlatParameters
     from kaldi_mpi.nnet3 import read_am, to_torch
 
-    return FlatParameters(to_torch(read_am(folder / "final.mdl").nnet)).to_numpy()
+    return FlatParameters.of_model(to_torch(read_am(folder / "final.mdl").nnet)).to_numpy()
 
 
 PERIODIC = ("--strategy=periodic", "--frames-per-average=500")
@@ -54,7 +54,7 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
     data = setup.open_data(options, labels, SoloWorld())
     model = setup.make_model(options, data, transitions.num_pdfs, SoloWorld(), torch.device("cpu"))
     shape = setup.chunk_shape(options, model)
-    flat = FlatParameters(model)
+    flat = FlatParameters.of_model(model)
     start = flat.to_numpy()
     optimiser = KaldiSgd(flat, 0.5, 2.0)
     frames, total = 0, 2 * data.train.total_frames
