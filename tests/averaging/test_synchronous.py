@@ -51,7 +51,7 @@ CASES: list[Case] = [
     ],
     ("adpsgd-delay1", Settings(), {}),
 ]
-REFERENCES = {
+REFERENCES: dict[str, Callable[..., NDArray[np.float64]]] = {
     "allreduce": reference.allreduce,
     "periodic": reference.periodic,
     "bmuf": reference.bmuf,
@@ -125,7 +125,7 @@ def synchronous(name: str, world: Collective, settings: Settings | None = None) 
 
 def expected(name: str, size: int, momentum: float, limits: bool, more: dict[str, Any]) -> NDArray[np.float64]:
     optimiser = {"momentum": momentum, "max_change": MAX_CHANGE if limits else (), "max_param_change": 0.04 * limits}
-    return REFERENCES[name](start(), gradient, size, RATES, **more, **optimiser)  # type: ignore[operator]
+    return REFERENCES[name](start(), gradient, size, RATES, **more, **optimiser)
 
 
 def check_all(world: World, momentum: float, limits: bool) -> None:
@@ -158,10 +158,9 @@ def test_the_reference_tells_strategies_apart() -> None:
 
 def test_frequent_averaging_without_momentum_is_allreduce() -> None:
     """Averaging after each step and averaging gradients are one rule where the optimiser is linear in g."""
-    full = lambda w, i, t: gradient(w, i, 2 * t)  # noqa: E731 - steps in which weights are equal need equal sizes
 
     def equal_sizes(w: NDArray[np.float64], learner: int, step: int) -> tuple[NDArray[np.float64], int]:
-        return full(w, learner, step)[0], 5
+        return gradient(w, learner, 2 * step)[0], 5  # steps in which weights are equal need equal sizes
 
     one = reference.allreduce(start(), equal_sizes, 3, RATES)
     other = reference.periodic(start(), equal_sizes, 3, RATES, 1)
@@ -179,7 +178,7 @@ def usual(name: str, **more: Any) -> Settings:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_one_learner_is_plain_sgd_bit_for_bit(name: str, momentum: float) -> None:
     """Whatever its strategy is told, a learner alone trains as without one, to the last bit."""
-    told = {"block_momentum": 0.5, "nesterov": True, "elastic_momentum": 0.5, "elastic_alpha": 0.5}
+    told: dict[str, Any] = {"block_momentum": 0.5, "nesterov": True, "elastic_momentum": 0.5, "elastic_alpha": 0.5}
     strategy = make_strategy(name, SoloWorld(), dataclasses.replace(usual(name), transfer_dtype="bfloat16", **told))
     if isinstance(strategy, Asynchronous):
         own, final, _ = gossip.train(SoloWorld(), strategy)
@@ -296,11 +295,8 @@ def test_validation_of_the_mean_leaves_the_learners_alone() -> None:
         learner.move(0.0, 10 * world.rank, 30)
         return float(strategy.mean_model(learner.parameters)[0]), float(learner.parameters[0])
 
-    assert run_world(3, run) == [
-        (pytest.approx(5 / 3), 0.0),
-        (pytest.approx(5 / 3), 1.0),
-        (pytest.approx(5 / 3), 2.0),
-    ]
+    means, models = zip(*run_world(3, run), strict=True)
+    assert means == pytest.approx([5 / 3] * 3) and models == (0.0, 1.0, 2.0)
 
 
 def test_block_learning_rate_means_the_same_for_any_number_of_learners() -> None:
