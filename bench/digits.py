@@ -97,7 +97,7 @@ def subset(name: str, share: float) -> Path:
 
 
 def train(what: Training) -> dict[str, Any]:
-    """Train, if it has not been done; returns the training's summary (see kaldi_mpi.learner.summary)."""
+    """Train, if it has not been done; returns its log/summary.json."""
     data = prepare(what.share).relative_to(RECIPE)
     folder = RECIPE / "exp" / what.name
     summary = folder / "log" / "summary.json"

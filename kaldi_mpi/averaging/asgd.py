@@ -78,7 +78,6 @@ class Asgd(Centred):
         return cls(world, settings.frames_per_average, settings.staleness_bound, settings.dedicated_server)
 
     def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
-        """See `Centred.connect`."""
         super().connect(model, send, journal)
         if self.world.size == 1 or self._base:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,14 +18,12 @@ from kaldi_mpi.averaging.strategy import Asynchronous, Hook, Synchronous
 from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.world import Messages
 
-T = TypeVar("T")
-
 
 class SteppingLearner(Protocol):
     """What a synchronous step asks of a learner, whose vectors may live in a device's memory."""
 
     def read_parameters(self, look: Callable[[Flat], None]) -> None:
-        """Show the parameters, (P,) float32, to `look`, which may go on reading them until the next call."""
+        """Show the parameters, (P,) float32, to `look`, which may go on reading them until `update` is called."""
 
     def mix_gradients(self, rule: Callable[[Flat], None]) -> None:
         """Let `rule` change the gradients, (P,) float32, in place."""
@@ -70,13 +68,13 @@ def synchronous_step(
         learner.mix_gradients(strategy.combine_gradients)
     base = strategy.base() if Hook.BASE in hooks else None
     learner.update(base, strategy.moves_together)
-    due = strategy.count_step(frames, global_frames)
-    if Hook.MIX_PARAMETERS in hooks and due and learner.mix_parameters(strategy.mix_parameters):
+    due = Hook.MIX_PARAMETERS in hooks and strategy.count_step(frames, global_frames)
+    if due and learner.mix_parameters(strategy.mix_parameters):
         learner.forget_momentum()
 
 
-def _in_main_memory(buffer: Any, rule: Callable[[Flat], T]) -> T:
-    return rule(np.asarray(buffer))
+def _in_main_memory(buffer: Any, rule: Callable[[Flat], None]) -> None:
+    rule(np.asarray(buffer))
 
 
 class Participant:

@@ -121,7 +121,6 @@ class Exchanging(Asynchronous):
         self._go_on()
 
     def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
-        """See `Asynchronous.receive`."""
         kind, number, piece, their_steps = numbers
         theirs = self.model.received(payload)
         mine = self._open.get(piece)
@@ -137,16 +136,13 @@ class Exchanging(Asynchronous):
             self._apply(JournalEvent.MIX, piece, -1, their_steps, theirs, self._weight(kind == BUSY_REPLY))
 
     def leave(self) -> None:
-        """See `Asynchronous.leave`."""
         self._leaving = True
         self._due.clear()
 
     def rejoin(self) -> None:
-        """See `Asynchronous.rejoin`."""
         self._leaving = False
 
     def quiet(self) -> bool:
-        """See `Asynchronous.quiet`."""
         return self._partner < 0 and not self._due
 
     # The machinery.

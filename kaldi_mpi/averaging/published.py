@@ -86,7 +86,7 @@ class PiecewiseModel:
 
 
 class HostPublishedModel(PiecewiseModel):
-    """A published model in main memory.
+    """A `PublishedModel` in main memory.
 
     Args:
         values: (P,) float32, the model at the start; copied.
@@ -100,18 +100,15 @@ class HostPublishedModel(PiecewiseModel):
         self.allocate: Allocate | None = None
 
     def snapshot(self, piece: int) -> Wire:
-        """See `PublishedModel.snapshot`."""
         values = self.values[self.where[piece]]
         out = np.empty(values.size, self.wire)
         to_wire(values, out)
         return out
 
     def read(self, piece: int) -> Flat:
-        """See `PublishedModel.read`."""
         return self.values[self.where[piece]].copy()
 
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
-        """See `PublishedModel.mix`."""
         values = self.values[self.where[piece]]
         for block in blocks(values.size):
             difference = from_wire(theirs[block]) - from_wire(mine[block])
@@ -119,11 +116,9 @@ class HostPublishedModel(PiecewiseModel):
             values[block] += difference
 
     def received(self, payload: NDArray[np.uint8]) -> Wire:
-        """See `PublishedModel.received`."""
         return payload.view(self.wire)
 
     def to_numpy(self) -> Flat:
-        """See `PublishedModel.to_numpy`."""
         out = np.empty_like(self.values)
         for piece, where in enumerate(self.where):
             with self.lock(piece):
@@ -131,7 +126,6 @@ class HostPublishedModel(PiecewiseModel):
         return out
 
     def load(self, values: Flat) -> None:
-        """See `PublishedModel.load`."""
         self.values[:] = values
 
     def push_pull(self, piece: int, change: Any, copy: Any) -> None:

@@ -25,7 +25,7 @@ _TORCH_WIRE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 
 class DevicePublishedModel(PiecewiseModel):
-    """A published model in a device's memory; also works for CPU tensors, without streams.
+    """A `PublishedModel` in a device's memory; also works for CPU tensors, without streams.
 
     Args:
         values: (P,) float32 on the device, the model at the start; copied.
@@ -60,7 +60,6 @@ class DevicePublishedModel(PiecewiseModel):
         return _as_wire(host)
 
     def read(self, piece: int) -> Flat:
-        """See `PublishedModel.read`."""
         with self._ordered(piece, self._stream):
             return np.asarray(self._x[self.where[piece]].to("cpu", copy=True).numpy())
 
@@ -92,7 +91,6 @@ class DevicePublishedModel(PiecewiseModel):
         return torch.empty(size, dtype=torch.uint8, device=self._x.device)
 
     def to_numpy(self) -> Flat:
-        """See `PublishedModel.to_numpy`."""
         out = np.empty(self._x.numel(), np.float32)
         for piece, where in enumerate(self.where):
             with self.lock(piece):
@@ -100,7 +98,6 @@ class DevicePublishedModel(PiecewiseModel):
         return out
 
     def load(self, values: Flat) -> None:
-        """See `PublishedModel.load`."""
         for piece, where in enumerate(self.where):
             with self.lock(piece), self._ordered(piece, None):
                 self._x[where] = torch.from_numpy(values[where]).to(self._x.device)

@@ -43,14 +43,14 @@ Payload = NDArray[np.uint8]
 
 
 class Hook(enum.Flag):
-    """Where a strategy may act. One that it does not declare is not called."""
+    """Where a strategy may act: the methods of these names. The drivers call none that it does not declare."""
 
     NONE = 0
-    # Of synchronous strategies: the methods of these names.
+    # Of synchronous strategies.
     START_STEP = enum.auto()
     COMBINE_GRADIENTS = enum.auto()
     BASE = enum.auto()
-    MIX_PARAMETERS = enum.auto()  # and count_step, which says when
+    MIX_PARAMETERS = enum.auto()  # and `count_step`, which says when
     # Of asynchronous ones.
     FILTER_CHANGE = enum.auto()
     BLOCKED = enum.auto()  # a learner may have to wait before its next step
@@ -159,7 +159,6 @@ class Synchronous(Strategy):
         return False
 
     def mean_model(self, parameters: Flat) -> Flat:
-        """See `Strategy.mean_model`."""
         mean = parameters.copy()
         if self.world.size > 1:
             self.world.sum_(mean)
@@ -167,7 +166,7 @@ class Synchronous(Strategy):
         return mean
 
     def finish(self, parameters: Flat) -> None:
-        """See `Strategy.finish`."""
+        """Nothing, for those whose models are equal after each step."""
 
     def _count_average(self, buffer: Flat, wire: str = "float32") -> None:
         """Keep account of one averaging: a sum by pieces sends each rank's buffer out and, in float32, back once."""
@@ -231,7 +230,6 @@ class Asynchronous(Strategy):
 
     @property
     def num_shares(self) -> int:
-        """See `share`."""
         return self.num_learners
 
     def mean_model(self, parameters: Flat) -> Flat:

@@ -10,7 +10,7 @@ too (a lock of one piece, or the one thread that runs all of a rank's messages):
 
 Messages of a pair arrive in order; nothing else is ordered. `Simulation` holds the state and carries out one
 event at a time; who chooses the events decides what it is good for: `run_random` draws them, with weights
-for slow learners and slow messages; `explore` tries them all; `Timed` takes them as a clock tells. Everything,
+for slow learners and slow links; `explore` tries them all; `Timed` takes them as a clock tells. Everything,
 the messages under way included, is in `Simulation.state_dict`.
 
 Events of different ranks commute when both are possible, so `explore`, which stops at states that it has

@@ -93,7 +93,7 @@ with guarded(world):
     world.close()
 """
     result = subprocess.run(
-        [sys.executable, "-m", "kaldi_mpi.launch", "-n", "2", "--", sys.executable, "-c", program],
+        [sys.executable, "-m", "kaldi_mpi", "launch", "-n", "2", "--", sys.executable, "-c", program],
         env=environment() | {"SLURM_NTASKS": tasks, "SLURM_NPROCS": tasks, "SLURM_PROCID": "0"},
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip

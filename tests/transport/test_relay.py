@@ -97,7 +97,7 @@ with guarded(world):
 
 def launched(cwd: Path, main: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kaldi_mpi.launch", "-n", "2", "--", sys.executable, "-c", LEARNER.format(main=main)],
+        [sys.executable, "-m", "kaldi_mpi", "launch", "-n", "2", "--", sys.executable, "-c", LEARNER.format(main=main)],
         env=environment(), cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
