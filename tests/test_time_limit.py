@@ -27,10 +27,8 @@ def test_a_hanging_test_ends_the_run(tmp_path: Path, how: str) -> None:
         f"import ctypes, threading\n\ndef test_hangs():\n    {HANGS[how]}\n\ndef test_next():\n    pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(REPO / "pyproject.toml")]
-    limits = ["-o", "timeout=1", "-o", "faulthandler_timeout=5"]
-    done = subprocess.run(
-        [*command, *limits, str(hanging)], cwd=REPO, capture_output=True, text=True, timeout=50, check=False
-    )
+    command += ["-o", "timeout=1", "-o", "faulthandler_timeout=5", str(hanging)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=50, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "Timeout" in said and re.search(r'test_hanging\.py", line 4,? in test_hangs', said), said
