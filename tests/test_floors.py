@@ -98,16 +98,13 @@ def test_imports_point_to_lower_floors() -> None:
 
 
 def test_no_circle_of_imports() -> None:
-    targets: dict[str, set[str]] = {name: set() for name in modules()}
-    for entry in imports():
-        if entry.module in modules():
-            targets[entry.importer].add(entry.module)
+    targets = {name: sorted({entry.module for entry in imports() if entry.importer == name}) for name in modules()}
 
     def circle(start: str) -> list[str]:
         """The shortest way from a module along imports back to it, or nothing."""
-        came_from, layer = dict.fromkeys(targets[start], start), list(targets[start])
+        came_from, layer = dict.fromkeys(targets[start], start), targets[start]
         while layer and start not in came_from:
-            layer = [new for old in layer for new in targets[old] if came_from.setdefault(new, old) == old]
+            layer = [new for old in layer for new in targets.get(old, []) if came_from.setdefault(new, old) == old]
         way = [start]
         while start in came_from and (len(way) == 1 or way[-1] != start):
             way.append(came_from[way[-1]])
