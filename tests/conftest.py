@@ -26,16 +26,23 @@ from tests.recipe import digits
 __all__ = ["digits"]  # a fixture of all test files
 
 REPORT_DIR_ENV = "KALDI_MPI_TEST_REPORTS"
+# Seconds for a test that runs the recipe; all others have the `timeout` of pyproject.toml.
+SLOW_TIMEOUT = 1500
+
+# In a rank: the deadline is the parent's.
+NO_TIME_LIMIT = ["--timeout=0", "-o", "faulthandler_timeout=0"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of a real Kaldi where there is none, with the reason."""
-    if not os.environ.get("KALDI_ROOT"):
-        for item in items:
-            if item.get_closest_marker("kaldi"):
-                item.add_marker(pytest.mark.skip(reason="needs a real Kaldi: KALDI_ROOT is not set"))
+    """Skip tests of a real Kaldi where there is none, with the reason; give slow tests more time."""
+    for item in items:
+        if item.get_closest_marker("kaldi") and not os.environ.get("KALDI_ROOT"):
+            item.add_marker(pytest.mark.skip(reason="needs a real Kaldi: KALDI_ROOT is not set"))
+        slow = item.get_closest_marker("slow") or "digits" in getattr(item, "fixturenames", ())
+        if slow and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +77,7 @@ def _run_in_ranks(nodeid: str, num_ranks: int, timeout: float) -> None:
         environment |= {REPORT_DIR_ENV: folder, "PYTHONPATH": str(REPO)}
         command = [
             *launch.mpiexec_command(mpiexec, vendor, num_ranks),
-            *[sys.executable, "-m", "mpi4py", "-m", "pytest", "-q", "-p", "no:cacheprovider", nodeid],
+            *[sys.executable, "-m", "mpi4py", "-m", "pytest", "-q", "-p", "no:cacheprovider", *NO_TIME_LIMIT, nodeid],
         ]
         process = subprocess.Popen(
             command, env=environment, cwd=REPO, start_new_session=True, text=True,

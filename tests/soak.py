@@ -26,7 +26,6 @@ import time
 from pathlib import Path
 
 from kaldi_mpi.averaging import NAMES
-
 from kaldi_mpi.averaging.settings import USERS
 from tests.toy import Toy, environment, launch_command, make_toy
 

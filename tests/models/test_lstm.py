@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ class Truncate(torch.autograd.Function):
     """nnet3's rule, written out row by row: scale, clip the norm, zero on a boundary."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, settings: LstmSettings, t: int, alive: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, settings: LstmSettings, t: int, alive: bool) -> Tensor:
         ctx.settings, ctx.t, ctx.alive = settings, t, alive
         return x * settings.scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         s = ctx.settings
         grad = grad * s.scale * ctx.alive
         for n in range(grad.shape[0]):
@@ -35,16 +36,27 @@ class Gate(torch.autograd.Function):
     """The gradient of a frame outside the derivative range is zero at every node."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, alive: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alive: bool) -> Tensor:
         ctx.alive = alive
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.alive, None
 
 
-def naive(x, w, b, p, s: LstmSettings, first=0, low=-1000, high=1000, w_rp=None, b_rp=None) -> Tensor:
+def naive(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    p: Tensor,
+    s: LstmSettings,
+    first: int = 0,
+    low: int = -1000,
+    high: int = 1000,
+    w_rp: Tensor | None = None,
+    b_rp: Tensor | None = None,
+) -> Tensor:
     frames, batch, _ = x.shape
     cell, rec = p.shape[1], w.shape[1] - x.shape[2]
     times = range(frames) if s.delay < 0 else reversed(range(frames))
@@ -71,7 +83,14 @@ def naive(x, w, b, p, s: LstmSettings, first=0, low=-1000, high=1000, w_rp=None,
     return torch.stack([outputs[t] for t in range(frames)])
 
 
-def problem(frames=11, batch=3, in_dim=4, cell=5, proj: tuple[int, int] | None = None, gain=1.0):
+def problem(
+    frames: int = 11,
+    batch: int = 3,
+    in_dim: int = 4,
+    cell: int = 5,
+    proj: tuple[int, int] | None = None,
+    gain: float = 1.0,
+) -> list[Tensor]:
     gen = torch.Generator().manual_seed(frames * 100 + cell)
     rec = proj[0] if proj else cell
     sizes = [(frames, batch, in_dim), (4 * cell, in_dim + rec), (4 * cell,), (3, cell)]
@@ -95,7 +114,9 @@ CASES = [
 @pytest.mark.parametrize("limits", ["none", "clip", "zero"])
 @pytest.mark.parametrize("span", [(None, None), (-1, None), (0, 4), (3, 2)])
 @pytest.mark.parametrize("proj", [None, (2, 1), (3, 0)])
-def test_equals_naive(settings: LstmSettings, limits: str, span, proj) -> None:
+def test_equals_naive(
+    settings: LstmSettings, limits: str, span: tuple[int | None, int | None], proj: tuple[int, int] | None
+) -> None:
     thresholds = {"none": (0.0, 0.0), "clip": (0.5, 0.0), "zero": (2.0, 0.3)}[limits]
     settings = dataclasses.replace(
         settings, clipping_threshold=thresholds[0], zeroing_threshold=thresholds[1], zeroing_interval=4
@@ -106,7 +127,7 @@ def test_equals_naive(settings: LstmSettings, limits: str, span, proj) -> None:
     first = -2
     tensors = problem(proj=proj)
     x, w, b, p, *rp = tensors
-    projection = {"w_rp": rp[0], "b_rp": rp[1]} if proj else {}
+    projection: dict[str, Any] = {"w_rp": rp[0], "b_rp": rp[1]} if proj else {}
     low, high = span
     ours = lstm(x, w, b, p, settings, first=first, min_deriv_time=low, max_deriv_time=high, **projection)
     theirs = naive(

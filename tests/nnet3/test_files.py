@@ -55,8 +55,8 @@ def test_pdfs_and_phones_are_those_of_show_transitions() -> None:
     model = read_transition_model(golden("trans.mdl"))
     names = {}
     for line in golden("phones.txt").read_text().splitlines():
-        phone, number = line.split()
-        names[phone] = int(number)
+        name, number = line.split()
+        names[name] = int(number)
     phone = pdf = -1
     seen = 0
     for line in golden("show_transitions.txt").read_text().splitlines():
@@ -180,7 +180,9 @@ def test_damaged_bytes(tmp_path: Path, name: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=80), st.booleans(), st.sampled_from(["<Nnet3> \n\n<NumComponents> ", "<TransitionModel> "]))
-def test_random_bytes_are_errors(tmp_path_factory, noise: bytes, binary: bool, begin: str) -> None:
+def test_random_bytes_are_errors(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, binary: bool, begin: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.mdl"
     path.write_bytes((b"\0B" if binary else b"") + begin.encode() + noise)
     with pytest.raises(DataError):

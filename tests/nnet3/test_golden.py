@@ -111,8 +111,9 @@ def test_xconfig_gives_kaldis_settings(name: str) -> None:
         for token, theirs in value.values.items():
             mine = ours[component].values.get(token)
             if isinstance(theirs, np.ndarray):
-                if token not in ("OderivRms", "ValueAvg", "DerivAvg") or np.size(mine):
-                    assert np.shape(mine) == theirs.shape, (component, token)
+                assert isinstance(mine, np.ndarray), (component, token)
+                if token not in ("OderivRms", "ValueAvg", "DerivAvg") or mine.size:
+                    assert mine.shape == theirs.shape, (component, token)
             elif "Count" not in token and "Num" not in token[:3] and token != "LearningRate":
                 if mine is None:
                     assert theirs in (None, False), (component, token)

@@ -13,7 +13,7 @@ import torch
 
 from kaldi_mpi.formats.tokens import read_matrix, write_matrix
 from kaldi_mpi.formats.transition import read_transition_model
-from kaldi_mpi.models import LdaStats, build_model, parse_xconfig_text
+from kaldi_mpi.models import AcousticModel, LdaStats, build_model, parse_xconfig_text
 from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
 
@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def network(seed: int = 3):
+def network(seed: int = 3) -> tuple[AcousticModel, np.ndarray]:
     transform = np.random.default_rng(seed).normal(size=(200, 201)).astype(np.float32) * 0.01
     model = build_model(parse_xconfig_text(NETWORK), seed=seed, transforms={"lda.mat": transform})
     return model, transform
@@ -140,15 +140,15 @@ def merged_example() -> tuple[torch.Tensor, torch.Tensor]:
 def test_gradient_is_that_of_nnet3_train(tmp_path: Path, name: str, limited: bool) -> None:
     """One minibatch of nnet3-train, its natural gradient and other additions switched off."""
     nnet = from_torch(network()[0]) if name == "ours" else read_nnet(golden(f"{name}.raw"))
-    for component in nnet.components.values():
-        if "LearningRate" in component.values:
+    for values in (component.values for component in nnet.components.values()):
+        if "LearningRate" in values:
             # IsGradient makes Kaldi's components add plain gradients times the learning rate.
-            component.values.update(LearningRate=1.0, IsGradient=True, MaxChange=0.0)
+            values.update(LearningRate=1.0, IsGradient=True, MaxChange=0.0)
         for token, value in {"SelfRepairScale": 0.0, "SelfRepairConfig": np.zeros(10), "Count": 0.0}.items():
-            if token in component.values:
-                component.values[token] = value
-        if limited and "ClippingThreshold" in component.values:
-            component.values.update(ClippingThreshold=0.05, ZeroingThreshold=0.02, ZeroingInterval=5)
+            if token in values:
+                values[token] = value
+        if limited and "ClippingThreshold" in values:
+            values.update(ClippingThreshold=0.05, ZeroingThreshold=0.02, ZeroingInterval=5)
     write_nnet(nnet, tmp_path / "in.raw")
     span = {"min_deriv_time": -10, "max_deriv_time": 21} if limited else {}
     options = [f"--optimization.{key.replace('_', '-')}={value}" for key, value in span.items()]
