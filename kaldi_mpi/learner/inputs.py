@@ -7,7 +7,9 @@ from pathlib import Path
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.files import read_number, read_text
 from kaldi_mpi.learner.dataset import DIAGNOSTIC_EGS, Context, extra_context, outer_context
+from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.options import DataOptions
+from kaldi_mpi.loader.tables import peek_columns
 from kaldi_mpi.log import logger
 
 
@@ -76,6 +78,20 @@ def check_egs(options: DataOptions, context: Context, takes_ivectors: bool) -> N
         )
     if takes_ivectors and not (theirs and ours):
         logger.warning("nothing tells whether the examples' i-vectors are of the extractor that decoding will use")
+
+
+def check_first_features(options: DataOptions, network: Network) -> None:
+    """Compare the network's inputs with the first features and i-vectors: to open a whole corpus takes minutes.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    assert options.feat_dir is not None
+    feats = peek_columns(Path(options.feat_dir) / "feats.scp")
+    ivectors = 0
+    if options.online_ivector_dir is not None:
+        ivectors = peek_columns(Path(options.online_ivector_dir) / "ivector_online.scp") or network.model.ivector_dim
+    network.check_input(feats or network.model.input_dim, ivectors, options.online_ivector_dir is None)
 
 
 def _extractor_id(folder: str | None) -> str:

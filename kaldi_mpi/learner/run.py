@@ -21,7 +21,7 @@ from kaldi_mpi.learner import checkpoint, export, faults
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.learner.inputs import check_egs, check_files
+from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
@@ -96,7 +96,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     if options.data.egs_dir is not None:
         check_egs(options.data, network.context, network.model.ivector_dim > 0)
     else:
-        check_first_features(options, network)
+        check_first_features(options.data, network)
     if world.rank == 0:
         (folder / "log").mkdir(parents=True, exist_ok=True)
         (folder / "journal").mkdir(exist_ok=True)
@@ -233,15 +233,6 @@ def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tup
         checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
     )
     return plan, total_frames
-
-
-def check_first_features(options: TrainOptions, network: Network) -> None:
-    """Compare the network's inputs with the first features, since a whole corpus takes minutes to open.
-
-    Raises:
-        ConfigError: they do not fit.
-        DataError: they cannot be read.
-    """
 
 
 def choose_device(wanted: str, world: World) -> torch.device:

@@ -6,6 +6,7 @@ cuts is copied to a temporary file (see `scratch`), once, when the table is open
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection
@@ -97,6 +98,34 @@ def locate(
     if rspecifier.sorted:
         check_sorted(reader.table.keys, name)
     return reader.table
+
+
+def peek_columns(scp: str | os.PathLike[str], most: int = 3) -> int | None:
+    """Columns of the first matrix of a script file, of which only the first lines are read.
+
+    Args:
+        scp: the script file.
+        most: entries to try; commands are not run for it.
+
+    Returns:
+        None if none of them can be read: whoever opens the whole table says why.
+    """
+    try:
+        with open(scp, encoding="utf-8") as stream:
+            lines = [line.split(maxsplit=1) for line in itertools.islice(stream, most)]
+    except (OSError, UnicodeDecodeError):
+        return None
+    matrix = ffi.new("km_matrix *")
+    for key, value in (line for line in lines if len(line) == 2 and not line[1].rstrip().endswith("|")):
+        archives = Archives()
+        try:
+            location = locate(TextTable(os.fspath(scp), {key: value.strip()}), archives).locations[key]
+            index = archives.open(location.path, named_in=os.fspath(scp), key=key)
+            archives.open_matrix(index, location.offset, matrix, key=key)
+        except DataError:
+            continue
+        return int(matrix.cols)
+    return None
 
 
 def name_of(source: TableSource) -> str:
