@@ -6,8 +6,8 @@ strategies, the published model and the transport are those of a training.
 
 For each strategy, blocks of steps with and without communication take turns. A step is: sleep; add the step's
 change to the model (for asynchronous strategies, to the published model, and copy it back); in blocks with
-communication also call the strategy's hooks, or tell it that the step is taken. A block's first step has little to
-hide and is left out of the times. Measured, as means over steps and ranks:
+communication also what the strategy does, by `synchronous_step` or `Participant.publish` as in a training. A block's
+first step has little to hide and is left out of the times. Measured, as means over steps and ranks:
 
     step      seconds of a step, without and with communication
     exchange  seconds a step in which communication of this rank is under way: a sum, from its start to its end, or
@@ -38,19 +38,23 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kaldi_mpi.averaging import Step
-from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.names import make_strategy
-from kaldi_mpi.averaging.published import HostPublishedModel
-from kaldi_mpi.averaging.settings import Settings
-from kaldi_mpi.averaging.strategy import Flat, Pending
+from kaldi_mpi.averaging import (
+    Asynchronous,
+    Participant,
+    Settings,
+    Synchronous,
+    make_strategy,
+    synchronous_step,
+)
+from kaldi_mpi.averaging.journal import Journal
+from kaldi_mpi.averaging.published import Flat, HostPublishedModel
 from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.launch import launch
+from kaldi_mpi.testing.array_learner import ArrayLearner
 from kaldi_mpi.transport.guard import guarded
 from kaldi_mpi.transport.status import NUM_LEARNERS_ENV
+from kaldi_mpi.transport.world import Allocate, Handler, Messages, Pending, World
 
-CHANNEL = 1
 HIDING = ["adpsgd-delay1", "adpsgd-fixed", "adpsgd-random", "expair"]
 
 
@@ -83,52 +87,71 @@ class Busy:
             self._since = None
 
 
-class Asynchronous:
+class TimedMessages:
+    """Messages of an asynchronous strategy; `Busy` is told after each one sent and received.
+
+    Args:
+        messages: of the world.
+        busy: whether an exchange is under way.
+    """
+
+    def __init__(self, messages: Messages, busy: Busy) -> None:
+        self._messages, self._busy = messages, busy
+        self.rank, self.size = messages.rank, messages.size
+        self.post, self.wait, self.start_sum = messages.post, messages.wait, messages.start_sum
+
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
+        """See `Messages.send`."""
+        self._messages.send(channel, to, numbers, payload)
+        self._busy.look()
+
+    def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
+        """See `Messages.on_message`."""
+
+        def handle(source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
+            assert handler is not None
+            handler(source, numbers, payload)
+            self._busy.look()
+
+        self._messages.on_message(channel, None if handler is None else handle, allocate)
+
+
+class AsynchronousLearner:
     """One rank's learner of an asynchronous strategy, without a gradient."""
 
-    def __init__(self, world: Any, strategy: Exchanging, parameters: int, wire: str, device: float) -> None:
-        self.world, self.messages, self.strategy, self.device = world, world.messages, strategy, device
+    def __init__(self, world: World, strategy: Asynchronous, parameters: int, wire: str, device: float) -> None:
+        self.world, self.strategy, self.device = world, strategy, device
         values = np.random.default_rng(world.rank).standard_normal(parameters, np.float32)
-        self.shared, self.journal = HostPublishedModel(values, wire=wire), Journal()
+        self.model = HostPublishedModel(values, wire=wire)
         self.copy, self.change = values, np.full(parameters, 1e-6, np.float32)
         self.busy = Busy(lambda: not strategy.quiet())
-        strategy.connect(self.shared, self._post, self.journal)
-        self.messages.on_message(CHANNEL, self._receive)
+        messages = TimedMessages(world.messages, self.busy)
+        self.participant = Participant(strategy, self.model, messages, Journal())
+        self.participant.connect()
 
-    def _post(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        self.messages.send(CHANNEL, to, numbers, payload)
-        self.busy.look()
-
-    def _receive(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
-        self.strategy.receive(source, numbers, payload)
-        self.busy.look()
-
-    def step(self, number: int, communicate: bool) -> float:
+    def step(self, communicate: bool) -> float:
         """One step; returns its seconds."""
         began = time.perf_counter()
         time.sleep(self.device)
-        for piece in range(self.shared.num_pieces):
-            with self.shared.lock(piece):
-                self.shared.push_pull(piece, self.change, self.copy)
-                self.journal.record(Event.STEP, piece, number)
         if communicate:
-            self.messages.post(self.strategy.step_taken)
-            if self.strategy.may_block:
-                self.messages.wait(lambda: not self.strategy.blocked())
+            self.participant.publish(self.change, self.copy, frames=0)
+        else:
+            for piece in range(self.model.num_pieces):
+                self.participant.publish_piece(piece, self.change, self.copy)
         return time.perf_counter() - began
 
     def block(self, steps: int, communicate: bool, into: Seconds) -> None:
         """`steps` steps that count after one that does not, with or without communication."""
         self.world.barrier()
         if communicate:
-            self.messages.post(self.strategy.stay)
-        times = [self.step(number, communicate) for number in range(steps + 1)][1:]
+            self.participant.rejoin()
+        times = [self.step(communicate) for _ in range(steps + 1)][1:]
         if not communicate:
             into.without += times
             return
         into.with_ += times
-        self.messages.post(self.strategy.leave)
-        self.messages.wait(self.strategy.quiet)
+        self.participant.leave()
+        self.participant.settle()
         into.steps += steps + 1
 
     def measure(self, steps: int, rounds: int) -> Seconds:
@@ -140,7 +163,7 @@ class Asynchronous:
             self.block(steps, False, result)
             self.block(steps, True, result)
         self.world.barrier()
-        self.messages.on_message(CHANNEL, None)
+        self.participant.disconnect()
         result.communication = self.busy.seconds
         result.megabytes = (self.strategy.bytes_sent - before) / 1e6
         return result
@@ -149,7 +172,7 @@ class Asynchronous:
 class TimedWorld:
     """A world for a synchronous strategy, which times its sums: from the call to the end of the sum."""
 
-    def __init__(self, world: Any) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self.rank, self.size = world.rank, world.size
         self._seconds = 0.0
@@ -182,39 +205,45 @@ class TimedWorld:
         return self._seconds
 
 
-class Synchronous:
-    """One rank's learner of a synchronous strategy, without a gradient."""
+class SynchronousLearner(ArrayLearner):
+    """One rank's learner of a synchronous strategy: a constant gradient, which takes `device_seconds`."""
 
-    def __init__(self, world: Any, name: str, settings: Settings, options: argparse.Namespace) -> None:
+    def __init__(self, world: World, name: str, settings: Settings, options: argparse.Namespace) -> None:
+        super().__init__(np.zeros(options.parameters, np.float32))
+        self.gradients += np.float32(1e-6)
         self.world, self.timed = world, TimedWorld(world)
-        self.strategy = make_strategy(name, self.timed, settings)
+        strategy = make_strategy(name, self.timed, settings)
+        assert isinstance(strategy, Synchronous)
+        self.strategy, self.alone = strategy, Synchronous(self.timed)
         self.device, self.frames = options.device_seconds, options.frames_per_minibatch
-        self.values = np.zeros(options.parameters, np.float32)
-        self.change = np.full(options.parameters, 1e-6, np.float32)
         self.mixing = 0.0  # seconds in which parameters were mixed between steps
 
-    def step(self, number: int, communicate: bool) -> float:
+    def update(self, base: Flat | None, together: bool) -> None:
+        """The step in one pass over memory, as the optimiser takes it."""
+        np.add(self.parameters if base is None else base, self.gradients, out=self.parameters)
+
+    def mix_parameters(self, rule: Callable[[Flat], bool]) -> bool:
+        """Timed."""
+        began = time.perf_counter()
+        forget = super().mix_parameters(rule)
+        self.mixing += time.perf_counter() - began
+        return forget
+
+    def step(self, communicate: bool) -> float:
         """One step; returns its seconds."""
-        began, strategy = time.perf_counter(), self.strategy
-        step = Step(number, self.frames, self.frames * self.world.size)
-        if communicate:
-            strategy.start_step(self.values, step)
-        time.sleep(self.device)
-        base = None
-        if communicate:
-            strategy.combine_gradients(self.change, step)
-            base = strategy.base(step)
-        np.add(self.values if base is None else base, self.change, out=self.values)
-        updated = time.perf_counter()
-        if communicate and strategy.note(step):
-            strategy.mix_parameters(self.values)
-        self.mixing += time.perf_counter() - updated
+        began = time.perf_counter()
+        strategy = self.strategy if communicate else self.alone
+        synchronous_step(strategy, self, self.compute, self.frames, self.frames * self.world.size)
         return time.perf_counter() - began
+
+    def compute(self) -> None:
+        """The gradient is there already."""
+        time.sleep(self.device)
 
     def block(self, steps: int, communicate: bool, into: Seconds) -> None:
         """`steps` steps that count after one that does not, with or without communication."""
         self.world.barrier()
-        times = [self.step(number, communicate) for number in range(steps + 1)]
+        times = [self.step(communicate) for _ in range(steps + 1)]
         if communicate:
             into.with_ += times[1:]
             into.steps += steps + 1
@@ -233,18 +262,18 @@ class Synchronous:
         return result
 
 
-def periodic_cost(world: Any, options: argparse.Namespace, period: int) -> float:
+def periodic_cost(world: World, options: argparse.Namespace, period: int) -> float:
     """The share of a training's time that ``periodic`` loses with an averaging each `period` minibatches."""
     frames = period * options.frames_per_minibatch * world.size
-    learner = Synchronous(world, "periodic", Settings(frames_per_average=frames), options)
+    learner = SynchronousLearner(world, "periodic", Settings(frames_per_average=frames), options)
     world.barrier()
     began = time.perf_counter()
-    for number in range(period * -(-options.steps // period)):
-        learner.step(number, True)
+    for _ in range(period * -(-options.steps // period)):
+        learner.step(True)
     return learner.mixing / (time.perf_counter() - began)
 
 
-def summary(world: Any, mine: Seconds) -> dict[str, float]:
+def summary(world: World, mine: Seconds) -> dict[str, float]:
     """The means over steps and ranks."""
     rows = [
         (float(np.mean(s.without)), float(np.mean(s.with_)), s.communication / s.steps, s.megabytes / s.steps)
@@ -260,16 +289,16 @@ def summary(world: Any, mine: Seconds) -> dict[str, float]:
     }
 
 
-def learner_of(name: str, world: Any, options: argparse.Namespace) -> Asynchronous | Synchronous:
+def learner_of(name: str, world: World, options: argparse.Namespace) -> AsynchronousLearner | SynchronousLearner:
     """A learner of the strategy called `name`."""
     settings = Settings(transfer_dtype=options.transfer_dtype)
     strategy = make_strategy(name, world, settings)
-    if isinstance(strategy, Exchanging):
-        return Asynchronous(world, strategy, options.parameters, options.transfer_dtype, options.device_seconds)
-    return Synchronous(world, name, settings, options)
+    if isinstance(strategy, Asynchronous):
+        return AsynchronousLearner(world, strategy, options.parameters, options.transfer_dtype, options.device_seconds)
+    return SynchronousLearner(world, name, settings, options)
 
 
-def run(world: Any, options: argparse.Namespace) -> None:
+def run(world: World, options: argparse.Namespace) -> None:
     """All measurements, on all ranks; rank 0 prints."""
 
     def say(line: str, stream: Any = sys.stderr) -> None:

@@ -8,9 +8,9 @@ are random). Reported, over the parameters and learners and over time after a wa
     spread   E |x_i - mean|^2 of the published models, at times that have nothing to do with the steps
     copies   the same of the copies at which the learners take their gradients
 
-Messages: each rank sends one message after the other and needs 1/c of a step for a whole model, so that it can
+Links: each rank sends one message after the other and needs 1/c of a step for a whole model, so that it can
 take part in c exchanges a step. Delay-by-one, for which the same loop is written down here, has 1 - 1/N for
-both, whatever the messages. The last line is JSON.
+both, whatever the links. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,81 +18,79 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging import Asynchronous, topology
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
+from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.strategy import Collective
 from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, Timed
+from kaldi_mpi.transport.world import Collective
 
-Make = Callable[[Collective], Exchanging]
+Make = Callable[[Collective], Asynchronous]
 NUM_PARAMETERS, PIECES = 64, 8
 
 
-class _NoJournal:
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is kept."""
+# Other partners than (1) of `kaldi_mpi.averaging.expair`: functions of rank, size and the number of the exchange.
 
 
-class InStep(Expair):
-    """Variant: all learners take the hops in the same order, as in the one-peer exponential graph itself."""
-
-    def partner(self, number: int) -> int:
-        return (self.world.rank + 2 ** (number % self._num_hops)) % self.world.size
+def num_hops(size: int) -> int:
+    """Distances 1, 2, 4 .. of the exponential graph."""
+    return max(1, (size - 1).bit_length())
 
 
-class RandomHop(Expair):
-    """Variant: the hop is drawn."""
-
-    def partner(self, number: int) -> int:
-        hop = int(np.random.default_rng([self.world.rank, number]).integers(self._num_hops))
-        return (self.world.rank + 2**hop) % self.world.size
+def in_step(rank: int, size: int, number: int) -> int:
+    """All learners take the hops in the same order, as in the one-peer exponential graph itself."""
+    return (rank + 2 ** (number % num_hops(size))) % size
 
 
-class RandomPartner(Expair):
-    """Variant: any partner."""
-
-    def partner(self, number: int) -> int:
-        other = int(np.random.default_rng([self.world.rank, number]).integers(self.world.size - 1))
-        return other + (other >= self.world.rank)
+def random_hop(rank: int, size: int, number: int) -> int:
+    """The hop is drawn."""
+    hop = int(np.random.default_rng([rank, number]).integers(num_hops(size)))
+    return (rank + 2**hop) % size
 
 
-class Hypercube(Expair):
-    """Variant: the partner differs in one bit (N a power of two), so that learners in step are paired off."""
-
-    def partner(self, number: int) -> int:
-        return self.world.rank ^ 2 ** (number % self._num_hops)
-
-
-class Halves(Expair):
-    """Variant: weight 1/2 also for busy partners."""
-
-    busy_weight: ClassVar[float | None] = None
+def random_partner(rank: int, size: int, number: int) -> int:
+    """Any partner."""
+    other = int(np.random.default_rng([rank, number]).integers(size - 1))
+    return other + (other >= rank)
 
 
-class Thirds(Expair):
-    """Variant: weight 1/3 always."""
-
-    def __init__(self, world: Collective) -> None:
-        super().__init__(world)
-        self.weight = 1 / 3
+def hypercube(rank: int, size: int, number: int) -> int:
+    """The partner differs in one bit (N a power of two), so that learners in step are paired off."""
+    return rank ^ 2 ** (number % num_hops(size))
 
 
-class Ring(Expair):
-    """Variant: the right neighbour always."""
+def ring(rank: int, size: int, number: int) -> int:
+    """The right neighbour always."""
+    return topology.fixed_ring(rank, size)
 
-    def partner(self, number: int) -> int:
-        return (self.world.rank + 1) % self.world.size
+
+def variant(
+    partner: Callable[[int, int, int], int] = topology.exponential, weight: float = 1 / 2, busy: float | None = 1 / 3
+) -> Make:
+    """`Expair` with other partners, or other weights (`busy` None: no other for busy partners)."""
+
+    class Variant(Expair):
+        busy_weight = busy
+
+        def __init__(self, world: Collective) -> None:
+            super().__init__(world)
+            self.weight = weight
+
+        def partners(self, round_number: int) -> Sequence[int]:
+            return [partner(self.world.rank, self.world.size, self._number)]
+
+    return Variant
 
 
 STRATEGIES: dict[str, Make] = {
@@ -100,15 +98,16 @@ STRATEGIES: dict[str, Make] = {
     "adpsgd-random": lambda world: RandomRing(world, seed=1),
     "expair": Expair,
 }
+RING = variant(ring)
 VARIANTS: dict[str, Make] = {
     "expair": Expair,
-    "hops in step": InStep,
-    "random hop": RandomHop,
-    "random partner": RandomPartner,
-    "hypercube": Hypercube,
-    "ring": Ring,
-    "1/2 always": Halves,
-    "1/3 always": Thirds,
+    "hops in step": variant(in_step),
+    "random hop": variant(random_hop),
+    "random partner": variant(random_partner),
+    "hypercube": variant(hypercube),
+    "ring": RING,
+    "1/2 always": variant(busy=None),
+    "1/3 always": variant(weight=1 / 3),
 }
 
 
@@ -148,7 +147,7 @@ def measure(
     simulation = Simulation(
         [make(SimulatedRank(rank, size)) for rank in range(size)],
         [HostPublishedModel(start, NUM_PARAMETERS // pieces) for _ in range(size)],
-        [_NoJournal() for _ in range(size)],
+        [Journal(wanted=False)] * size,
         noise,
         [10**9] * size,
     )
@@ -182,7 +181,7 @@ def measure(
 
 
 def _exchanges(simulation: Simulation) -> float:
-    return float(sum(strategy.num_averages for strategy in simulation.strategies))  # type: ignore[attr-defined]
+    return float(sum(strategy.num_averages for strategy in simulation.strategies))
 
 
 def delay_by_one(size: int, steps: int = 4000, seed: int = 0) -> float:
@@ -208,13 +207,13 @@ def contraction(size: int) -> dict[str, float]:
     Of the fixed ring: its second eigenvalue, squared. Of the random ring: (trace(C'C) - 1)/(N - 1), C the fixed one's
     matrix. Of ours: N exchanges of weight 1/2, one after the other, each by a learner and over a hop drawn at random.
     """
-    ring = sum(np.roll(np.eye(size), shift, 1) for shift in (-1, 0, 1)) / 3
-    eigenvalues = np.sort(np.abs(np.linalg.eigvalsh(ring)))
+    fixed = np.sum([np.roll(np.eye(size), shift, 1) for shift in (-1, 0, 1)], axis=0) / 3
+    eigenvalues = np.sort(np.abs(np.linalg.eigvalsh(fixed)))
     hops = [2**h for h in range(max(1, (size - 1).bit_length()))]
     gap = min(np.mean([1 - np.cos(2 * np.pi * k * hop / size) for hop in hops]) for k in range(1, size))
     return {
         "adpsgd-fixed": float(eigenvalues[-2] ** 2),
-        "adpsgd-random": float((np.trace(ring.T @ ring) - 1) / (size - 1)),
+        "adpsgd-random": float((np.trace(fixed.T @ fixed) - 1) / (size - 1)),
         "expair": float((1 - gap / size) ** size),
     }
 
@@ -235,7 +234,7 @@ def fixed_ring_exact(size: int) -> float:
     return float((1 / (1 - eigenvalues**2)).sum() / size)
 
 
-def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | str]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | str]]) -> None:
     print(f"\n{title}\n")
     print("| |" + "|".join(columns) + "|\n|" + "---|" * (len(columns) + 1))
     for name, values in rows.items():
@@ -251,7 +250,7 @@ def main() -> None:
     result: dict[str, Any] = {"bench": "consensus", "quick": quick, "spread": {}, "copies": {}, "slow": {}}
 
     def run(make: Make, size: int, **settings: Any) -> dict[str, float]:
-        long = size == 64 and make in (FixedRing, Ring)
+        long = size == 64 and make in (FixedRing, RING)
         if long:  # a ring of 64 takes hundreds of steps to come to its spread
             settings |= {"steps": 700, "warm_up": 300, "pieces": 1}
         elif size == 64:
@@ -289,29 +288,29 @@ def main() -> None:
                 some = [run(make, size, capacity=capacity) for size in sizes]
             spreads[name] = [one["spread"] for one in some]
             copies[name] = [one["copies"] for one in some]
-        _table(f"spread, messages that carry {capacity:g} exchanges a step", columns, spreads)
-        _table(f"copies, messages that carry {capacity:g} exchanges a step", columns, copies)
+        _table(f"spread, links that carry {capacity:g} exchanges a step", columns, spreads)
+        _table(f"copies, links that carry {capacity:g} exchanges a step", columns, copies)
         result["spread"][f"{capacity:g}"] = spreads
         result["copies"][f"{capacity:g}"] = copies
     result["slow"] = {
         name: [run(make, size, slow=100.0)["others"] for size in sizes if size < 64 or make is not FixedRing]
         for name, make in STRATEGIES.items()
     }
-    _table("spread of the others, rank 0 100 times slower, messages that carry 4", columns, result["slow"])
+    _table("spread of the others, rank 0 100 times slower, links that carry 4", columns, result["slow"])
     result["variants"] = {}
     for capacity in (8.0, 2.0):
         rows = {
-            name: [run(make, size, capacity=capacity)["spread"] for size in sizes if size < 64 or make is not Ring]
+            name: [run(make, size, capacity=capacity)["spread"] for size in sizes if size < 64 or make is not RING]
             for name, make in VARIANTS.items()
         }
-        _table(f"spread, variants of ours, messages that carry {capacity:g}", columns, rows)
+        _table(f"spread, variants of ours, links that carry {capacity:g}", columns, rows)
         result["variants"][f"{capacity:g}"] = rows
     two = [run(lambda world: Expair(world, exchanges_per_step=2), size, capacity=8.0) for size in sizes]
     result["two_a_step"] = {"spread": [one["spread"] for one in two], "copies": [one["copies"] for one in two]}
-    _table("expair, two exchanges started a step, messages that carry 8", columns, result["two_a_step"])
+    _table("expair, two exchanges started a step, links that carry 8", columns, result["two_a_step"])
     whole = {name: [run(make, size, capacity=2.0, pieces=1)["spread"] for size in sizes if size < 64]
              for name, make in STRATEGIES.items()}  # fmt: skip
-    _table("spread, the model in one piece, messages that carry 2", columns, whole)
+    _table("spread, the model in one piece, links that carry 2", columns, whole)
     result["one_piece"] = whole
     print(json.dumps(result))
 

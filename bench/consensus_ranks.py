@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,61 +24,51 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kaldi_mpi import launch
-from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging import Asynchronous, Participant
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
-from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.transport.world import World
 
 NUM_PARAMETERS, PIECE, SEEN = 2**18, 2**16, 4096
 STEP, SECONDS, WARM_UP, BETWEEN = 0.1, 12.0, 4.0, 0.0137
-CHANNEL = 1
 
 
-def learn(world: Any, strategy: Exchanging, slow: float) -> dict[str, float]:
+def learn(world: World, strategy: Asynchronous, slow: float) -> dict[str, float]:
     """One strategy's run; returns what was found, the same on all ranks."""
     rng = np.random.default_rng(world.rank)
-    shared, journal, messages = (
-        HostPublishedModel(np.zeros(NUM_PARAMETERS, np.float32), PIECE),
-        Journal(),
-        world.messages,
-    )
-    strategy.connect(shared, lambda to, numbers, payload: messages.send(CHANNEL, to, numbers, payload), journal)
-    messages.on_message(CHANNEL, strategy.receive)
+    model = HostPublishedModel(np.zeros(NUM_PARAMETERS, np.float32), PIECE)
+    participant = Participant(strategy, model, world.messages, Journal())
+    participant.connect()
     begin = world.broadcast(time.monotonic() + 0.2)
     seen: list[NDArray[np.float32]] = []
     looks = iter(np.arange(begin + WARM_UP, begin + SECONDS, BETWEEN))
     look = next(looks, None)
-    copy = shared.values.copy()
+    copy = model.to_numpy()
     # Phases are spread, as they are after a while in a real run.
     step_ends = begin + STEP * (world.rank * 0.618 % 1)
     change = np.empty(NUM_PARAMETERS, np.float32)
-    step = 0
     while look is not None:
         rng.standard_normal(NUM_PARAMETERS, np.float32, out=change)
         while look is not None and look < step_ends:
             time.sleep(max(0.0, look - time.monotonic()))
-            with shared.lock(0):
-                seen.append(shared.values[:SEEN].copy())
+            with model.lock(0):
+                seen.append(model.values[:SEEN].copy())
             look = next(looks, None)
         time.sleep(max(0.0, step_ends - time.monotonic()))
-        for piece in range(shared.num_pieces):
-            with shared.lock(piece):
-                shared.push_pull(piece, change, copy)
-                journal.record(Event.STEP, piece, step)
-        messages.post(lambda: strategy.step_taken(1))
-        step += 1
+        participant.publish(change, copy, frames=1)
         step_ends += STEP * (slow if world.rank == 0 else 1.0) * rng.uniform(0.95, 1.05)
-    messages.post(strategy.leave)
-    messages.wait(strategy.quiet)
+    participant.leave()
+    participant.settle()
     world.barrier()
-    messages.on_message(CHANNEL, None)
+    participant.disconnect()
     own = np.array(seen, np.float64)
     mean = np.array([world.sum_float64(row) for row in own]) / world.size
     spreads = np.array(world.gather(float(((own - mean) ** 2).mean())))
     started = sum(world.gather(strategy.num_averages))
-    steps = sum(world.gather(step))
+    steps = sum(world.gather(participant.step))
     return {"spread": spreads.mean(), "others": spreads[1:].mean(), "started_per_step": started / steps}
 
 
@@ -88,7 +77,7 @@ def rank(output: str, slow: float) -> None:
     from kaldi_mpi.transport.mpi import MpiWorld
 
     world = MpiWorld()
-    strategies: list[Exchanging] = [FixedRing(world), RandomRing(world, 1), Expair(world)]
+    strategies: list[Asynchronous] = [FixedRing(world), RandomRing(world, 1), Expair(world)]
     found = {strategy.name: learn(world, strategy, slow) for strategy in strategies}
     if world.rank == 0:
         Path(output).write_text(json.dumps(found), encoding="utf-8")

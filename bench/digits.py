@@ -97,7 +97,7 @@ def subset(name: str, share: float) -> Path:
 
 
 def train(what: Training) -> dict[str, Any]:
-    """Train, if it has not been done; returns the training's summary (see kaldi_mpi.learner.summary)."""
+    """Train, if it has not been done; returns its log/summary.json."""
     data = prepare(what.share).relative_to(RECIPE)
     folder = RECIPE / "exp" / what.name
     summary = folder / "log" / "summary.json"
@@ -124,5 +124,5 @@ def word_error_rate(what: Training, share: float = 1.0, num_jobs: int = 2) -> fl
     decoded = f"exp/{what.name}/decode_test"
     if not list((RECIPE / decoded).glob("wer_*")):
         run(f"decode.sh --nj {num_jobs} exp/{gmm()}/graph {data} {decoded}")
-    best = run(f"python3 -m kaldi_mpi.embedded.best_wer {decoded}")
+    best = run(f"python3 -m kaldi_mpi best-wer {decoded}")
     return float(best.split()[1])

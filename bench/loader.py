@@ -14,7 +14,7 @@ goes through the same minibatches (the same chunks in the same shuffled order, f
     lhotse       a cut for each chunk, if lhotse is installed
     pipes        nnet3-copy-egs | nnet3-shuffle-egs | nnet3-merge-egs on egs of the corpus, beside our reader of the
                  same egs, if KALDI_ROOT is set
-    memcpy       minibatches copied from memory into a ring of four buffers
+    memcpy       minibatches copied from memory into four buffers in turn
 
 Repetitions of all take turns; medians count. A ratio "per core" is one of frames over CPU seconds, of all threads
 and processes: it is what vs_kaldi_native_io (and _any_memory), vs_lhotse and vs_kaldi_pipes are. vs_dataloader is of

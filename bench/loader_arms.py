@@ -376,11 +376,11 @@ def kaldi_pipes(egs: Path, minibatch: int, frames: int) -> Cost:
 
 
 def plain_copies(arrays: int, values: int) -> float:
-    """Bytes a CPU second of copying minibatches from memory, one after the other, into a ring of four buffers."""
+    """Bytes a CPU second of copying minibatches from memory, one after the other, into four buffers in turn."""
     source = np.ones((arrays, values), np.float32)
-    ring = np.empty((4, values), np.float32)
-    ring[:] = 0.0
+    buffers = np.empty((4, values), np.float32)
+    buffers[:] = 0.0
     began = time.thread_time()
     for i in range(arrays):
-        np.copyto(ring[i % 4], source[i])
+        np.copyto(buffers[i % 4], source[i])
     return source.nbytes / (time.thread_time() - began)

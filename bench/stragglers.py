@@ -1,10 +1,9 @@
 """What one slow learner costs: the time of an epoch, by strategy and slowdown.
 
-``python bench/stragglers.py [--ranks 4 8] [--slowdowns 5 10 100] ...`` runs real trainings under mpiexec
-(`kaldi_mpi.train`) on a synthetic corpus, with a network so small that nearly all of a step is a fixed device
-time in which the core is free (``--inject device:20ms``): the learners' speed is then their own, not that of the
-few cores that they share. Learner 2 is made slow (``--inject slow:100x@rank2``). Undisturbed and disturbed runs
-take turns.
+``python bench/stragglers.py [--ranks 4 8] [--slowdowns 5 10 100] ...`` runs real trainings under mpiexec on a
+synthetic corpus, with a network so small that nearly all of a step is a fixed device time in which the core is free
+(``--inject device:20ms``): the learners' speed is then their own, not that of the few cores that they share.
+Learner 2 is made slow (``--inject slow:100x@rank2``). Undisturbed and disturbed runs take turns.
 
 Measured is the time from the first minibatch to the final model, from the training's own log; it goes through the
 same data with and without the slow learner. Its factor over the undisturbed time would be N/(N - 1) if the slow

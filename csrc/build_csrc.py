@@ -32,8 +32,8 @@ HEADERS = [
     "egs_scan.h",
     "split.h",
     "plan.h",
-    "store.h",
-    "ring.h",
+    "cache.h",
+    "queue.h",
 ]
 SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
 # Sums and products are never fused: what is decoded must be the same float on every machine.

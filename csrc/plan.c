@@ -58,7 +58,7 @@ static int count(km_plan *plan, km_error *error) {
         if (plan->taken != NULL && (plan->taken[s] < 0 || plan->taken[s] > plan->chunks_of_shape[s]))
             return km_fail(error, -1,
                            "%" PRId64 " chunks are to be left out where an epoch has %" PRId64
-                           ": a place in other data",
+                           ": a position in other data",
                            plan->taken[s], plan->chunks_of_shape[s]);
     }
     if (total > UINT32_MAX)
@@ -307,12 +307,12 @@ int km_plan_summary(km_plan *plan, int64_t step, km_step_summary *summary, km_er
     km_step found;
     if (step < 0) return km_fail(error, -1, "negative step");
     if (km_plan_acquire(plan, step, &found, error) != KM_OK) return KM_FAILED;
-    *summary = (km_step_summary){found.epoch, found.count, found.frames, found.shape};
+    *summary = (km_step_summary){found.count, found.frames};
     km_plan_release(plan, found.pool);
     return KM_OK;
 }
 
-int km_plan_place(km_plan *plan, int64_t step, int64_t *epoch, int64_t *taken, km_error *error) {
+int km_plan_position(km_plan *plan, int64_t step, int64_t *epoch, int64_t *taken, km_error *error) {
     const int32_t shapes = plan->config.num_shapes;
     int64_t number;
     (void)pthread_mutex_lock(&plan->mutex);

@@ -13,7 +13,7 @@
  * ones at the next such step of the epoch. So minibatches of two ranks in an epoch never differ by more than
  * one.
  *
- * Steps are numbered from the place where the plan starts, over all epochs. A plan may be used by several
+ * Steps are numbered from the position where the plan starts, over all epochs. A plan may be used by several
  * threads.
  */
 #ifndef KALDI_MPI_PLAN_H
@@ -56,16 +56,14 @@ int64_t km_plan_steps_per_epoch(const km_plan *plan);
 int64_t km_plan_steps_of_first_epoch(const km_plan *plan);
 
 typedef struct {
-    int64_t epoch;
     int64_t chunks; /* over all ranks */
     int64_t frames; /* labelled, over all ranks */
-    int32_t shape;
 } km_step_summary;
 
 int km_plan_summary(km_plan *plan, int64_t step, km_step_summary *summary, km_error *error);
 
-/* The place before a step: its epoch, and how many chunks of each shape the steps before it have taken. */
-int km_plan_place(km_plan *plan, int64_t step, int64_t *epoch, int64_t *taken, km_error *error);
+/* The position before a step: its epoch, and how many chunks of each shape the steps before it have taken. */
+int km_plan_position(km_plan *plan, int64_t step, int64_t *epoch, int64_t *taken, km_error *error);
 
 /* Bytes of memory that the plan has now. */
 int64_t km_plan_memory(km_plan *plan);

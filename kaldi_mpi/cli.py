@@ -1,44 +1,77 @@
-"""The console command ``kaldi-mpi``: one word that names what to do, and its options.
+"""The command ``kaldi-mpi`` (also ``python -m kaldi_mpi``): one word that names what to do, and its options.
 
-Everything here is a thin door to a module that does the work (``python -m MODULE`` is the same).
+A verb is a function of some module that takes the words after the verb; the module is imported when its verb is
+used, so that a verb loads no more than it needs. What all programs have in common stands in `run`.
 """
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import kaldi_mpi
+from kaldi_mpi import log
+from kaldi_mpi.errors import KaldiMpiError
 
-# name -> (module that runs as a script, what it does)
-_COMMANDS = {
-    "train": ("kaldi_mpi.train", "one learner of a training (inside mpiexec)"),
-    "launch": ("kaldi_mpi.launch", "start N learners under mpiexec and watch over them"),
-    "progress": ("kaldi_mpi.learner.watch", "show the progress of a training that writes to a log"),
-    "synth": ("kaldi_mpi.embedded.synth", "make a corpus of spoken digits (embedded back end)"),
-    "features": ("kaldi_mpi.embedded.features", "compute MFCCs and CMVN statistics (embedded back end)"),
-    "decode": ("kaldi_mpi.embedded.decode", "decode into Kaldi lattices (embedded back end)"),
-    "score": ("kaldi_mpi.embedded.score", "score lattices as steps/score_kaldi.sh does (embedded back end)"),
+Verb = Callable[[Sequence[str]], "int | None"]
+
+# name -> (module, function, what it does); those that stand in for a script of Kaldi's have its name
+VERBS = {
+    "launch": ("kaldi_mpi.launch", "main", "start N learners under mpiexec and watch over them"),
+    "train": ("kaldi_mpi.learner.run", "main", "be one learner of a training (inside mpiexec)"),
+    "progress": ("kaldi_mpi.learner.watch", "main", "run a command that trains and show its progress"),
+    "journal": ("kaldi_mpi.averaging.journal", "main", "tell of a training's exchanges"),
+    "model-info": ("kaldi_mpi.nnet3.info", "main", "tell what a .mdl file holds"),
+    "copy-data-dir": ("kaldi_mpi.embedded.datadir", "copy_main", "take a data directory into a recipe"),
+    "validate-data-dir": ("kaldi_mpi.embedded.datadir", "validate_main", "check a data directory"),
+    "make-mfcc": ("kaldi_mpi.embedded.mfcc", "main", "compute MFCCs"),
+    "compute-cmvn-stats": ("kaldi_mpi.embedded.cmvn", "main", "compute CMVN statistics by speaker"),
+    "prepare-lang": ("kaldi_mpi.embedded.lang", "main", "make a lang directory from a dictionary"),
+    "train-mono": ("kaldi_mpi.embedded.mono", "main", "train a monophone GMM system"),
+    "align-si": ("kaldi_mpi.embedded.align", "main", "align data with a GMM system"),
+    "mkgraph": ("kaldi_mpi.embedded.graph", "main", "make a decoding graph"),
+    "decode": ("kaldi_mpi.embedded.decode", "main", "decode into lattices"),
+    "score": ("kaldi_mpi.embedded.score", "main", "score lattices, as steps/score_kaldi.sh does"),
+    "best-wer": ("kaldi_mpi.embedded.score", "best_wer_main", "print the best word error rates"),
 }
 
 
 def usage() -> str:
-    """The list of commands."""
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, (_, what) in _COMMANDS.items()]
+    """The list of verbs."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, _, what) in VERBS.items()]
     return "\n".join(
         [
             f"kaldi-mpi {kaldi_mpi.__version__}: persistent MPI learners for Kaldi nnet3 acoustic models",
-            "usage: kaldi-mpi COMMAND [OPTIONS]   (kaldi-mpi COMMAND --help tells the options)",
+            "usage: kaldi-mpi VERB [OPTIONS]   (kaldi-mpi VERB --help tells the options)",
             *lines,
             "e.g.: kaldi-mpi launch -n 4 -- kaldi-mpi train --feat-dir data/train --ali-dir exp/tri_ali --dir exp/lstm",
         ]
     )
 
 
+def run(program: str, function: Verb, arguments: Sequence[str]) -> int:
+    """Run a program: its log in Kaldi's form, and the user's errors as one ERROR line and status 1.
+
+    Args:
+        program: its name in the log.
+        function: takes the arguments; returns the exit status, None meaning 0.
+        arguments: without the program's name.
+
+    Returns:
+        the exit status.
+    """
+    log.set_up(program)
+    try:
+        return function(arguments) or 0
+    except KaldiMpiError as error:
+        log.logger.error("%s", error)
+        return 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command named first; returns its exit status, or leaves with it."""
+    """Run the verb named first; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -46,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(kaldi_mpi.__version__)
         return 0
-    if words[0] not in _COMMANDS:
-        print(f"kaldi-mpi: no command {words[0]!r}\n{usage()}", file=sys.stderr)
+    if words[0] not in VERBS:
+        print(f"kaldi-mpi: no verb {words[0]!r}\n{usage()}", file=sys.stderr)
         return 1
-    sys.argv = [f"kaldi-mpi {words[0]}", *words[1:]]
-    runpy.run_module(_COMMANDS[words[0]][0], run_name="__main__", alter_sys=False)
-    return 0
 
+    def verb(rest: Sequence[str]) -> int | None:
+        module, function, _ = VERBS[words[0]]
+        status: int | None = getattr(importlib.import_module(module), function)(rest)
+        return status
 
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(f"kaldi-mpi-{words[0]}", verb, words[1:])

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Small files: written whole or not at all; read with errors that name them."""
 
 from __future__ import annotations
 
@@ -43,3 +43,33 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", sync: bool = Tr
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def read_text(path: str | os.PathLike[str], default: str | None = None) -> str:
+    """The text of a small file, without white space at its ends.
+
+    Args:
+        default: what to return where there is no such file.
+
+    Raises:
+        DataError: it cannot be read; names it.
+    """
+    if default is not None and not os.path.exists(path):
+        return default
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read: {error}", file=os.fspath(path)) from error
+
+
+def read_number(path: str | os.PathLike[str], default: int | None = None) -> int:
+    """The whole number that a file consists of, such as Kaldi's ``num_jobs``.
+
+    Raises:
+        DataError: it cannot be read, or is no number; names it.
+    """
+    text = read_text(path, None if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"a number is expected, not {text!r}", file=os.fspath(path)) from None

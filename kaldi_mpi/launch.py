@@ -1,11 +1,12 @@
 """Start N learners under mpiexec, watch over them, and say which one failed and why.
 
-``python -m kaldi_mpi.launch --num-learners 4 [--mpiexec PATH] -- python -m kaldi_mpi.train ...``
+``kaldi-mpi launch --num-learners 4 [--mpiexec PATH] -- kaldi-mpi train ...``
 
 What mpiexec does alone is not enough: its settings for few cores differ by vendor, and when a learner dies
 its message seldom says more than a process number. Here each learner keeps a small status file (its rank,
 process, state and last words); when the run ends badly the launcher reads them and names the rank. It also
-ends the run itself should mpiexec not notice that a learner is gone.
+ends the run itself should mpiexec not notice that a learner is gone, and keeps what mpiexec prints at each bad end
+off the terminal where a learner has said why.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kaldi_mpi import log
-from kaldi_mpi.errors import ConfigError, KaldiMpiError
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, read_status
 
 MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
@@ -172,52 +173,110 @@ def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        with _Ears(process) as ears:
-            return _watch(process, status_dir, num_learners, ears)
+        with _Relay(process) as relay:
+            return _watch(process, status_dir, num_learners, relay)
     finally:
         shutil.rmtree(status_dir, ignore_errors=True)
 
 
-class _Ears:
+# What mpiexec, or the library of the rank that ends a run, says whenever a run ends badly. Where a learner has said
+# why, this only hides the reason.
+_RULES = (
+    (b"-", rb"MPI_ABORT was invoked|Primary job |(?:prterun|mpirun|mpiexec|orterun) "),  # Open MPI
+    (b"=", rb"=   BAD TERMINATION"),  # MPICH and its relatives
+)
+_BANNER = re.compile(
+    b"|".join(rb"%b{60,}\n(?:%b).*?\n%b{60,}\n\0*" % (rule, first, rule) for rule, first in _RULES)
+    + rb"|YOUR APPLICATION TERMINATED WITH [^\n]*\nThis typically [^\n]*\nPlease see [^\n]*\n"
+    + rb"|Abort\(\d+\) on node [^\n]* application called MPI_Abort[^\n]*\n",
+    re.DOTALL,
+)
+_BANNER_BEGUN = re.compile(
+    b"|".join(rb"%b+(?:\n(?:[^\n]*|(?:%b).*))?\Z" % (rule, first) for rule, first in _RULES)
+    + rb"|YOUR APPLICATION TERMINATED WITH .*\Z|Abort\([^\n]*\Z",
+    re.DOTALL,
+)
+_LONGEST_BANNER = 4096
+
+
+class _Stream:
+    """One of mpiexec's output streams on its way to ours; its banners are held back."""
+
+    def __init__(self, source: IO[bytes], sink: IO[bytes]) -> None:
+        self._source, self._sink = source, sink
+        self.tail = b""  # the last that came, banners included
+        self.banners = b""
+        self._unsure = b""  # what may be the beginning of a banner
+
+    def run(self) -> None:
+        while piece := os.read(self._source.fileno(), 65536):
+            self.tail = (self.tail + piece)[-16384:]
+            self._write(self._without_banners(piece))
+        self._write(self._unsure)
+
+    def release(self) -> None:
+        """Pass on the banners too."""
+        self._write(self.banners)
+        self.banners = b""
+
+    def _without_banners(self, piece: bytes) -> bytes:
+        text = self._unsure + piece
+        if self.banners and not self._unsure:
+            text = text.lstrip(b"\0")  # prterun ends its last banner with one, at times after a while
+        found = _BANNER.findall(text)
+        if found:
+            self.banners += b"".join(found)
+            text = _BANNER.sub(b"", text)
+        begun = _BANNER_BEGUN.search(text)
+        end = begun.start() if begun and len(text) - begun.start() <= _LONGEST_BANNER else len(text)
+        self._unsure = text[end:]
+        return text[:end]
+
+    def _write(self, text: bytes) -> None:
+        if text:
+            self._sink.write(text)
+            self._sink.flush()
+
+
+class _Relay:
     """Passes on what mpiexec prints, as it comes, and remembers its last words.
 
     Open MPI tells of a dead process on standard error, MPICH on standard output.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._tails = [b"", b""]
         assert process.stdout is not None and process.stderr is not None
+        self._streams = [_Stream(process.stdout, sys.stdout.buffer), _Stream(process.stderr, sys.stderr.buffer)]
         self._threads = [
-            threading.Thread(target=self._listen, args=(number, *pair), name=f"mpiexec-{number}", daemon=True)
-            for number, pair in enumerate([(process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)])
+            threading.Thread(target=stream.run, name=f"mpiexec-{number}", daemon=True)
+            for number, stream in enumerate(self._streams)
         ]
 
-    def __enter__(self) -> _Ears:
+    def __enter__(self) -> _Relay:
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._join()
+        self.finish()
 
-    def _join(self) -> None:
+    def finish(self) -> None:
+        """Wait for the streams' end."""
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-    def _listen(self, number: int, stream: IO[bytes], sink: IO[bytes]) -> None:
-        while piece := os.read(stream.fileno(), 65536):
-            sink.write(piece)
-            sink.flush()
-            self._tails[number] = (self._tails[number] + piece)[-16384:]
+    def release_banners(self) -> None:
+        """Pass on what mpiexec itself said of the run's end; after `finish`."""
+        for stream in self._streams:
+            stream.release()
 
     def ranks_named(self, statuses: Sequence[Mapping[str, Any]]) -> set[int]:
         """The ranks whose process mpiexec's last words name (Open MPI and MPICH both say ``PID n``)."""
-        self._join()
-        said = {int(number) for tail in self._tails for number in re.findall(rb"\bPID (\d+)", tail)}
+        said = {int(number) for stream in self._streams for number in re.findall(rb"\bPID (\d+)", stream.tail)}
         return {int(s["rank"]) for s in statuses if s["pid"] in said}
 
 
-def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int, ears: _Ears) -> int:
+def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int, relay: _Relay) -> int:
     asked_to_stop: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
@@ -246,25 +305,28 @@ def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    relay.finish()
     if asked_to_stop:
         logger.error("stopped by signal %s", signal.Signals(asked_to_stop[0]).name)
         return 128 + asked_to_stop[0]
     statuses = read_status(status_dir)
+    if not any(s["state"] == "failed" for s in statuses):
+        relay.release_banners()
     if status == 0 and len(statuses) == num_learners and all(s["state"] == "finished" for s in statuses):
         return 0
     # mpiexec has often ended others, or everybody, before the next poll; then only its own words tell who went first.
-    named = ears.ranks_named(statuses)
+    named = relay.ranks_named(statuses)
     for line in explain_failure(statuses, num_learners, (gone & named) or gone or named):
         logger.error("%s", line)
     return 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kaldi_mpi.launch",
+def main(arguments: Sequence[str]) -> int:
+    """``kaldi-mpi launch``; returns the exit status."""
+    parser = Parser(
+        prog="kaldi-mpi launch",
         description="Start N learners under mpiexec and watch over them.",
-        epilog="e.g.: python -m kaldi_mpi.launch -n 4 -- python -m kaldi_mpi.train --dir exp/lstm ...",
+        epilog="e.g.: kaldi-mpi launch -n 4 -- kaldi-mpi train --dir exp/lstm ...",
     )
     parser.add_argument("--num-learners", "-n", type=int, default=1, help="N (default 1)")
     parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")
@@ -272,15 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of one rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    log.set_up("kaldi-mpi-launch")
     if not command:
         parser.error("no command given")
-    try:
-        return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))
-    except KaldiMpiError as error:
-        logger.error("%s", error)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))

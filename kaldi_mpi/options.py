@@ -34,6 +34,19 @@ def optional(text: str) -> str | None:
     return text or None
 
 
+def number(kind: type) -> Callable[[str], float | int]:
+    """A type for whole numbers (`kind` is int) or for any (float); the range is checked elsewhere."""
+
+    def convert(text: str) -> float | int:
+        try:
+            value: float | int = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        return value
+
+    return convert
+
+
 def at_least(low: float, kind: Callable[[str], float] = int, exclusive: bool = False) -> Callable[[str], float | int]:
     """A type for numbers from `low` on (above it, if `exclusive`); `kind` is int or float."""
 

@@ -36,6 +36,7 @@ Main options:
 set -eu -o pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=/dev/null # the recipe's
 if [ -f ./path.sh ]; then . ./path.sh; fi
 . "$here/parse_options.sh"
 
@@ -85,7 +86,7 @@ mkdir -p "$dir/log"
 rm -f "$dir"/lat.*.gz
 # shellcheck disable=SC2086 # $cmd may carry options
 $cmd JOB=1:"$nj" "$dir/log/decode.JOB.log" \
-  python3 -m kaldi_mpi.embedded.decode --nj "$nj" --job JOB --iter "$iter" \
+  kaldi-mpi decode --nj "$nj" --job JOB --iter "$iter" \
   --acwt "$acwt" --beam "$beam" --lattice-beam "$lattice_beam" \
   --frames-per-chunk "$frames_per_chunk" \
   --extra-left-context "$extra_left_context" --extra-right-context "$extra_right_context" \

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Options of the form "--name value" for shell scripts; to be sourced after the variables' defaults:
 #
 #   num_epochs=4   # default
@@ -21,10 +22,12 @@ for ((_i = 1; _i < $#; _i++)); do
     _next=$((_i + 1))
     [ -r "${!_next}" ] || _parse_options_fail "cannot read the configuration file '${!_next}'"
     # Without a slash, "." would look along PATH.
+    # shellcheck source=/dev/null
     case "${!_next}" in
       */*) . "${!_next}" ;;
       *) . "./${!_next}" ;;
     esac
+    # shellcheck disable=SC2034 # the option's variable, as every option has one
     config=${!_next}
   fi
 done

@@ -29,7 +29,7 @@ Main options, as "--name value" or "--name=value":
   --python <program|python3>    # Python of the environment with kaldi_mpi
 All other options go to the learners: those of steps/nnet3/train_rnn.py by their names there
 (--feat.online-ivector-dir, --egs.dir, --egs.chunk-width=20,15, ...; with --egs.dir, --feat-dir is not needed), and
---strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi.train --help" lists them.
+--strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi train --help" lists them.
 EOF
 }
 
@@ -80,16 +80,16 @@ fi
 
 mkdir -p "$dir/log"
 log=$dir/log/train.log
-launch=("$python" -m kaldi_mpi.launch --num-learners $((num_learners + num_servers)))
+launch=("$python" -m kaldi_mpi launch --num-learners $((num_learners + num_servers)))
 [ -z "$mpiexec" ] || launch+=(--mpiexec "$mpiexec")
 [ -z "$mpiexec_opts" ] || launch+=("--mpiexec-opts=$mpiexec_opts")
 
 status=0
 # $cmd unquoted: it may carry options of its own, as in Kaldi's cmd.sh.
 # shellcheck disable=SC2086
-"$python" -m kaldi_mpi.learner.watch "$dir/progress.json" -- \
+"$python" -m kaldi_mpi progress "$dir/progress.json" -- \
   $cmd --num-threads "$num_learners" "$log" \
-  "${launch[@]}" -- "$python" -m kaldi_mpi.train "${options[@]}" || status=$?
+  "${launch[@]}" -- "$python" -m kaldi_mpi train "${options[@]}" || status=$?
 if [ $status -ne 0 ]; then
   echo "$0: training failed; the reason, from $log:" >&2
   grep -a -E '^(ERROR|WARNING) |Error' "$log" | tail -n 5 >&2 || tail -n 5 "$log" >&2

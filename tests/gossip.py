@@ -9,23 +9,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kaldi_mpi.averaging.driver import Participant
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
-from kaldi_mpi.averaging.journal import Event as JournalEvent
 from kaldi_mpi.averaging.journal import Journal, Records
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.strategy import Asynchronous
 from kaldi_mpi.learner.flat import ComponentSlice, FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.testing.reference import kaldi_step
 from kaldi_mpi.testing.simulation import SimulatedRank, Simulation
-from kaldi_mpi.transport.world import World
+from kaldi_mpi.transport.world import Collective, World
 
-Make = Callable[[Collective], Exchanging]
+Make = Callable[[Collective], Asynchronous]
 
-GOSSIP: dict[str, Make] = {
+GOSSIP: dict[str, Callable[[Collective], Exchanging]] = {
     "adpsgd-fixed": FixedRing,
     "adpsgd-random": lambda world: RandomRing(world, seed=3),
     "expair": Expair,
@@ -70,7 +70,7 @@ def simulation(
 
 def total_after(models: NDArray[np.float32], num_steps: Sequence[int]) -> NDArray[np.float64]:
     """(P,): the sum of all models and of all steps of `noise`, in float64."""
-    total = models.astype(np.float64).sum(0)
+    total: NDArray[np.float64] = models.astype(np.float64).sum(0)
     for rank, steps in enumerate(num_steps):
         for step in range(steps):
             total += noise(rank, step, models[0])[0]
@@ -97,6 +97,17 @@ def start_model() -> NDArray[np.float64]:
     return np.random.default_rng(99).standard_normal(DIM)
 
 
+def flat_parameters(limits: bool = True) -> FlatParameters:
+    """`start_model` in the learner's own buffers, as two components with a largest change each."""
+    return FlatParameters(
+        torch.from_numpy(start_model().astype(np.float32)),
+        [
+            ComponentSlice(f"c{i}", where, limit if limits else 0.0, 1.0, 0.0)
+            for i, (where, limit) in enumerate(MAX_CHANGE)
+        ],
+    )
+
+
 def rate(step: int, size: int) -> float:
     """The actual learning rate of a step."""
     return 0.002 * 0.9**step * size
@@ -107,38 +118,27 @@ def num_steps(rank: int) -> int:
     return NUM_STEPS - 2 * (rank % 2)
 
 
-def train(world: World, strategy: Exchanging) -> tuple[NDArray[np.float32], NDArray[np.float32], Records]:
-    """What the learner's loop does, with its real optimiser; returns own model, final model, journal."""
-    flat = FlatParameters.__new__(FlatParameters)
-    flat.values = torch.from_numpy(start_model().astype(np.float32))
-    flat.gradients = torch.zeros(DIM)
-    flat.components = [ComponentSlice(f"c{i}", where, limit, 1.0, 0.0) for i, (where, limit) in enumerate(MAX_CHANGE)]
+def train(world: World, strategy: Asynchronous) -> tuple[NDArray[np.float32], NDArray[np.float32], Records]:
+    """A training with the learner's real optimiser; returns own model, final model, journal."""
+    flat = flat_parameters()
     optimiser = KaldiSgd(flat, MOMENTUM, MAX_PARAM_CHANGE)
     w, change = flat.values.numpy(), torch.zeros(DIM)
-    shared, journal, messages = HostPublishedModel(w, PIECE), Journal(), world.messages
-    strategy.begin(w)
-    strategy.connect(shared, lambda to, numbers, payload: messages.send(1, to, numbers, payload), journal)
-    messages.on_message(1, strategy.receive)
+    model, journal = HostPublishedModel(w, PIECE), Journal()
+    participant = Participant(strategy, model, world.messages, journal)
+    participant.connect()
     world.barrier()
     for step in range(num_steps(world.rank)):
         flat.gradients.numpy()[:] = gradient(w.astype(np.float64), world.rank, step)
         optimiser.step(rate(step, world.size), 1, change)
-        strategy.filter_change(change.numpy())
-        for piece in range(shared.num_pieces):
-            with shared.lock(piece):
-                shared.push_pull(piece, change.numpy(), w)
-                journal.record(JournalEvent.STEP, piece, step)
-        messages.post(lambda: strategy.step_taken(10))
-        if strategy.may_block:
-            messages.wait(lambda: not strategy.blocked())
+        participant.publish(change, w, frames=10)
         if (step + world.rank) % 3 == 0:
             time.sleep(0.002)  # so that messages meet learners in various states
-    messages.post(strategy.leave)
-    messages.wait(strategy.quiet)
+    participant.leave()
+    participant.settle()
     world.barrier()
-    own, final = shared.values.copy(), shared.values.copy()
+    own, final = model.to_numpy(), model.to_numpy()
     strategy.finish(final)
-    messages.on_message(1, None)
+    participant.disconnect()
     return own, final, journal.records()
 
 

@@ -47,20 +47,20 @@ KINDS = {
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "libasan.so",
         "detect_leaks=0:detect_stack_use_after_return=1",
-        ("test_loader_*.py",),
+        ("test_*.py",),
     ),
     "thread": Kind(
         ("-fsanitize=thread",),
         "libtsan.so",
         "halt_on_error=0:second_deadlock_stack=1",
         (
-            "test_loader_reader.py",
-            "test_loader_requests.py",
-            "test_loader_order.py",
-            "test_loader_plan.py",
-            "test_loader_bad_input.py",
-            "test_loader_disk.py",
-            "test_loader_egs.py",
+            "test_reader.py",
+            "test_requests.py",
+            "test_order.py",
+            "test_plan.py",
+            "test_bad_input.py",
+            "test_disk.py",
+            "test_egs.py",
         ),
     ),
 }
@@ -118,7 +118,7 @@ def run(name: str, arguments: list[str]) -> bool:
     extension = build(kind, directory)
     for old in directory.glob("found.*"):
         old.unlink()
-    files = sorted({str(path) for pattern in kind.tests for path in (ROOT / "tests").glob(pattern)})
+    files = sorted({str(path) for pattern in kind.tests for path in (ROOT / "tests" / "loader").glob(pattern)})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.sanitized_extension", "-m", "not kaldi and not slow"]
     command += arguments or files
     print(f"{name}: {extension}", flush=True)

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kaldi_mpi.averaging.names import NAMES
+from kaldi_mpi.averaging import NAMES
 from kaldi_mpi.averaging.settings import USERS
 from tests.toy import Toy, environment, launch_command, make_toy
 

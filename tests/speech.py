@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kaldi_mpi.embedded.datadir import write_data_dir
-from kaldi_mpi.embedded.wave import Samples, write_wave
+from kaldi_mpi.embedded.wave import Samples, encode_wave
 from tests.paths import fsdd
 
 
@@ -25,7 +25,8 @@ def tone_dir(folder: Path, utterances: int = 4, rate: int = 8000) -> Path:
     (folder / "wav").mkdir(parents=True, exist_ok=True)
     names = [f"spk{2 * index // utterances}-{index:02d}" for index in range(utterances)]
     for index, name in enumerate(names):
-        write_wave(folder / "wav" / f"{name}.wav", tone(0.4 + 0.1 * index, 300 + 100 * index, rate), rate)
+        samples = tone(0.4 + 0.1 * index, 300 + 100 * index, rate)
+        (folder / "wav" / f"{name}.wav").write_bytes(encode_wave(samples, rate))
     write_data_dir(
         folder / "data",
         wav_scp={name: str(folder / "wav" / f"{name}.wav") for name in names},

@@ -19,7 +19,7 @@ NUM_PDFS, FEAT_DIM = 5, 6
 
 XCONFIG = f"""\
 input dim={FEAT_DIM} name=input
-fixed-affine-layer name=lda input=Append(-1,0,1) affine-transform-file={{lda}}
+fixed-affine-layer name=lda delay=2 input=Append(-1,0,1) affine-transform-file={{lda}}
 fast-lstm-layer name=lstm1 cell-dim=8 delay=-1 decay-time=20
 fast-lstm-layer name=lstm2 cell-dim=8 delay=-2
 output-layer name=output output-delay=2 dim={NUM_PDFS} max-change=1.5
@@ -42,7 +42,7 @@ class Toy:
         return folder
 
     def options(self, folder: Path, *more: str) -> list[str]:
-        """Options of kaldi_mpi.train for a short training into `folder`; later ones win."""
+        """Options of `kaldi-mpi train` for a short training into `folder`; later ones win."""
         return [
             f"--feat-dir={self.feat_dir}",
             f"--ali-dir={self.ali_dir}",
@@ -120,8 +120,8 @@ def make_toy(work: Path, num_utterances: int = 60, seed: int = 0) -> Toy:
 def launch_command(num_learners: int, options: Sequence[str]) -> list[str]:
     """The command line that trains with real MPI ranks."""
     return [
-        *[sys.executable, "-m", "kaldi_mpi.launch", "-n", str(num_learners), "--"],
-        *[sys.executable, "-m", "kaldi_mpi.train", *options],
+        *[sys.executable, "-m", "kaldi_mpi", "launch", "-n", str(num_learners), "--"],
+        *[sys.executable, "-m", "kaldi_mpi", "train", *options],
     ]
 
 

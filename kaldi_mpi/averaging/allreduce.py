@@ -20,10 +20,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.published import Flat
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook, Synchronous
+from kaldi_mpi.transport.world import Collective
 
 
-class Allreduce(Strategy):
+class Allreduce(Synchronous):
     """Equation (1). N learners equal one learner with the N-fold minibatch, to float32 rounding.
 
     Args:
@@ -32,20 +35,31 @@ class Allreduce(Strategy):
     """
 
     name: ClassVar[str] = "allreduce"
+    hooks = Hook.COMBINE_GRADIENTS
     moves_together: ClassVar[bool] = True
 
     def __init__(self, world: Collective, transfer_dtype: str = "float32") -> None:
         super().__init__(world)
         self.transfer_dtype = transfer_dtype
 
-    def combine_gradients(self, gradients: Flat, step: Step) -> None:
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Allreduce:
+        return cls(world, settings.transfer_dtype)
+
+    def combine_gradients(self, gradients: Flat) -> None:
         """Replace `gradients` by their mean over the learners, as in (1)."""
         if self.world.size == 1:
             return  # not one bit changes for a single learner
         self.world.sum_(gradients, self.transfer_dtype)
         gradients /= np.float32(self.world.size)
-        self._count(gradients, self.transfer_dtype)
+        self._count_average(gradients, self.transfer_dtype)
 
     def mean_model(self, parameters: Flat) -> Flat:
         """A copy: the models never differ, and a mean of equal numbers could still round."""
         return parameters.copy()
+
+
+class SuperLearnerAllreduce(Allreduce):
+    """(1) where all learners are one super-learner, which has summed its gradients already."""
+
+    hooks = Hook.NONE

@@ -38,10 +38,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kaldi_mpi.averaging.centre import Centred
-from kaldi_mpi.averaging.exchange import REPLY, Post
-from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire, from_wire, to_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.exchange import REPLY
+from kaldi_mpi.averaging.journal import Journal, JournalEvent
+from kaldi_mpi.averaging.published import Flat, PublishedModel
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook, Send
+from kaldi_mpi.transport.number_formats import Wire, from_wire, to_wire
+from kaldi_mpi.transport.world import Collective
 
 
 class Asgd(Centred):
@@ -53,7 +56,7 @@ class Asgd(Centred):
     """
 
     name: ClassVar[str] = "asgd"
-    may_block: ClassVar[bool] = True
+    hooks = Hook.BLOCKED | Hook.SHARE
     sends_rest: ClassVar[bool] = True
 
     def __init__(
@@ -70,25 +73,28 @@ class Asgd(Centred):
         self._clock: dict[int, list[int]] = {}  # by piece kept here and learner
         self._held: dict[int, list[tuple[int, int]]] = {}  # by piece: (learner, exchange) not yet answered
 
-    def connect(self, shared: Shared, post: Post, journal: Journal) -> None:
-        """See `Centred.connect`."""
-        super().connect(shared, post, journal)
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Asgd:
+        return cls(world, settings.frames_per_average, settings.staleness_bound, settings.dedicated_server)
+
+    def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
+        super().connect(model, send, journal)
         if self.world.size == 1 or self._base:
             return
-        for piece in range(shared.num_pieces):
-            with shared.lock(piece):
-                self._base[piece] = shared.read(piece)
+        for piece in range(model.num_pieces):
+            with model.lock(piece):
+                self._base[piece] = model.read(piece)
         self._clock = {piece: [0] * self.num_learners for piece in self.centre}
         self._held = {piece: [] for piece in self.centre}
 
     def outgoing(self, piece: int) -> tuple[Wire, Wire]:
         """p of (1) as it travels, and b + p."""
-        change = self.shared.read(piece) - self._base[piece]
-        sent = np.empty(change.size, self.shared.wire)
+        change = self.model.read(piece) - self._base[piece]
+        sent = np.empty(change.size, self.model.wire)
         to_wire(change, sent)
         return sent, self._base[piece] + from_wire(sent)
 
-    def take(self, piece: int, source: int, number: int, theirs: Wire) -> None:
+    def update_centre(self, piece: int, source: int, number: int, theirs: Wire) -> None:
         """The owner's half of (1); who may be answered by now is."""
         self.centre[piece] += from_wire(theirs) / np.float32(self.num_learners)
         self._clock[piece][source] += 1
@@ -115,10 +121,12 @@ class Asgd(Centred):
         for learner, number in ready:
             version = self._updates[piece]
             self._seen[piece][learner] = version
-            self.journal.record(Event.FETCH, piece, number, learner, own_steps=version)
-            self._send(learner, (REPLY, number, piece, version), self.centre_wire(piece))
+            self.journal.record(JournalEvent.FETCH, piece, number, learner, own_steps=version)
+            self._send_piece(learner, (REPLY, number, piece, version), self.centre_wire(piece))
 
-    def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire, weight: float) -> None:
+    def _apply(
+        self, event: JournalEvent, piece: int, number: int, their_steps: int, theirs: Wire, weight: float
+    ) -> None:
         """(2)."""
         self._base[piece] = from_wire(theirs).copy()
         super()._apply(event, piece, number, their_steps, theirs, weight)
@@ -133,7 +141,7 @@ class Asgd(Centred):
             return parameters.copy()
         out = np.zeros_like(parameters)
         for piece, values in self.centre.items():
-            out[self.shared.where[piece]] = values
+            out[self.model.where[piece]] = values
         return out
 
     @property
@@ -150,7 +158,6 @@ class Asgd(Centred):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._base = {piece: values.copy() for piece, values in state["base"].items()}
         self._clock = {piece: list(clock) for piece, clock in state["clock"].items()}

@@ -28,11 +28,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.published import rounded
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.published import Flat
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook, Synchronous
+from kaldi_mpi.transport.number_formats import rounded
+from kaldi_mpi.transport.world import Collective
 
 
-class Bmuf(Strategy):
+class Bmuf(Synchronous):
     """Equations (1) to (4).
 
     Args:
@@ -46,6 +49,7 @@ class Bmuf(Strategy):
     """
 
     name: ClassVar[str] = "bmuf"
+    hooks = Hook.MIX_PARAMETERS
 
     def __init__(
         self,
@@ -66,6 +70,19 @@ class Bmuf(Strategy):
         # c, D, and what rounding has kept back: (P,) float32 each, none for a learner alone.
         self._centre = self._delta = self._residue = np.zeros(0, np.float32)
 
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Bmuf:
+        assert settings.frames_per_average is not None  # check_settings has seen to it
+        return cls(
+            world,
+            settings.frames_per_average,
+            settings.block_momentum,
+            settings.block_learning_rate,
+            settings.nesterov,
+            settings.reset_momentum,
+            settings.transfer_dtype,
+        )
+
     @property
     def rate_factor(self) -> float:
         """1 - eta; 1 for a learner alone."""
@@ -78,9 +95,9 @@ class Bmuf(Strategy):
             self._delta = np.zeros_like(parameters)
             self._residue = np.zeros(0 if self.transfer_dtype == "float32" else parameters.size, np.float32)
 
-    def note(self, step: Step) -> bool:
+    def count_step(self, frames: int, global_frames: int) -> bool:
         """Count the step's frames; the block ends when K have gone by."""
-        self._frames += step.global_frames
+        self._frames += global_frames
         return self._frames >= self.frames_per_average
 
     def _start(self) -> Flat:
@@ -106,7 +123,7 @@ class Bmuf(Strategy):
         self._delta += mean
         self._centre += self._delta
         parameters[:] = self._start()
-        self._count(parameters, self.transfer_dtype)
+        self._count_average(parameters, self.transfer_dtype)
         return self.reset_momentum
 
     def finish(self, parameters: Flat) -> None:
@@ -126,7 +143,6 @@ class Bmuf(Strategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._frames = state["frames"]
         self._centre, self._delta = state["centre"].copy(), state["delta"].copy()

@@ -22,11 +22,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.exchange import Exchanging, Payload, Post
-from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire, to_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging.journal import Journal, JournalEvent
+from kaldi_mpi.averaging.published import Flat, PublishedModel
+from kaldi_mpi.averaging.strategy import Payload, Send
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.transport.number_formats import Wire, to_wire
+from kaldi_mpi.transport.world import Collective
 
 LEAVE, LEFT, JOIN = 10, 11, 12  # kinds of messages besides those of exchanges; the second number is the round
 
@@ -68,7 +70,6 @@ class Centred(Exchanging):
         self._unconfirmed = 0  # owners that have not answered this learner's LEAVE
         self._to_say = False  # LEAVE, once nothing is under way
         self.max_staleness = 0
-        self._staleness, self._answered = 0, 0
 
     @property
     def num_learners(self) -> int:
@@ -80,20 +81,15 @@ class Centred(Exchanging):
         """Whether this rank is a learner."""
         return self.world.rank < self._num_learners
 
-    @property
-    def mean_staleness(self) -> float:
-        """Of all updates to the pieces kept here."""
-        return self._staleness / max(1, self._answered)
-
-    def connect(self, shared: Shared, post: Post, journal: Journal) -> None:
-        """See `Exchanging.connect`; unless it goes on from a state, the centre is the model as it is now."""
-        super().connect(shared, post, journal)
+    def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
+        """See `Asynchronous.connect`; unless it goes on from a state, the centre is the model as it is now."""
+        super().connect(model, send, journal)
         if self.world.size == 1 or self._updates:
             return
-        for piece in range(shared.num_pieces):
+        for piece in range(model.num_pieces):
             if self.target(piece) == self.world.rank:
-                with shared.lock(piece):
-                    self.centre[piece] = shared.read(piece)
+                with model.lock(piece):
+                    self.centre[piece] = model.read(piece)
                 self._updates[piece] = 0
                 self._seen[piece] = [0] * self._num_learners
 
@@ -107,7 +103,7 @@ class Centred(Exchanging):
 
     # What subclasses say.
 
-    def take(self, piece: int, source: int, number: int, theirs: Wire) -> Wire | None:
+    def update_centre(self, piece: int, source: int, number: int, theirs: Wire) -> Wire | None:
         """At the owner: change the centre by what `source` has sent; returns the answer, or None: not yet."""
         raise NotImplementedError
 
@@ -127,25 +123,23 @@ class Centred(Exchanging):
         """At the owner: a learner's exchange; what is given back tells the version of the centre, too."""
         stale = self._updates[piece] - self._seen[piece][source]
         self.max_staleness = max(self.max_staleness, stale)
-        self._staleness += stale
-        self._answered += 1
         version = self._updates[piece]
         self.journal.record(
-            Event.CENTRE, piece, number, source, own_steps=version, their_steps=their_steps, age=stale
+            JournalEvent.CENTRE, piece, number, source, own_steps=version, their_steps=their_steps, age=stale
         )  # fmt: skip
         self._updates[piece] = version + 1
-        reply = self.take(piece, source, number, theirs)
+        reply = self.update_centre(piece, source, number, theirs)
         if reply is None:
             return None
         self._seen[piece][source] = version + 1
         return version, reply
 
     def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
-        """See `Exchanging.receive`; here also of learners that leave and come back."""
+        """See `Asynchronous.receive`; here also of learners that leave and come back."""
         kind, number = numbers[:2]
         if kind == LEAVE:
             self._left_in[source] = number
-            self.post(source, (LEFT, number, 0, 0), None)
+            self.send(source, (LEFT, number, 0, 0), None)
             self.somebody_left()
         elif kind == LEFT:
             self._unconfirmed -= 1
@@ -158,7 +152,7 @@ class Centred(Exchanging):
             self._say_leave()
 
     def leave(self) -> None:
-        """See `Exchanging.leave`; the owners hear of it when nothing is under way any more."""
+        """See `Asynchronous.leave`; the owners hear of it when nothing is under way any more."""
         rest = self.sends_rest and (self._frames > 0 or bool(self._due))
         super().leave()
         if self.world.size == 1 or not self.learns:
@@ -175,15 +169,15 @@ class Centred(Exchanging):
             self._to_say = False
             self._unconfirmed = len(self.owners)
             for owner in self.owners:
-                self.post(owner, (LEAVE, self._round, 0, 0), None)
+                self.send(owner, (LEAVE, self._round, 0, 0), None)
 
-    def stay(self) -> None:
-        """See `Exchanging.stay`; for use after all learners have paused."""
+    def rejoin(self) -> None:
+        """See `Asynchronous.rejoin`; for use after all learners have paused."""
         if self._leaving and self.world.size > 1 and self.learns:
             self._round += 1
             for owner in self.owners:
-                self.post(owner, (JOIN, self._round, 0, 0), None)
-        super().stay()
+                self.send(owner, (JOIN, self._round, 0, 0), None)
+        super().rejoin()
 
     def quiet(self) -> bool:
         """Whether nothing that this rank started is under way, its leaving included."""
@@ -191,7 +185,7 @@ class Centred(Exchanging):
 
     def centre_wire(self, piece: int) -> Wire:
         """A copy of the centre's piece as it travels."""
-        out = np.empty(self.centre[piece].size, self.shared.wire)
+        out = np.empty(self.centre[piece].size, self.model.wire)
         to_wire(self.centre[piece], out)
         return out
 
@@ -206,11 +200,10 @@ class Centred(Exchanging):
             "left_in": list(self._left_in),
             "to_say": self._to_say,
             "unconfirmed": self._unconfirmed,
-            "staleness": (self.max_staleness, self._staleness, self._answered),
+            "max_staleness": self.max_staleness,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self.centre = {piece: values.copy() for piece, values in state["centre"].items()}
         self._updates = dict(state["updates"])
@@ -218,4 +211,4 @@ class Centred(Exchanging):
         self._round, self._owner_round = state["round"], state["owner_round"]
         self._left_in = list(state["left_in"])
         self._to_say, self._unconfirmed = state["to_say"], state["unconfirmed"]
-        self.max_staleness, self._staleness, self._answered = state["staleness"]
+        self.max_staleness = state["max_staleness"]

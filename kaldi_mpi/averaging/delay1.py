@@ -20,10 +20,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.strategy import Collective, Flat, Pending, Step, Strategy
+from kaldi_mpi.averaging.published import Flat
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook, Synchronous
+from kaldi_mpi.transport.world import Collective, Pending
 
 
-class Delay1(Strategy):
+class Delay1(Synchronous):
     """Equations (1) and (2).
 
     Args:
@@ -32,6 +35,7 @@ class Delay1(Strategy):
     """
 
     name: ClassVar[str] = "adpsgd-delay1"
+    hooks = Hook.START_STEP | Hook.BASE
 
     def __init__(self, world: Collective, transfer_dtype: str = "float32") -> None:
         super().__init__(world)
@@ -39,21 +43,25 @@ class Delay1(Strategy):
         self._pending: Pending | None = None
         self._mean: Flat | None = None  # (P,) float32, while it is on its way
 
-    def start_step(self, parameters: Flat, step: Step) -> None:
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Delay1:
+        return cls(world, settings.transfer_dtype)
+
+    def start_step(self, parameters: Flat) -> None:
         """Set out for the mean."""
         if self.world.size == 1 or self._mean is not None:  # not None: restored in the middle of this step
             return
         # No copy of the parameters, which wait for the mean: a pass over memory here would not be hidden.
         self._mean = np.empty_like(parameters)
         self._pending = self.world.start_mean(parameters, self._mean, self.transfer_dtype)
-        self._count(self._mean, self.transfer_dtype)
+        self._count_average(self._mean, self.transfer_dtype)
 
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
 
-    def base(self, step: Step) -> Flat | None:
+    def base(self) -> Flat | None:
         """The mean h of (2)."""
         if self.world.size == 1:
             return None
@@ -73,7 +81,6 @@ class Delay1(Strategy):
         return super().state_dict() | {"mean": None if self._mean is None else self._mean.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._pending = None
         self._mean = None if state["mean"] is None else state["mean"].copy()

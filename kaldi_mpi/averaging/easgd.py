@@ -35,8 +35,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kaldi_mpi.averaging.centre import Centred
-from kaldi_mpi.averaging.published import Wire, from_wire
-from kaldi_mpi.averaging.strategy import Collective, Flat
+from kaldi_mpi.averaging.published import Flat
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook
+from kaldi_mpi.transport.number_formats import Wire, from_wire
+from kaldi_mpi.transport.world import Collective
 
 
 class Easgd(Centred):
@@ -61,10 +64,20 @@ class Easgd(Centred):
         super().__init__(world, frames_per_average, dedicated_server)
         self.weight = 0.9 / self.num_learners if alpha is None else alpha
         self.momentum = momentum
-        self.filters_change = momentum > 0
+        self.hooks = Hook.FILTER_CHANGE if momentum > 0 else Hook.NONE
         self._velocity = np.zeros(0, np.float32)  # v, (P,), once there is momentum
 
-    def take(self, piece: int, source: int, number: int, theirs: Wire) -> Wire:
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Easgd:
+        return cls(
+            world,
+            settings.frames_per_average,
+            settings.elastic_alpha,
+            settings.elastic_momentum,
+            settings.dedicated_server,
+        )
+
+    def update_centre(self, piece: int, source: int, number: int, theirs: Wire) -> Wire:
         """The owner's half of (1), in the numbers that travel."""
         reply = self.centre_wire(piece)
         difference = from_wire(theirs) - from_wire(reply)
@@ -89,6 +102,5 @@ class Easgd(Centred):
         return super().state_dict() | {"velocity": self._velocity.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._velocity = state["velocity"].copy()

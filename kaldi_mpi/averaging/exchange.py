@@ -28,27 +28,16 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kaldi_mpi.averaging.journal import Event, Journal
-from kaldi_mpi.averaging.published import Shared, Wire
-from kaldi_mpi.averaging.strategy import Collective, Flat, Strategy
+from kaldi_mpi.averaging.journal import JournalEvent
+from kaldi_mpi.averaging.strategy import Asynchronous, Payload
+from kaldi_mpi.transport.number_formats import Wire
+from kaldi_mpi.transport.world import Collective
 
 WINDOW = 2  # pieces under way in one exchange
 
 REQUEST, REPLY, BUSY_REPLY = 0, 1, 2  # the last: a reply by `busy_weight`
-
-Payload = NDArray[np.uint8]
-
-
-class Post(Protocol):
-    """Sends a message without waiting; messages of one sender to one receiver arrive in order."""
-
-    def __call__(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        """Send a few whole numbers and an array, which must not change until it has arrived."""
 
 
 @dataclasses.dataclass
@@ -61,16 +50,13 @@ class _Open:
     own_steps: int
 
 
-class Exchanging(Strategy):
+class Exchanging(Asynchronous):
     """Base of the asynchronous strategies: the transactions; subclasses choose partners and weight.
 
     Attributes:
         weight: w of (1) and (2).
         busy_weight: w of an answer that is given while a request of one's own is under way; None: no difference.
         merges: whether crossing requests of a pair are one exchange.
-        may_block: whether `blocked` can ever say so; the learner then asks after each step.
-        on_device: whether what travels may stay in a device's memory.
-        filters_change: whether `filter_change` does anything.
 
     Args:
         world: the learners.
@@ -78,11 +64,7 @@ class Exchanging(Strategy):
             learners; None: after each of its steps.
     """
 
-    asynchronous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
-    may_block: ClassVar[bool] = False
-    on_device: ClassVar[bool] = True
-    filters_change: bool = False
     busy_weight: ClassVar[float | None] = None
     weight: float
 
@@ -99,10 +81,6 @@ class Exchanging(Strategy):
         self._open: dict[int, _Open] = {}  # by piece
         self._leaving = False
 
-    def connect(self, shared: Shared, post: Post, journal: Journal) -> None:
-        """Give the strategy the model that it mixes, its way to the others, and its journal."""
-        self.shared, self.post, self.journal = shared, post, journal
-
     # What subclasses say.
 
     def partners(self, round_number: int) -> Sequence[int]:
@@ -115,32 +93,21 @@ class Exchanging(Strategy):
 
     def outgoing(self, piece: int) -> tuple[Wire, Wire]:
         """What is sent of a piece (its lock is held), and what the reply is then compared with in (2)."""
-        snapshot = self.shared.snapshot(piece)
+        snapshot = self.model.snapshot(piece)
         return snapshot, snapshot
 
     def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire] | None:
         """Carry out (1) on `piece`; returns the own steps in the snapshot and the snapshot, or None: not yet."""
-        with self.shared.lock(piece):
-            mine, steps = self.shared.snapshot(piece), self.shared.steps[piece]
-            self.shared.mix(piece, mine, theirs, self._weight(self._busy(piece)))
-            self.journal.record(Event.ANSWER, piece, number, source, own_steps=steps, their_steps=their_steps)
+        with self.model.lock(piece):
+            mine, steps = self.model.snapshot(piece), self.model.steps[piece]
+            self.model.mix(piece, mine, theirs, self._weight(self._busy(piece)))
+            self.journal.record(JournalEvent.ANSWER, piece, number, source, own_steps=steps, their_steps=their_steps)
         return steps, mine
-
-    def blocked(self) -> bool:
-        """Whether the learner must wait before its next step; never, but for bounded staleness."""
-        return False
-
-    def filter_change(self, change: Flat) -> None:
-        """Change a learner's own step in place before it is published (momentum of its own); on its thread."""
 
     # Events.
 
-    def step_taken(self, frames: int = 0) -> None:
-        """The learner has published a step: start this step's exchanges, or leave them if there is no time.
-
-        Args:
-            frames: labelled frames of the step's minibatch.
-        """
+    def step_taken(self, frames: int) -> None:
+        """Start this step's exchanges, or let them go if there is no time."""
         self.own_steps += 1
         self._frames += frames
         if self.world.size == 1 or self._leaving:
@@ -154,61 +121,29 @@ class Exchanging(Strategy):
         self._go_on()
 
     def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
-        """A message of this strategy has come from `source`."""
         kind, number, piece, their_steps = numbers
-        theirs = self.shared.received(payload)
+        theirs = self.model.received(payload)
         mine = self._open.get(piece)
         if kind == REQUEST and self.merges and mine is not None and mine.partner == source:
-            self._apply(Event.CROSS, piece, number, their_steps, theirs, self.weight)
+            self._apply(JournalEvent.CROSS, piece, number, their_steps, theirs, self.weight)
         elif kind == REQUEST:
             reply = self.answer(source, number, piece, their_steps, theirs)
             if reply is not None:
                 kind = BUSY_REPLY if self._busy(piece) else REPLY
-                self._send(source, (kind, number, piece, reply[0]), reply[1])
+                self._send_piece(source, (kind, number, piece, reply[0]), reply[1])
         else:
             assert mine is not None and mine.number == number, "a reply to no request"
-            self._apply(Event.MIX, piece, -1, their_steps, theirs, self._weight(kind == BUSY_REPLY))
+            self._apply(JournalEvent.MIX, piece, -1, their_steps, theirs, self._weight(kind == BUSY_REPLY))
 
     def leave(self) -> None:
-        """The learner takes no more steps for now: start nothing new, go on answering."""
         self._leaving = True
         self._due.clear()
 
-    def stay(self) -> None:
-        """The learner goes on after `leave`."""
+    def rejoin(self) -> None:
         self._leaving = False
 
     def quiet(self) -> bool:
-        """Whether nothing that this rank started is under way."""
         return self._partner < 0 and not self._due
-
-    # The final model, and the mean that is validated.
-
-    @property
-    def num_learners(self) -> int:
-        """Ranks that learn, which come first; any others only answer."""
-        return self.world.size
-
-    def share(self, parameters: Flat) -> Flat:
-        """This rank's share, (P,) float32, new: their sum over the ranks by `num_shares` is the final model."""
-        return parameters.copy() if self.world.rank < self.num_learners else np.zeros_like(parameters)
-
-    @property
-    def num_shares(self) -> int:
-        """See `share`."""
-        return self.num_learners
-
-    def mean_model(self, parameters: Flat) -> Flat:
-        """The model of all learners, as a new array; a collective, for when no learner is at work."""
-        model = self.share(parameters)
-        if self.world.size > 1:
-            self.world.sum_(model)
-            model /= np.float32(self.num_shares)
-        return model
-
-    def finish(self, parameters: Flat) -> None:
-        """Make `parameters` the final model; a collective, after `leave`, `quiet` and a barrier of all."""
-        parameters[:] = self.mean_model(parameters)
 
     # The machinery.
 
@@ -225,36 +160,38 @@ class Exchanging(Strategy):
                     return
                 self._partner, self._next_piece = self._due.popleft(), 0
                 self._number += 1
-            if self._next_piece == self.shared.num_pieces:
+            if self._next_piece == self.model.num_pieces:
                 return  # the last pieces are on their way
             self._request(self._next_piece)
             self._next_piece += 1
 
     def _request(self, piece: int) -> None:
         number, partner = self._number - 1, self.target(piece)
-        with self.shared.lock(piece):
-            (sent, mine), steps = self.outgoing(piece), self.shared.steps[piece]
-            self.journal.record(Event.SNAPSHOT, piece, number, partner, own_steps=steps)
+        with self.model.lock(piece):
+            (sent, mine), steps = self.outgoing(piece), self.model.steps[piece]
+            self.journal.record(JournalEvent.SNAPSHOT, piece, number, partner, own_steps=steps)
         self._open[piece] = _Open(partner, number, mine, steps)
-        self._send(partner, (REQUEST, number, piece, steps), sent)
+        self._send_piece(partner, (REQUEST, number, piece, steps), sent)
 
-    def _apply(self, event: Event, piece: int, number: int, their_steps: int, theirs: Wire, weight: float) -> None:
+    def _apply(
+        self, event: JournalEvent, piece: int, number: int, their_steps: int, theirs: Wire, weight: float
+    ) -> None:
         """Carry out (2), and go on to the next piece or exchange."""
         mine = self._open.pop(piece)
-        with self.shared.lock(piece):
-            self.shared.mix(piece, mine.snapshot, theirs, weight)
+        with self.model.lock(piece):
+            self.model.mix(piece, mine.snapshot, theirs, weight)
             self.journal.record(
                 event, piece, mine.number, mine.partner, theirs=number, own_steps=mine.own_steps,
-                their_steps=their_steps, age=self.shared.steps[piece] - mine.own_steps,
+                their_steps=their_steps, age=self.model.steps[piece] - mine.own_steps,
             )  # fmt: skip
-        if not self._open and self._next_piece == self.shared.num_pieces:
+        if not self._open and self._next_piece == self.model.num_pieces:
             self._partner = -1
             self.num_averages += 1
         self._go_on()
 
-    def _send(self, to: int, numbers: Sequence[int], payload: Wire) -> None:
+    def _send_piece(self, to: int, numbers: Sequence[int], payload: Wire) -> None:
         self.bytes_sent += payload.nbytes * (to != self.world.rank)
-        self.post(to, numbers, payload)
+        self.send(to, numbers, payload)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds what is under way: snapshots that await their answer, and the exchanges still to start."""
@@ -271,7 +208,6 @@ class Exchanging(Strategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self.own_steps, self._number = state["own_steps"], state["number"]
         self._frames, self._rounds, self._leaving = state["frames"], state["rounds"], state["leaving"]

@@ -26,8 +26,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from kaldi_mpi.averaging import topology
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.transport.world import Collective
 
 
 class Expair(Exchanging):
@@ -48,13 +50,12 @@ class Expair(Exchanging):
         super().__init__(world, frames_per_average)
         self.exchanges_per_step = exchanges_per_step
         self.weight = 1 / 2
-        self._num_hops = max(1, (world.size - 1).bit_length())
 
-    def partner(self, number: int) -> int:
-        """The partner of exchange `number` (from 0) of this learner, by (1)."""
-        rank = self.world.rank
-        return (rank + 2 ** ((number + rank) % self._num_hops)) % self.world.size
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Expair:
+        return cls(world, settings.exchanges_per_step, settings.frames_per_average)
 
     def partners(self, round_number: int) -> Sequence[int]:
-        """The next few; numbers count what was started, so exchanges that were let go leave no hop out."""
-        return [self.partner(self._number + k) for k in range(self.exchanges_per_step)]
+        """The next few by (1), t being the number of the exchange among those that this learner has started."""
+        rank, size = self.world.rank, self.world.size
+        return [topology.exponential(rank, size, self._number + k) for k in range(self.exchanges_per_step)]

@@ -24,8 +24,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from kaldi_mpi.averaging import topology
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.transport.world import Collective
 
 
 class FixedRing(Exchanging):
@@ -42,6 +44,10 @@ class FixedRing(Exchanging):
         super().__init__(world, frames_per_average)
         self.weight = 1 / 3
 
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> FixedRing:
+        return cls(world, settings.frames_per_average)
+
     def partners(self, round_number: int) -> Sequence[int]:
         """The right neighbour."""
-        return [(self.world.rank + 1) % self.world.size]
+        return [topology.fixed_ring(self.world.rank, self.world.size)]

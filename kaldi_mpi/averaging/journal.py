@@ -1,8 +1,10 @@
 """The journal of one learner: every event on its published model, in order, in 32 bytes each.
 
-With the journals of all learners the whole asynchronous run can be repeated in float64
-(`kaldi_mpi.testing.reference`): each event is written while its piece is locked, so the order of the
-events of a piece is the order in which they changed it.
+With the journals of all learners the whole asynchronous run can be repeated in float64 (`kaldi_mpi.testing.replay`,
+and `replay_centre` for strategies with a centre): each event is written while its piece is locked, so the order of
+the events of a piece is the order in which they changed it. `main` says in a line for each learner what its journal
+has: its steps, the exchanges that it took part in, how many per own step, and how old the models were that it mixed
+(own steps between a snapshot and its mixing).
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kaldi_mpi.errors import DataError
+from kaldi_mpi.options import Parser
 
-class Event(enum.IntEnum):
+
+class JournalEvent(enum.IntEnum):
     """What happened to a piece of the published model (or of the centre that this rank keeps)."""
 
     STEP = 0  # the learner added its own change and took a copy
@@ -65,7 +71,7 @@ class Journal:
 
     def record(
         self,
-        event: Event,
+        event: JournalEvent,
         piece: int,
         number: int,
         partner: int = -1,
@@ -78,18 +84,8 @@ class Journal:
         """Take down one event; call it while the piece is locked."""
         if not self._wanted:
             return
-        row = (
-            time.monotonic() - self._start,
-            int(event),
-            0,
-            partner,
-            piece,
-            number,
-            theirs,
-            own_steps,
-            their_steps,
-            age,
-        )
+        seconds = time.monotonic() - self._start
+        row = (seconds, int(event), 0, partner, piece, number, theirs, own_steps, their_steps, age)
         with self._lock:
             self._events.append(row)
             if self._stream is not None and len(self._events) >= _FLUSH:
@@ -118,3 +114,42 @@ class Journal:
 def read_journal(path: Path) -> Records:
     """The events of one learner's journal file."""
     return np.fromfile(path, RECORD)
+
+
+_MIXING = (JournalEvent.ANSWER, JournalEvent.MIX, JournalEvent.CROSS)
+
+
+def describe(records: Records, rank: int) -> str:
+    """One line for one learner's journal.
+
+    Args:
+        records: as `read_journal` gives them; at least one.
+        rank: of the learner.
+    """
+    first = records[records["piece"] == 0]
+    count = {event: int((first["event"] == event).sum()) for event in JournalEvent}
+    mixed = sum(count[event] for event in _MIXING)
+    ages = first["age"][np.isin(first["event"], (JournalEvent.MIX, JournalEvent.CROSS))]
+    steps, seconds = count[JournalEvent.STEP], float(records["seconds"][-1])
+    age = f"mean {ages.mean():.2f}, most {ages.max()}" if len(ages) else "none"
+    served = f", {count[JournalEvent.CENTRE]} served from the centre kept here" if count[JournalEvent.CENTRE] else ""
+    return (
+        f"learner {rank}: {steps} steps, {mixed} exchanges ({mixed / max(1, steps):.2f} per step, "
+        f"{mixed / max(seconds, 1e-9):.1f}/s; {count[JournalEvent.MIX]} started, "
+        f"{count[JournalEvent.ANSWER]} answered, "
+        f"{count[JournalEvent.CROSS]} crossed){served}; age of what it mixed, in own steps: {age}"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi journal``: for each learner its steps, its exchanges, and how old the models were that it mixed."""
+    parser = Parser(prog="kaldi-mpi journal", description="What the journals of a training say of its exchanges.")
+    parser.add_argument("dir", type=Path, help="the training's directory")
+    folder = parser.parse_args(arguments).dir / "journal"
+    paths = sorted(folder.glob("learner.*"), key=lambda path: int(path.suffix[1:]))
+    if not paths:
+        raise DataError("no journals (of an asynchronous strategy, without --journal=false)", file=str(folder))
+    for path in paths:
+        records = read_journal(path)
+        if len(records):
+            print(describe(records, int(path.suffix[1:])))

@@ -28,11 +28,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kaldi_mpi.averaging.published import rounded
-from kaldi_mpi.averaging.strategy import Collective, Flat, Step, Strategy
+from kaldi_mpi.averaging.published import Flat
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.averaging.strategy import Hook, Synchronous
+from kaldi_mpi.transport.number_formats import rounded
+from kaldi_mpi.transport.world import Collective
 
 
-class Periodic(Strategy):
+class Periodic(Synchronous):
     """Equations (1) and (2).
 
     Args:
@@ -42,6 +45,7 @@ class Periodic(Strategy):
     """
 
     name: ClassVar[str] = "periodic"
+    hooks = Hook.MIX_PARAMETERS
 
     def __init__(self, world: Collective, frames_per_average: int, transfer_dtype: str = "float32") -> None:
         super().__init__(world)
@@ -50,10 +54,15 @@ class Periodic(Strategy):
         self._own_frames = 0
         self._global_frames = 0
 
-    def note(self, step: Step) -> bool:
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Periodic:
+        assert settings.frames_per_average is not None  # check_settings has seen to it
+        return cls(world, settings.frames_per_average, settings.transfer_dtype)
+
+    def count_step(self, frames: int, global_frames: int) -> bool:
         """Count the step's frames; an averaging is due when K have gone by."""
-        self._own_frames += step.frames
-        self._global_frames += step.global_frames
+        self._own_frames += frames
+        self._global_frames += global_frames
         return self._global_frames >= self.frames_per_average
 
     def mix_parameters(self, parameters: Flat) -> bool:
@@ -63,7 +72,7 @@ class Periodic(Strategy):
                 parameters[:] = self.mean_model(parameters)
             else:
                 self._mix_narrow(parameters)
-            self._count(parameters, self.transfer_dtype)
+            self._count_average(parameters, self.transfer_dtype)
         self._own_frames = self._global_frames = 0
         return False
 
@@ -82,7 +91,7 @@ class Periodic(Strategy):
         """Average what has been trained since the last averaging."""
         if self.world.size > 1 and (self._global_frames or self.transfer_dtype != "float32"):
             parameters[:] = self.mean_model(parameters)
-            self._count(parameters)
+            self._count_average(parameters)
         self._own_frames = self._global_frames = 0
 
     def mean_model(self, parameters: Flat) -> Flat:
@@ -100,6 +109,5 @@ class Periodic(Strategy):
         return super().state_dict() | {"own_frames": self._own_frames, "global_frames": self._global_frames}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._own_frames, self._global_frames = state["own_frames"], state["global_frames"]

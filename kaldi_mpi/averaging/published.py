@@ -4,7 +4,7 @@ The learner computes its gradient on a copy w; the published x is where its chan
 other learners come together. x is cut into pieces, each with a lock of its own, so that a large model travels
 in pieces and neither side waits for the other longer than one piece takes.
 
-Numbers travel in a *wire* type: float32, float16, or bfloat16 (kept as uint16). An exchange adds
+Numbers travel in a *wire* type (`kaldi_mpi.transport.number_formats`). An exchange adds
 weight * (theirs - mine) on one side and weight * (mine - theirs) on the other, both in float32 of the numbers
 as they travelled: exact opposites, so that narrow types cost precision, never the mean.
 """
@@ -19,58 +19,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.strategy import Flat
+from kaldi_mpi.transport.number_formats import WIRE_TYPES, Wire, blocks, from_wire, to_wire
+from kaldi_mpi.transport.world import Allocate
 
-Wire = NDArray[Any]
+Flat = NDArray[np.float32]
 
-WIRE_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 DEFAULT_PIECE = 4 * 2**20  # parameters; 16 MB in float32
-# Parameters handled at a time, so that what is computed in between stays in a core's cache: a mixing then takes
-# half the time, which other ranks on the same cores have for their steps.
-_BLOCK = 2**18
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK))
-
-
-def to_wire(values: Flat, out: Wire) -> None:
-    """Round float32 `values` into `out` (same length), whose dtype says how: to nearest, ties to even."""
-    if out.dtype == np.uint16:  # bfloat16: the upper half of a float32
-        for block in _blocks(values.size):
-            bits = values[block].view(np.uint32)
-            up = bits >> np.uint32(16)
-            up &= np.uint32(1)
-            up += np.uint32(0x7FFF)
-            up += bits
-            np.right_shift(up, np.uint32(16), out=out[block], casting="unsafe")
-    else:
-        out[...] = values
-
-
-def from_wire(wire: Wire) -> Flat:
-    """The float32 values of `wire`; float32 itself comes back without a copy."""
-    if wire.dtype == np.uint16:
-        return (wire.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return wire.astype(np.float32, copy=False)
-
-
-def rounded(values: Flat, wire: str) -> Flat:
-    """`values` as they are after travelling in the type called `wire`; always a new float32 array."""
-    if wire == "float32":
-        return values.copy()
-    travelling = np.empty(values.size, WIRE_TYPES[wire])
-    to_wire(values, travelling)
-    return from_wire(travelling)
-
-
-class Shared(Protocol):
-    """What strategies do with a published model. All but the attributes need the piece's lock."""
+class PublishedModel(Protocol):
+    """A published model, wherever it lives. All but the attributes need the piece's lock, unless they say otherwise."""
 
     num_pieces: int
     where: list[slice]  # of each piece
     wire: np.dtype[Any]  # of what travels
     steps: list[int]  # for each piece, the learner's own steps that are in it
+    allocate: Allocate | None  # where messages with pieces are to arrive; None: in main memory
 
     def lock(self, piece: int) -> contextlib.AbstractContextManager[None]:
         """Hold the piece."""
@@ -87,11 +51,17 @@ class Shared(Protocol):
     def received(self, payload: NDArray[np.uint8]) -> Wire:
         """The numbers in the bytes of a message; needs no lock."""
 
+    def push_pull(self, piece: int, change: Any, copy: Any) -> None:
+        """The learner's step on one piece: x <- x + change; copy <- x. Both (P,), on the learner's device."""
+
     def to_numpy(self) -> Flat:
         """A copy of all of x, (P,), each piece as it is when its turn comes; takes the locks itself."""
 
+    def load(self, values: Flat) -> None:
+        """Set all of x, (P,); nobody may be at work on it."""
 
-class Pieces:
+
+class PiecewiseModel:
     """What published models have in common wherever they live: pieces, each with a lock and a count of steps.
 
     Args:
@@ -115,8 +85,8 @@ class Pieces:
             yield
 
 
-class HostPublishedModel(Pieces):
-    """A published model in main memory.
+class HostPublishedModel(PiecewiseModel):
+    """A `PublishedModel` in main memory.
 
     Args:
         values: (P,) float32, the model at the start; copied.
@@ -127,32 +97,28 @@ class HostPublishedModel(Pieces):
     def __init__(self, values: Flat, piece_size: int = DEFAULT_PIECE, wire: str = "float32") -> None:
         super().__init__(values.size, piece_size, wire)
         self.values = values.copy()
+        self.allocate: Allocate | None = None
 
     def snapshot(self, piece: int) -> Wire:
-        """See `Shared.snapshot`."""
         values = self.values[self.where[piece]]
         out = np.empty(values.size, self.wire)
         to_wire(values, out)
         return out
 
     def read(self, piece: int) -> Flat:
-        """See `Shared.read`."""
         return self.values[self.where[piece]].copy()
 
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
-        """See `Shared.mix`."""
         values = self.values[self.where[piece]]
-        for block in _blocks(values.size):
+        for block in blocks(values.size):
             difference = from_wire(theirs[block]) - from_wire(mine[block])
             difference *= np.float32(weight)
             values[block] += difference
 
     def received(self, payload: NDArray[np.uint8]) -> Wire:
-        """See `Shared.received`."""
         return payload.view(self.wire)
 
     def to_numpy(self) -> Flat:
-        """See `Shared.to_numpy`."""
         out = np.empty_like(self.values)
         for piece, where in enumerate(self.where):
             with self.lock(piece):
@@ -160,12 +126,11 @@ class HostPublishedModel(Pieces):
         return out
 
     def load(self, values: Flat) -> None:
-        """Set all of x, (P,); nobody may be at work on it."""
         self.values[:] = values
 
-    def push_pull(self, piece: int, change: Flat, copy: Flat) -> None:
-        """The learner's step on one piece: x <- x + change; copy <- x. Both (P,), of which the piece is used."""
+    def push_pull(self, piece: int, change: Any, copy: Any) -> None:
+        """See `PublishedModel.push_pull`; takes arrays, and tensors in main memory."""
         where = self.where[piece]
-        self.values[where] += change[where]
-        copy[where] = self.values[where]
+        self.values[where] += np.asarray(change)[where]
+        np.asarray(copy)[where] = self.values[where]
         self.steps[piece] += 1

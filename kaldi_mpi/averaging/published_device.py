@@ -11,48 +11,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.published import HostPublishedModel, Pieces, Shared, Wire
-from kaldi_mpi.averaging.strategy import Flat
-from kaldi_mpi.transport.gpu import takes_device_pointers
+from kaldi_mpi.averaging.published import Flat, HostPublishedModel, PiecewiseModel, PublishedModel
+from kaldi_mpi.transport.number_formats import Wire
 from kaldi_mpi.transport.world import Allocate
 
 _TORCH_WIRE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Published(Shared, Protocol):
-    """A `Shared` model with what its own learner does to it.
-
-    Attributes:
-        allocate: where messages are to arrive (`Messages.on_message`); None: in main memory.
-    """
-
-    allocate: Allocate | None
-
-    def push_pull(self, piece: int, change: torch.Tensor, copy: torch.Tensor) -> None:
-        """x <- x + change; copy <- x, on one piece of (P,) tensors on the learner's device."""
-
-    def load(self, values: Flat) -> None:
-        """Set all of x; nobody may be at work on it."""
-
-
-class HostPublished(HostPublishedModel):
-    """`HostPublishedModel`, whose learner's tensors are in main memory too."""
-
-    allocate: Allocate | None = None
-
-    def push_pull(self, piece: int, change: Any, copy: Any) -> None:
-        """See `Published.push_pull`."""
-        super().push_pull(piece, change.numpy(), copy.numpy())
-
-
-class DevicePublishedModel(Pieces):
-    """A published model in a device's memory; also works for CPU tensors, without streams.
+class DevicePublishedModel(PiecewiseModel):
+    """A `PublishedModel` in a device's memory; also works for CPU tensors, without streams.
 
     Args:
         values: (P,) float32 on the device, the model at the start; copied.
@@ -73,7 +46,7 @@ class DevicePublishedModel(Pieces):
         self._used: list[torch.cuda.Event | None] = [None] * self.num_pieces
 
     def snapshot(self, piece: int) -> Wire:
-        """See `Shared.snapshot`; returns when the copy is complete, in page-locked main memory or on the device."""
+        """See `PublishedModel.snapshot`; returns when the copy is complete, page-locked or on the device."""
         with self._ordered(piece, self._stream):
             narrow = self._x[self.where[piece]].to(self._wire_type, copy=True)
             if self._direct:
@@ -87,12 +60,11 @@ class DevicePublishedModel(Pieces):
         return _as_wire(host)
 
     def read(self, piece: int) -> Flat:
-        """See `Shared.read`."""
         with self._ordered(piece, self._stream):
             return np.asarray(self._x[self.where[piece]].to("cpu", copy=True).numpy())
 
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
-        """See `Shared.mix`; the difference is taken on the device, in float32, as elsewhere."""
+        """See `PublishedModel.mix`; the difference is taken on the device, in float32, as elsewhere."""
         with self._ordered(piece, self._stream):
             difference = self._to_device(theirs) - self._to_device(mine)
             difference *= float(np.float32(weight))
@@ -101,7 +73,7 @@ class DevicePublishedModel(Pieces):
             self._stream.synchronize()  # `mine` and `theirs` may be given back now
 
     def push_pull(self, piece: int, change: torch.Tensor, copy: torch.Tensor) -> None:
-        """See `Published.push_pull`; on the learner's stream, which is not waited for."""
+        """See `PublishedModel.push_pull`; on the learner's stream, which is not waited for."""
         where = self.where[piece]
         with self._ordered(piece, None):
             self._x[where] += change[where]
@@ -109,7 +81,7 @@ class DevicePublishedModel(Pieces):
         self.steps[piece] += 1
 
     def received(self, payload: Any) -> Wire:
-        """See `Shared.received`; a message that came before `allocate` was known is in main memory."""
+        """See `PublishedModel.received`; a message that came before `allocate` was known is in main memory."""
         if isinstance(payload, np.ndarray):
             return payload.view(self.wire)
         return cast(Wire, payload.view(self._wire_type))
@@ -119,7 +91,6 @@ class DevicePublishedModel(Pieces):
         return torch.empty(size, dtype=torch.uint8, device=self._x.device)
 
     def to_numpy(self) -> Flat:
-        """See `Shared.to_numpy`."""
         out = np.empty(self._x.numel(), np.float32)
         for piece, where in enumerate(self.where):
             with self.lock(piece):
@@ -127,7 +98,6 @@ class DevicePublishedModel(Pieces):
         return out
 
     def load(self, values: Flat) -> None:
-        """See `Published.load`."""
         for piece, where in enumerate(self.where):
             with self.lock(piece), self._ordered(piece, None):
                 self._x[where] = torch.from_numpy(values[where]).to(self._x.device)
@@ -163,13 +133,12 @@ def _as_wire(host: torch.Tensor) -> NDArray[Any]:
     return np.asarray(host.numpy())
 
 
-def make_published(values: torch.Tensor, piece_size: int, wire: str, direct: bool = False) -> Published:
+def make_published(values: torch.Tensor, piece_size: int, wire: str, direct: bool = False) -> PublishedModel:
     """The published model for a learner whose parameters are `values`, (P,) float32 on its device.
 
     Args:
-        piece_size, wire: see `DevicePublishedModel`.
-        direct: give MPI device addresses, where the library takes them.
+        piece_size, wire, direct: see `DevicePublishedModel`.
     """
     if values.device.type == "cuda":
-        return DevicePublishedModel(values, piece_size, wire, direct and takes_device_pointers())
-    return HostPublished(values.numpy(), piece_size, wire)
+        return DevicePublishedModel(values, piece_size, wire, direct)
+    return HostPublishedModel(values.numpy(), piece_size, wire)

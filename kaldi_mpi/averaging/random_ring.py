@@ -25,10 +25,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
+from kaldi_mpi.averaging import topology
 from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.transport.world import Collective
 
 
 class RandomRing(Exchanging):
@@ -47,11 +47,10 @@ class RandomRing(Exchanging):
         self.seed = seed
         self.weight = 1 / 3
 
-    def ring(self, round_number: int) -> list[int]:
-        """The ranks in the order in which they stand on the ring of this round."""
-        return [int(rank) for rank in np.random.default_rng([self.seed, round_number]).permutation(self.world.size)]
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> RandomRing:
+        return cls(world, settings.seed, settings.frames_per_average)
 
     def partners(self, round_number: int) -> Sequence[int]:
         """The right neighbour of this round."""
-        ring = self.ring(round_number)
-        return [ring[(ring.index(self.world.rank) + 1) % self.world.size]]
+        return [topology.random_ring(self.world.rank, self.world.size, round_number, self.seed)]

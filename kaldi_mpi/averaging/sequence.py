@@ -10,7 +10,7 @@ from kaldi_mpi.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class PhaseSpec:
     """One strategy and how long it lasts.
 
     Attributes:
@@ -22,7 +22,7 @@ class Phase:
     epochs: float
 
 
-def parse_sequence(text: str, num_epochs: float | None, default_epochs: float, known: Sequence[str]) -> list[Phase]:
+def parse_sequence(text: str, num_epochs: float | None, default_epochs: float, known: Sequence[str]) -> list[PhaseSpec]:
     """The phases that ``--strategy`` asks for, at least one.
 
     Args:
@@ -41,7 +41,7 @@ def parse_sequence(text: str, num_epochs: float | None, default_epochs: float, k
         if name not in known:
             raise ConfigError(f"--strategy {text}: there is no strategy '{name}'; there are {', '.join(known)}")
     if len(parts) == 1 and ":" not in text:
-        return [Phase(parts[0], default_epochs if num_epochs is None else num_epochs)]
+        return [PhaseSpec(parts[0], default_epochs if num_epochs is None else num_epochs)]
     phases = [_phase(part, text) for part in parts]
     total = sum(phase.epochs for phase in phases)
     if num_epochs is not None and not math.isclose(total, num_epochs, rel_tol=1e-9):
@@ -51,7 +51,7 @@ def parse_sequence(text: str, num_epochs: float | None, default_epochs: float, k
     return phases
 
 
-def _phase(part: str, text: str) -> Phase:
+def _phase(part: str, text: str) -> PhaseSpec:
     name, colon, length = (field.strip() for field in part.partition(":"))
     if not colon:
         raise ConfigError(f"--strategy {text}: say how long {name} lasts, as in {name}:2ep")
@@ -62,4 +62,4 @@ def _phase(part: str, text: str) -> Phase:
         epochs = math.nan
     if not 0 < epochs < math.inf:
         raise ConfigError(f"--strategy {text}: '{length}' is no length; write a number of epochs above 0 as in 2ep")
-    return Phase(name, epochs)
+    return PhaseSpec(name, epochs)

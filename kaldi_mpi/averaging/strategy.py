@@ -9,17 +9,16 @@ is mixed may be some steps old. Block momentum and elastic averaging put a filte
 
 Two families differ in who waits for whom:
 
-*Synchronous* strategies (`Strategy`) are called by the learner's thread, at the same steps on all ranks:
+*Synchronous* strategies act in the learner's thread, at the same steps on all ranks: `driver.synchronous_step`.
 
-    start_step -> forward, backward -> combine_gradients -> base -> optimiser -> note,
-    and if due mix_parameters;   finish once at the end
+*Asynchronous* strategies mix a published model, of which the learner takes a copy for each step and to which it
+adds its change; they are driven by events, on a communication thread, and never wait: `driver.Participant`.
 
-*Asynchronous* strategies (`kaldi_mpi.averaging.exchange.Exchanging`) mix a published model, of which the
-learner takes a copy for each step and to which it adds its change; they are driven by events, on a
-communication thread, and never wait.
+A strategy declares the hooks at which it acts (`hooks`); the drivers call no others, so that a GPU's parameters are
+copied only for a strategy that looks at them.
 
-A strategy sees flat buffers, never a model, and talks through the protocols below, never through MPI, so that
-the same code runs over real ranks, over threads in a test, in a simulation, and alone.
+A strategy sees flat buffers, never a model, and talks through the protocols of `kaldi_mpi.transport.world`, never
+through MPI, so that the same code runs over real ranks, over threads in a test, in a simulation, and alone.
 
 The learning rate that a learner applies is Kaldi's actual one, N times the effective one: the average of
 N models that each moved with N times the rate moves as one model with the rate does (Kaldi's
@@ -28,94 +27,114 @@ N models that each moved with N times the rate moves as one model with the rate 
 
 from __future__ import annotations
 
-import dataclasses
+import enum
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Flat = NDArray[np.float32]
+from kaldi_mpi.averaging.journal import Journal
+from kaldi_mpi.averaging.published import Flat, PublishedModel
+from kaldi_mpi.averaging.settings import Settings
+from kaldi_mpi.transport.world import Collective
+
+Payload = NDArray[np.uint8]
 
 
-class Pending(Protocol):
-    """A collective under way."""
+class Hook(enum.Flag):
+    """Where a strategy may act: the methods of these names. The drivers call none that it does not declare."""
 
-    def wait(self) -> None:
-        """Return when it is done; the buffer then holds the result."""
-
-
-class Collective(Protocol):
-    """What a strategy may ask of the other learners. Every learner makes the same calls in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """This learner's number, from 0."""
-
-    @property
-    def size(self) -> int:
-        """The number of learners, N."""
-
-    def sum_(self, buffer: Flat, wire: str = "float32") -> None:
-        """Replace `buffer` (float32, any length, the same on all ranks) by its sum over the ranks.
-
-        The sum is taken in rank order with float64 accumulation: the result is the same, bit for bit, on
-        every rank and in every run. `wire` is the type in which the contributions travel; the sum is float32.
-        """
-
-    def start_mean(self, source: Flat, into: Flat, wire: str = "float32") -> Pending:
-        """Put x_i + mean(q(x)) - q(x_i), x being `source` and q the rounding to `wire`, into `into`.
-
-        In the background: both are lent until `Pending.wait` returns. The mean of x over the ranks is kept; in
-        float32 `into` is that mean.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One minibatch over all learners, as its strategy sees it."""
-
-    index: int  # from 0, over the whole training
-    frames: int  # labelled frames in this learner's minibatch (0 where the last step had none left for it)
-    global_frames: int  # labelled frames of this step over all learners
+    NONE = 0
+    # Of synchronous strategies.
+    START_STEP = enum.auto()
+    COMBINE_GRADIENTS = enum.auto()
+    BASE = enum.auto()
+    MIX_PARAMETERS = enum.auto()  # and `count_step`, which says when
+    # Of asynchronous ones.
+    FILTER_CHANGE = enum.auto()
+    BLOCKED = enum.auto()  # a learner may have to wait before its next step
+    SHARE = enum.auto()  # the model is something else than the mean of the published ones
 
 
 class Strategy:
-    """A synchronous rule of averaging. Subclasses override what they need; the base leaves learners alone."""
+    """What both families have.
+
+    Attributes:
+        name: for ``--strategy``.
+        hooks: at which it acts.
+        asynchronous: of which family it is.
+        num_averages: averagings, or exchanges started here, so far.
+        bytes_sent: by this rank, for averaging.
+
+    Args:
+        world: the learners (and a dedicated server, if there is one, as the last).
+    """
 
     name: ClassVar[str]
-    # Whether all learners take each step with one gradient, also those that had no frames of their own in it.
-    moves_together: ClassVar[bool] = False
-    # Whether it is one of the asynchronous family, `exchange.Exchanging`.
-    asynchronous: ClassVar[bool] = False
+    hooks: Hook = Hook.NONE
+    asynchronous: ClassVar[bool]
 
     def __init__(self, world: Collective) -> None:
         self.world = world
         self.num_averages = 0
         self.bytes_sent = 0
 
+    @classmethod
+    def from_settings(cls, world: Collective, settings: Settings) -> Strategy:
+        """The strategy as the settings ask for it."""
+        return cls(world)
+
     @property
     def rate_factor(self) -> float:
         """By what the learner's actual learning rate (N times the effective one) is to be multiplied."""
         return 1.0
 
+    def mean_model(self, parameters: Flat) -> Flat:
+        """The model of all learners as a new (P,) float32 array; a collective. The learners' own models stay."""
+        raise NotImplementedError
+
+    def finish(self, parameters: Flat) -> None:
+        """Make the models of all learners equal in place, after the last step; a collective."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the strategy must remember to go on as if it had never stopped."""
+        return {"num_averages": self.num_averages, "bytes_sent": self.bytes_sent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_averages = state["num_averages"]
+        self.bytes_sent = state["bytes_sent"]
+
+
+class Synchronous(Strategy):
+    """A rule that all learners follow at the same steps. The base leaves them alone.
+
+    Attributes:
+        moves_together: whether all learners take each step with one gradient, also those that had no frames of
+            their own in it.
+    """
+
+    asynchronous: ClassVar[bool] = False
+    moves_together: ClassVar[bool] = False
+
     def begin(self, parameters: Flat) -> None:
         """Called once before the first step with the model that all learners start from; not when going on."""
 
-    def start_step(self, parameters: Flat, step: Step) -> None:
-        """Called before the gradient is computed; may start communication of `parameters`.
+    def start_step(self, parameters: Flat) -> None:
+        """Called before the gradient is computed; may start communication of `parameters`, (P,) float32.
 
         They are lent to the strategy, and stay as they are, until `base` is called.
         """
 
-    def combine_gradients(self, gradients: Flat, step: Step) -> None:
+    def combine_gradients(self, gradients: Flat) -> None:
         """Mix the learners' gradients in place, before the optimiser uses them.
 
         Args:
             gradients: (P,) float32, summed over the frames of this learner's minibatch.
-            step: the step that they belong to.
         """
 
-    def base(self, step: Step) -> Flat | None:
+    def base(self) -> Flat | None:
         """Called when the gradient is there: the vector to which the optimiser's change is to be added.
 
         (P,) float32, the caller's own; None: the parameters themselves. What is returned takes their place in
@@ -123,39 +142,104 @@ class Strategy:
         """
         return None
 
-    def note(self, step: Step) -> bool:
-        """Take note of a step that the optimiser has taken; returns whether to mix parameters now."""
+    def count_step(self, frames: int, global_frames: int) -> bool:
+        """Count a step that the optimiser has taken; returns whether to mix parameters now.
+
+        Args:
+            frames: labelled frames in this learner's minibatch (0 where the last step had none left for it).
+            global_frames: labelled frames of this step over all learners.
+        """
         return False
 
     def mix_parameters(self, parameters: Flat) -> bool:
-        """Mix the learners' parameters, (P,) float32, in place; called when `note` says so.
+        """Mix the learners' parameters, (P,) float32, in place; called when `count_step` says so.
 
         Returns whether the optimiser is to forget its momentum.
         """
         return False
 
-    def finish(self, parameters: Flat) -> None:
-        """Make the models of all learners equal in place, after the last step."""
-
     def mean_model(self, parameters: Flat) -> Flat:
-        """The mean of all learners' models as a new (P,) float32 array; the models themselves stay."""
         mean = parameters.copy()
         if self.world.size > 1:
             self.world.sum_(mean)
             mean /= np.float32(self.world.size)
         return mean
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the strategy must remember to go on as if it had never stopped."""
-        return {"num_averages": self.num_averages, "bytes_sent": self.bytes_sent}
+    def finish(self, parameters: Flat) -> None:
+        """Nothing, for those whose models are equal after each step."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.num_averages = state["num_averages"]
-        self.bytes_sent = state["bytes_sent"]
-
-    def _count(self, buffer: Flat, wire: str = "float32") -> None:
+    def _count_average(self, buffer: Flat, wire: str = "float32") -> None:
         """Keep account of one averaging: a sum by pieces sends each rank's buffer out and, in float32, back once."""
         self.num_averages += 1
         each = buffer.itemsize + (buffer.itemsize if wire == "float32" else 2)
         self.bytes_sent += each * buffer.size * (self.world.size - 1) // self.world.size
+
+
+class Send(Protocol):
+    """Sends a message without waiting; messages of one sender to one receiver arrive in order."""
+
+    def __call__(self, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        """Send a few whole numbers and an array, which must not change until it has arrived."""
+
+
+class Asynchronous(Strategy):
+    """A rule that is driven by events, called one at a time on the communication thread (or by a simulation).
+
+    Attributes:
+        on_device: whether what travels may stay in a device's memory.
+    """
+
+    asynchronous: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
+
+    def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
+        """Give the strategy the model that it mixes, its way to the others, and its journal."""
+        self.model, self.send, self.journal = model, send, journal
+
+    def filter_change(self, change: Flat) -> None:
+        """Change a learner's own step, (P,), in place before it is published (momentum of its own); on its thread."""
+
+    def step_taken(self, frames: int) -> None:
+        """The learner has published a step, of a minibatch of so many labelled frames."""
+
+    def receive(self, source: int, numbers: Sequence[int], payload: Payload) -> None:
+        """A message of this strategy has come from `source`."""
+
+    def leave(self) -> None:
+        """The learner takes no more steps for now: start nothing new, go on answering."""
+
+    def rejoin(self) -> None:
+        """The learner goes on after `leave`."""
+
+    def quiet(self) -> bool:
+        """Whether nothing that this rank started is under way."""
+        return True
+
+    def blocked(self) -> bool:
+        """Whether the learner must wait before its next step; never, but for bounded staleness."""
+        return False
+
+    @property
+    def num_learners(self) -> int:
+        """Ranks that learn, which come first; any others only answer."""
+        return self.world.size
+
+    def share(self, parameters: Flat) -> Flat:
+        """This rank's share, (P,) float32, new: their sum over the ranks by `num_shares` is the final model."""
+        return parameters.copy() if self.world.rank < self.num_learners else np.zeros_like(parameters)
+
+    @property
+    def num_shares(self) -> int:
+        return self.num_learners
+
+    def mean_model(self, parameters: Flat) -> Flat:
+        """See `Strategy.mean_model`; for when no learner is at work."""
+        model = self.share(parameters)
+        if self.world.size > 1:
+            self.world.sum_(model)
+            model /= np.float32(self.num_shares)
+        return model
+
+    def finish(self, parameters: Flat) -> None:
+        """See `Strategy.finish`; after `leave`, `quiet` and a barrier of all."""
+        parameters[:] = self.mean_model(parameters)

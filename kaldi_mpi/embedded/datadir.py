@@ -6,18 +6,17 @@ the C locale's order of keys. Python compares strings by code point, which for U
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats import scp
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 PathLike = str | os.PathLike[str]
 
@@ -366,24 +365,27 @@ def _lines(path: PathLike) -> list[str]:
         raise DataError("the text is not UTF-8", file=str(path), offset=error.start) from None
 
 
-def main() -> None:
-    """Command line: ``python -m kaldi_mpi.embedded.datadir copy SOURCE TARGET`` or ``validate DIR``."""
-    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.embedded.datadir", description="Kaldi data directories")
-    commands = parser.add_subparsers(dest="command", required=True)
-    copy = commands.add_parser("copy", help="take a data directory into a recipe")
-    copy.add_argument("source")
-    copy.add_argument("target")
-    validate = commands.add_parser("validate", help="check that the files of a data directory agree")
-    validate.add_argument("directory")
-    validate.add_argument("--feats", action="store_true", help="features and CMVN statistics must be there")
-    options = parser.parse_args()
-    if options.command == "copy":
-        data = copy_data_dir(options.source, options.target)
-    else:
-        data = DataDir(options.directory)
-        data.validate(feats=options.feats)
+def copy_main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi copy-data-dir SOURCE TARGET``; see `copy_data_dir`."""
+    parser = Parser(prog="kaldi-mpi copy-data-dir", description="Take a Kaldi data directory into a recipe.")
+    parser.add_argument("source")
+    parser.add_argument("target")
+    options = parser.parse_args(arguments)
+    _report(copy_data_dir(options.source, options.target))
+
+
+def validate_main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi validate-data-dir [--feats] DIR``; see `DataDir.validate`."""
+    parser = Parser(
+        prog="kaldi-mpi validate-data-dir", description="Check that the files of a Kaldi data directory agree."
+    )
+    parser.add_argument("directory")
+    parser.add_argument("--feats", action="store_true", help="features and CMVN statistics must be there")
+    options = parser.parse_args(arguments)
+    data = DataDir(options.directory)
+    data.validate(feats=options.feats)
+    _report(data)
+
+
+def _report(data: DataDir) -> None:
     logger.info("%s: %d utterances of %d speakers", data.path, len(data.utterances), len(data.spk2utt))
-
-
-if __name__ == "__main__":
-    run_command(main)

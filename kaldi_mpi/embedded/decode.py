@@ -1,6 +1,6 @@
 """Decoding a data directory into lattices: what nnet3-latgen-faster and gmm-latgen-faster do.
 
-``python -m kaldi_mpi.embedded.decode --nj N --job J [options] GRAPH_DIR DATA_DIR DECODE_DIR`` decodes part J of
+``kaldi-mpi decode --nj N --job J [options] GRAPH_DIR DATA_DIR DECODE_DIR`` decodes part J of
 N with the model beside DECODE_DIR (``DECODE_DIR/../final.mdl``, as in Kaldi's decoding scripts), a GMM or an
 nnet3 network, and writes ``lat.J.gz``. The lattices are raw: all arcs of the decoder within the lattice
 beam, not determinized, since the wheels cannot; Kaldi's lattice programs take them as they are. Their
@@ -9,7 +9,6 @@ acoustic costs are not scaled. The decoder has no limit on active states: graphs
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.embedded.datadir import DataDir
-from kaldi_mpi.embedded.feature_io import read_features
+from kaldi_mpi.embedded.features import read_features
 from kaldi_mpi.embedded.fst import read_fst
+from kaldi_mpi.embedded.jobs import split_by_speaker
 from kaldi_mpi.embedded.lattice import LatticeWriter
 from kaldi_mpi.embedded.scorers import ChunkOptions, FloatMatrix, load_scorer
-from kaldi_mpi.embedded.split import split_by_speaker
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.symbols import SymbolTable
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 
 @dataclass(frozen=True)
@@ -219,9 +218,9 @@ def _largest_input_label(fst: Any) -> int:
     return max(labels, default=0)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.decode", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi decode``; see the module's text."""
+    parser = Parser(prog="kaldi-mpi decode", description=__doc__)
     parser.add_argument("graph_dir")
     parser.add_argument("data_dir")
     parser.add_argument("decode_dir")
@@ -256,7 +255,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen.online_ivector_dir,
         ),
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -2,16 +2,12 @@
 
 The transition model is the same at the head of every ``.mdl``, a neural network's too; `read_hmm` takes it
 from there, which is all that a decoding graph needs.
-
-kaldi_mpi.nnet3 is imported when it is needed: it brings PyTorch with it, for which alignment workers have no
-use.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,9 +15,14 @@ from kaldi_mpi.embedded.gmm import Gmms
 from kaldi_mpi.embedded.hmm import Hmm
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
-
-if TYPE_CHECKING:
-    from kaldi_mpi.nnet3 import TransitionModel
+from kaldi_mpi.formats.tokens import Reader, Writer
+from kaldi_mpi.formats.transition import (
+    TransitionModel,
+    parse_transition_model,
+    read_transition_model,
+    read_transitions,
+    write_transitions,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ def read_hmm(tree: str | Path, model: str | Path) -> Hmm:
     Raises:
         DataError: a file is missing, truncated or damaged, or the tree is not binary.
     """
-    from kaldi_mpi.nnet3 import read_transition_model
-
     return _hmm(tree, read_transition_model(model), str(model))
 
 
@@ -49,9 +48,6 @@ def read_gmm_model(tree: str | Path, model: str | Path) -> GmmModel:
     Raises:
         DataError: see `read_hmm`; or the model holds no diagonal GMMs (but a neural network, for example).
     """
-    from kaldi_mpi.formats.tokens import Reader
-    from kaldi_mpi.formats.transition import read_transitions
-
     reader = Reader(model)
     transitions = read_transitions(reader)
     reader.expect("<DIMENSION>")
@@ -86,10 +82,6 @@ def write_gmm_model(path: str | Path, hmm: Hmm, gmms: Gmms) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    from kaldi_mpi.formats.tokens import Writer
-    from kaldi_mpi.formats.transition import write_transitions
-    from kaldi_mpi.nnet3 import parse_transition_model
-
     _, wheel_model = hmm.build()
     transitions = parse_transition_model(str(wheel_model))
     transitions.log_probs = hmm.log_probs  # the text form has six digits only

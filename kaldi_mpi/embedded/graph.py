@@ -1,6 +1,6 @@
 """The decoding graph HCLG.fst: what ``utils/mkgraph.sh`` does, without Kaldi.
 
-``python -m kaldi_mpi.embedded.graph LANG_DIR MODEL_DIR GRAPH_DIR`` composes lexicon, grammar, phonetic context
+``kaldi-mpi mkgraph LANG_DIR MODEL_DIR GRAPH_DIR`` composes lexicon, grammar, phonetic context
 and HMMs of ``MODEL_DIR/{tree,final.mdl}``; any binary tree and any model that begins with a transition model
 will do, with context or without. Two of mkgraph.sh's steps are left out because the wheels lack them, and
 both change the graph's size or the place of its weights only, never the weight of a word sequence:
@@ -9,20 +9,19 @@ pushing weights (fstpushspecial) and local epsilon removal (fstrmepslocal).
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.aligner import read_integers
-from kaldi_mpi.embedded.command import run_command
+from kaldi_mpi.embedded.align import read_integers
 from kaldi_mpi.embedded.fst import read_fst, write_fst
 from kaldi_mpi.embedded.gmm_model import read_hmm
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 # What decoding and scoring need besides HCLG.fst, so that they need no lang directory; mkgraph.sh's list.
 _COPIED = ("words.txt", "phones.txt")
@@ -134,9 +133,9 @@ def _write_lines(path: Path, values: Sequence[int]) -> None:
         stream.writelines(f"{value}\n" for value in values)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.graph", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi mkgraph``; see the module's text."""
+    parser = Parser(prog="kaldi-mpi mkgraph", description=__doc__)
     parser.add_argument("lang_dir")
     parser.add_argument("model_dir")
     parser.add_argument("graph_dir")
@@ -150,7 +149,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         transition_scale=chosen.transition_scale,
         self_loop_scale=chosen.self_loop_scale,
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,13 +4,12 @@ Phones do not depend on the position in the word (``--position-dependent-phones 
 phones and words, the topology and the lexicon FSTs are those that prepare_lang.sh gives for the same
 dictionary. With an ARPA language model G.fst is made too, as ``arpa2fst --disambig-symbol=#0`` makes it.
 
-``python -m kaldi_mpi.embedded.lang [options] DICT_DIR OOV_WORD TMP_DIR LANG_DIR`` takes prepare_lang.sh's
+``kaldi-mpi prepare-lang [options] DICT_DIR OOV_WORD TMP_DIR LANG_DIR`` takes prepare_lang.sh's
 arguments.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import shutil
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.embedded.dictionary import Dictionary, Pronunciation, read_dictionary, with_disambiguation
 from kaldi_mpi.embedded.fst import read_fst, write_fst
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.symbols import SymbolTable
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 _ARPA_TO_FST = """
 import sys
@@ -240,9 +239,9 @@ def _lexicon_fst(
     return wheels.load().kaldifst.compile(f"{text}{loop}\t0.0\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.lang", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi prepare-lang``; see the module's text."""
+    parser = Parser(prog="kaldi-mpi prepare-lang", description=__doc__)
     parser.add_argument("dict_dir")
     parser.add_argument("oov_word")
     parser.add_argument("tmp_dir", help="not used; prepare_lang.sh has it")
@@ -262,7 +261,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.arpa:
         make_grammar(options.arpa, options.lang_dir)
-
-
-if __name__ == "__main__":
-    run_command(main)

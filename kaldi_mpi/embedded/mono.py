@@ -1,13 +1,12 @@
 """Monophone GMM-HMM training from a flat start: what ``steps/train_mono.sh`` does, without Kaldi.
 
-``python -m kaldi_mpi.embedded.mono [--nj N] DATA_DIR LANG_DIR EXP_DIR`` writes ``final.mdl``, ``final.occs``,
+``kaldi-mpi train-mono [--nj N] DATA_DIR LANG_DIR EXP_DIR`` writes ``final.mdl``, ``final.occs``,
 ``tree``, ``phones.txt``, ``cmvn_opts`` and ``num_jobs``. The same data give the same model, byte for byte,
 whatever the number of jobs (as long as there are as many speakers).
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,18 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.aligner import Aligner, AlignmentOptions, AlignmentSummary, AlignmentTask
-from kaldi_mpi.embedded.command import run_command
+from kaldi_mpi.embedded.align import Aligner, AlignmentOptions, AlignmentSummary, AlignmentTask
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.gmm import Gmms, GmmStatistics
-from kaldi_mpi.embedded.gmm_features import CmvnOptions
 from kaldi_mpi.embedded.gmm_model import write_gmm_model
 from kaldi_mpi.embedded.hmm import Hmm
-from kaldi_mpi.embedded.processes import WorkerPool
-from kaldi_mpi.embedded.split import split_by_speaker
+from kaldi_mpi.embedded.jobs import WorkerPool, split_by_speaker
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.cmvn_options import parse_cmvn_opts
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 _REALIGN = frozenset([*range(1, 11), 12, 14, 16, 18, 20, 23, 26, 29, 32, 35, 38])
 
@@ -72,7 +70,7 @@ def train_mono(data_dir: str | Path, lang_dir: str | Path, exp_dir: str | Path, 
     begin = time.monotonic()
     data, lang, directory = DataDir(data_dir), Path(lang_dir), Path(exp_dir)
     (directory / "log").mkdir(parents=True, exist_ok=True)
-    cmvn = CmvnOptions.parse(options.cmvn_opts, file="--cmvn-opts")
+    cmvn = parse_cmvn_opts(options.cmvn_opts, where="--cmvn-opts")
     hmm = Hmm.monophone(lang / "topo", lang / "phones" / "sets.int")
     parts = split_by_speaker(data.utt2spk, options.nj)
     tasks = [AlignmentTask(str(data_dir), str(lang_dir), part, hmm, cmvn) for part in parts]
@@ -156,10 +154,10 @@ class _Training:
         return _Model(gmms, np.array(updated.log_probs, dtype=np.float32), occupancy)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi train-mono``; see the module's text."""
     defaults = MonoOptions()
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.mono", description=__doc__)
+    parser = Parser(prog="kaldi-mpi train-mono", description=__doc__)
     parser.add_argument("data_dir")
     parser.add_argument("lang_dir")
     parser.add_argument("exp_dir")
@@ -177,7 +175,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cmvn_opts=chosen.cmvn_opts,
     )
     train_mono(chosen.data_dir, chosen.lang_dir, chosen.exp_dir, options)
-
-
-if __name__ == "__main__":
-    run_command(main)

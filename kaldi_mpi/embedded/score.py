@@ -1,16 +1,15 @@
 """Word error rates of lattices over language-model weights: what ``steps/score_kaldi.sh`` does.
 
-``python -m kaldi_mpi.embedded.score [options] DATA_DIR GRAPH_DIR DECODE_DIR`` writes ``wer_LMWT_WIP`` in
+``kaldi-mpi score [options] DATA_DIR GRAPH_DIR DECODE_DIR`` writes ``wer_LMWT_WIP`` in
 compute-wer's form, which ``utils/best_wer.sh`` reads, ``scoring_kaldi/penalty_WIP/LMWT.txt`` with the words,
 and ``scoring_kaldi/best_wer``; it prints the best line.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +17,15 @@ import numpy as np
 
 from kaldi_mpi.embedded import wheels
 from kaldi_mpi.embedded.best_path import best_paths
-from kaldi_mpi.embedded.best_wer import best_wer
-from kaldi_mpi.embedded.command import run_command
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.lattice import read_lattices
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.symbols import SymbolTable
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
+
+_WER = re.compile(r"^%WER (\S+) \[.*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,28 @@ def score(
     return best
 
 
+def best_wer(files: Iterable[str | Path]) -> str:
+    """The ``%WER`` line of the file with the smallest rate, followed by the file's name.
+
+    Args:
+        files: ``wer_*`` files; the first of equal ones wins.
+
+    Raises:
+        DataError: a file cannot be read, none has a ``%WER`` line, or there are no files.
+    """
+    best: tuple[float, str] | None = None
+    for file in files:
+        try:
+            match = _WER.search(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror or error}", file=str(file)) from error
+        if match is not None and (best is None or float(match[1]) < best[0]):
+            best = (float(match[1]), f"{match[0].strip()} {file}")
+    if best is None:
+        raise DataError("no wer_* file with a %WER line")
+    return best[1]
+
+
 def _settings(options: ScoreOptions) -> list[tuple[int, str]]:
     if not 0 < options.min_lmwt <= options.max_lmwt:
         raise ConfigError(f"language-model weights from {options.min_lmwt} to {options.max_lmwt}")
@@ -198,10 +220,10 @@ def _percent(part: int, whole: int) -> str:
     return f"{value:.2f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line; see the module's text."""
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi score``; see the module's text."""
     defaults = ScoreOptions()
-    parser = argparse.ArgumentParser(prog="kaldi_mpi.embedded.score", description=__doc__)
+    parser = Parser(prog="kaldi-mpi score", description=__doc__)
     parser.add_argument("data_dir")
     parser.add_argument("graph_dir")
     parser.add_argument("decode_dir")
@@ -213,5 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.info("%s", score(chosen.data_dir, chosen.graph_dir, chosen.decode_dir, options))
 
 
-if __name__ == "__main__":
-    run_command(main)
+def best_wer_main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi best-wer``: a line per directory, as ``grep WER DIR/wer_* | utils/best_wer.sh`` prints it."""
+    parser = Parser(prog="kaldi-mpi best-wer", description="The best word error rate of decoding directories.")
+    parser.add_argument("decode_dir", nargs="+")
+    for directory in parser.parse_args(arguments).decode_dir:
+        files = sorted(Path(directory).glob("wer_*_*"))
+        if not files:
+            raise DataError("it has no wer_* files: was it scored?", file=str(directory))
+        print(best_wer(files))

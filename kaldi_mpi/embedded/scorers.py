@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import kaldi_native_io
 import numpy as np
 from numpy.typing import NDArray
 
+from kaldi_mpi.embedded.cmvn import Normalise, read_cmvn_opts, speaker_cmvn
 from kaldi_mpi.embedded.datadir import DataDir
-from kaldi_mpi.embedded.feature_io import add_deltas
-from kaldi_mpi.embedded.gmm_features import CmvnOptions, Normalise, speaker_cmvn
+from kaldi_mpi.embedded.features import add_deltas
 from kaldi_mpi.embedded.gmm_model import read_gmm_model
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.cmvn_options import CmvnOptions
+from kaldi_mpi.formats.tokens import Reader
+from kaldi_mpi.formats.transition import read_transitions
 
 if TYPE_CHECKING:
     import torch
@@ -71,19 +75,16 @@ def load_scorer(
     Raises:
         DataError: the model cannot be read, or is of neither kind.
     """
-    from kaldi_mpi.formats.tokens import Reader
-    from kaldi_mpi.formats.transition import read_transitions
-
     path = Path(model)
     reader = Reader(path)
     transitions = read_transitions(reader)
     kind = reader.peek()
     cmvn_opts = path.parent / "cmvn_opts"
     if kind == "<DIMENSION>":
-        cmvn = CmvnOptions.read(cmvn_opts, CmvnOptions())
+        cmvn = read_cmvn_opts(cmvn_opts, CmvnOptions())
         scorer = _gmm_scorer(path, speaker_cmvn(data, cmvn))
     elif kind == "<Nnet3>":
-        cmvn = CmvnOptions.read(cmvn_opts, CmvnOptions(norm_means=False))
+        cmvn = read_cmvn_opts(cmvn_opts, CmvnOptions(norm_means=False))
         scorer = _nnet_scorer(path, speaker_cmvn(data, cmvn), chunks or ChunkOptions())
     else:
         raise DataError(f"neither GMMs nor an nnet3 network but {kind}", file=str(model))
@@ -141,7 +142,6 @@ def _online_ivectors(path: Path, dim: int, folder: str | None) -> Callable[[str]
         DataError: a file is missing or malformed, or the i-vectors have another dimension than the network's.
         ConfigError: the network takes i-vectors and there are none, or takes none.
     """
-    import kaldi_native_io
     import torch
 
     if bool(dim) != bool(folder):

@@ -6,28 +6,28 @@ Samples are 16-bit integers throughout; feature extraction takes them in that sc
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import kaldi_native_io
 import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.embedded.datadir import DataDir
+from kaldi_mpi.embedded.features import cause_of
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.files import atomic_write
 from kaldi_mpi.log import logger
 
 Samples = NDArray[np.int16]
 
-_PCM, _EXTENSIBLE = 1, 0xFFFE
-_PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
-# Lengths that programs write when they do not know the length yet; 0x7FFFF000 is sox's.
-_STREAM_SIZES = (0, 0xFFFFFFFF, 0x7FFFF000)
+# kaldi_native_io's count of bytes where a header holds none, for its writer did not know the length yet.
+_STREAMED = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -61,60 +61,8 @@ class Wave:
         return chosen
 
 
-def decode_wave(data: bytes, *, file: str | None = None, key: str | None = None) -> Wave:
-    """Decode RIFF (or RIFX) 16-bit linear PCM, also with a length unknown when it was written.
-
-    Args:
-        data: the whole file.
-        file: what to name in errors.
-        key: what to name in errors.
-
-    Raises:
-        DataError: anything but 16-bit linear PCM, or no samples.
-    """
-
-    def fail(cause: str, offset: int | None = None) -> DataError:
-        return DataError(cause, file=file, key=key, offset=offset)
-
-    if data[:4] not in (b"RIFF", b"RIFX") or data[8:12] != b"WAVE":
-        raise fail("not a RIFF WAVE file" if data else "no audio at all (0 bytes)", 0)
-    endian = "<" if data[:4] == b"RIFF" else ">"
-
-    def number(offset: int, size: int) -> int:
-        if offset + size > len(data):
-            raise fail("the audio ends in the middle of its header", offset)
-        return int.from_bytes(data[offset : offset + size], "big" if endian == ">" else "little")
-
-    riff_size = number(4, 4)
-    position, channels, rate = 12, 0, 0
-    while True:
-        tag, size, body = data[position : position + 4], number(position + 4, 4), position + 8
-        if tag == b"fmt ":
-            kind, channels, rate = number(body, 2), number(body + 2, 2), number(body + 4, 4)
-            block, bits = number(body + 12, 2), number(body + 14, 2)
-            extensible = kind == _EXTENSIBLE and data[body + 24 : body + 40] == _PCM_GUID
-            if (kind != _PCM and not extensible) or bits != 16:
-                raise fail(f"only 16-bit linear PCM is read, this is format {kind}, {bits} bits", position)
-            if channels < 1 or rate < 1 or block != 2 * channels:
-                raise fail(f"impossible format: {channels} channels, {rate} Hz, block {block}", position)
-        elif tag == b"data":
-            break
-        position = body + size
-    if not channels:
-        raise fail("the samples come before the format", position)
-    streamed = size in _STREAM_SIZES or riff_size in (0, 0xFFFFFFFF)
-    available = len(data) - body
-    if not streamed and available < size:
-        logger.warning("%s, key %s: the header announces %d bytes of samples, there are %d", file, key, size, available)
-    length = (available if streamed else min(size, available)) // (2 * channels)
-    if not length:
-        raise fail("the audio has no samples", body)
-    flat = np.frombuffer(data, dtype=f"{endian}i2", count=length * channels, offset=body)
-    return Wave(flat.reshape(length, channels).T.astype(np.int16), rate)
-
-
 def read_wave(entry: str, *, scp: str | None = None, key: str | None = None) -> Wave:
-    """Read what one entry of a ``wav.scp`` names.
+    """Read what one entry of a ``wav.scp`` names: RIFF (or RIFX) of 16-bit linear PCM, as Kaldi reads it.
 
     Args:
         entry: a path, ``path:byte offset``, or a command ending in ``|``, which the shell runs.
@@ -124,27 +72,44 @@ def read_wave(entry: str, *, scp: str | None = None, key: str | None = None) -> 
     Raises:
         DataError: the file cannot be read, the command's status is not zero, or the audio is unusable.
     """
-    if entry.endswith("|"):
-        return decode_wave(_run(entry[:-1].strip(), scp, key), file=scp, key=key)
-    path, offset = entry, 0
-    if (match := re.fullmatch(r"(.+):(\d+)", entry)) and not Path(entry).exists():
-        path, offset = match.group(1), int(match.group(2))
+    if not entry.endswith("|"):
+        return _read(entry, entry, scp, key)
+    # Not as a pipe, of which kaldi_native_io would take the output of a failed command.
+    with tempfile.NamedTemporaryFile(suffix=".wav") as stream:
+        _run(entry[:-1].strip(), stream, scp, key)
+        return _read(stream.name, scp, scp, key)
+
+
+def _read(place: str, file: str | None, scp: str | None, key: str | None) -> Wave:
+    """Read `place` (``path`` or ``path:offset``); `file` is named where the audio is unusable."""
+    match = re.fullmatch(r"(.+):(\d+)", place)
+    path, offset = (match[1], int(match[2])) if match else (place, 0)
     try:
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            data = stream.read()
-    except OSError as error:
-        raise DataError(f"cannot read {entry}: {error.strerror}", file=scp, key=key) from error
-    return decode_wave(data, file=entry, key=key)
+        wave = kaldi_native_io.read_wave(place)
+        announced = 0 if match else kaldi_native_io.read_wave_info(place).data_bytes
+    except RuntimeError as error:
+        try:
+            with open(path, "rb") as stream:
+                empty = stream.seek(0, os.SEEK_END) <= offset
+        except OSError as cause:
+            raise DataError(f"cannot read {place}: {cause.strerror}", file=scp, key=key) from error
+        if empty:
+            raise DataError("no audio at all (0 bytes)", file=file, key=key, offset=0) from error
+        cause_ = cause_of(error).removeprefix("WaveData: ")
+        raise DataError(f"not a RIFF WAVE file of 16-bit linear PCM: {cause_}", file=file, key=key) from error
+    samples = np.array(wave.data).astype(np.int16)  # whole numbers, which Kaldi keeps as floats
+    size = 2 * samples.size
+    if size < announced < _STREAMED:  # of an archive's end kaldi_native_io warns too, without the key
+        logger.warning("%s, key %s: the header announces %d bytes of samples, there are %d", file, key, announced, size)
+    return Wave(samples, int(wave.sample_freq))
 
 
-def _run(command: str, scp: str | None, key: str | None) -> bytes:
-    done = subprocess.run(command, shell=True, capture_output=True, check=False)
+def _run(command: str, output: IO[bytes], scp: str | None, key: str | None) -> None:
+    done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.PIPE, check=False)
     if done.returncode:
         how = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
         last = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
         raise DataError(f"the command failed with {how}: {command}" + (f": {last}" if last else ""), file=scp, key=key)
-    return done.stdout
 
 
 def read_utterances(data: DataDir, utterances: list[str], *, channel: int = -1) -> Iterator[tuple[str, Samples, int]]:
@@ -190,16 +155,11 @@ def encode_wave(samples: Samples, rate: int) -> bytes:
     body = np.ascontiguousarray(samples, dtype="<i2").tobytes()
     header = bytearray(b"RIFF")
     header += (36 + len(body)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
-    for value, size in ((_PCM, 2), (1, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2)):
+    pcm, channels = 1, 1
+    for value, size in ((pcm, 2), (channels, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2)):
         header += value.to_bytes(size, "little")
     header += b"data" + len(body).to_bytes(4, "little")
     return bytes(header) + body
-
-
-def write_wave(path: str | Path, samples: Samples, rate: int) -> None:
-    """Write one channel of 16-bit samples as a RIFF file."""
-    with atomic_write(path) as stream:
-        stream.write(encode_wave(samples, rate))
 
 
 def resample(samples: NDArray[Any], rate_in: int, rate_out: int, *, num_zeros: int = 6) -> NDArray[np.float64]:

@@ -1,16 +1,142 @@
-"""Kaldi's script files: tables ``key value``, and where a value that names a matrix points."""
+"""Kaldi's tables as they are named: rspecifiers, text files of lines ``key value``, and where a value points."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.stream import InputStream
+
+_KINDS = ("ark", "scp")
+# b, t: binary or text is found out from the data. o, bg, cs: how a program goes through the table, and the
+# loader does in its own way. The others are in the class.
+_OPTIONS = ("b", "t", "o", "no", "p", "np", "s", "ns", "cs", "ncs", "bg")
 
 # A row range may exceed the matrix by this many frames and is then clipped: the rule of Kaldi's reader,
 # because the times in segments are rounded.
 ROW_RANGE_TOLERANCE = 3
+
+
+@dataclass(frozen=True)
+class Rspecifier:
+    """A table to be read.
+
+    Attributes:
+        kind: ``ark``: an archive; ``scp``: a script file.
+        rxfilename: a path, or a command that ends in ``|``.
+        permissive: option ``p``: entries that cannot be read are as if they were not there.
+        sorted: option ``s``: the keys must be in the C locale's order.
+    """
+
+    kind: str
+    rxfilename: str
+    permissive: bool = False
+    sorted: bool = False
+
+
+def parse_rspecifier(text: str) -> Rspecifier | None:
+    """Take an rspecifier apart; None for what is none (a path, even one with a colon in it).
+
+    The rule is Kaldi's: options before the first colon, between commas or spaces, one of them ``ark`` or
+    ``scp``, all of them known; of two that contradict each other the later one counts.
+    """
+    before, colon, rxfilename = text.partition(":")
+    options = re.split("[, ]", before)
+    kinds = [option for option in options if option in _KINDS]
+    if not colon or text[-1:].isspace() or len(kinds) != 1:
+        return None
+    if any(option not in (*_KINDS, *_OPTIONS) for option in options):
+        return None
+    return Rspecifier(kinds[0], rxfilename, _last(options, "p", "np"), _last(options, "s", "ns"))
+
+
+def _last(options: list[str], yes: str, no: str) -> bool:
+    said = [option for option in options if option in (yes, no)]
+    return bool(said) and said[-1] == yes
+
+
+class TextTable(dict[str, str]):
+    """Keys and values of a text file (scp, utt2spk), in its order.
+
+    Attributes:
+        name: the file, or the command that printed it; for messages.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, str] | None = None) -> None:
+        super().__init__(values or {})
+        self.name = name
+
+
+def read_table(path: str | os.PathLike[str], *, allow_empty_value: bool = False) -> TextTable:
+    """Read a text file of lines ``key value`` (scp, utt2spk); the value may contain spaces.
+
+    Args:
+        path: the file.
+        allow_empty_value: whether a line may hold a key alone (an empty transcript in ``text``).
+
+    Raises:
+        DataError: the file cannot be read, a line has no value, or a key comes twice; names file and key.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as stream:
+            return parse_table(stream, name=name, allow_empty_value=allow_empty_value)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", file=name) from error
+
+
+def parse_table(lines: Iterable[bytes], *, name: str, allow_empty_value: bool = False) -> TextTable:
+    """`read_table` of lines that are there already; `name` is their file, for messages."""
+    table = TextTable(name)
+    at = 0
+    for number, line in enumerate(lines, 1):
+        fields = line.split(maxsplit=1)  # at ASCII blanks, as in Kaldi: others may be part of a word
+        if not fields:
+            raise DataError(f"line {number} is blank: a key and a value are expected", file=name)
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"line {number} is not text in UTF-8", file=name, offset=at + error.start) from error
+        key, value = fields[0].decode("utf-8"), b"".join(fields[1:]).rstrip().decode("utf-8")
+        if not (value or allow_empty_value):
+            raise DataError(f"line {number} has no value after the key", file=name, key=key)
+        if key in table:
+            raise DataError(f"the key is there twice (again in line {number})", file=name, key=key)
+        table[key] = value
+        at += len(line)
+    return table
+
+
+def read_script(rxfilename: str) -> TextTable:
+    """The lines of a script file, which may be what a command prints.
+
+    Raises:
+        DataError: see `read_table`; it is standard input; the command fails.
+    """
+    if not rxfilename.endswith("|"):
+        if rxfilename in ("", "-"):
+            raise DataError("a script file cannot be standard input, which the ranks do not share", file="-")
+        return read_table(rxfilename)
+    with InputStream(rxfilename) as stream:
+        text = stream.rest()
+        stream.check_status()
+    return parse_table(text.splitlines(keepends=True), name=rxfilename)
+
+
+def check_sorted(keys: Sequence[str], name: str) -> None:
+    """Check the promise of the rspecifier's option ``s``.
+
+    Raises:
+        DataError: a key is not behind the one before it in the C locale's order.
+    """
+    for before, key in itertools.pairwise(keys):
+        if key.encode() <= before.encode():
+            raise DataError(f"not in the order that option s promises: it comes after {before}", file=name, key=key)
 
 
 class Location(NamedTuple):
@@ -36,46 +162,6 @@ class Location(NamedTuple):
     def is_command(self) -> bool:
         """Whether the matrix is what a command prints."""
         return self.path.endswith("|")
-
-
-def read_table(path: str | os.PathLike[str], *, allow_empty_value: bool = False) -> dict[str, str]:
-    """Read a text file of lines ``key value`` (scp, utt2spk); the value may contain spaces.
-
-    Args:
-        path: the file.
-        allow_empty_value: whether a line may hold a key alone (an empty transcript in ``text``).
-
-    Raises:
-        DataError: the file cannot be read, a line has no value, or a key comes twice; names file and key.
-    """
-    name = os.fspath(path)
-    try:
-        with open(name, "rb") as stream:
-            return parse_table(stream, name=name, allow_empty_value=allow_empty_value)
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", file=name) from error
-
-
-def parse_table(lines: Iterable[bytes], *, name: str, allow_empty_value: bool = False) -> dict[str, str]:
-    """`read_table` of lines that are there already; `name` is their file, for messages."""
-    table: dict[str, str] = {}
-    at = 0
-    for number, line in enumerate(lines, 1):
-        fields = line.split(maxsplit=1)  # at ASCII blanks, as in Kaldi: others may be part of a word
-        if not fields:
-            raise DataError(f"line {number} is blank: a key and a value are expected", file=name)
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"line {number} is not text in UTF-8", file=name, offset=at + error.start) from error
-        key, value = fields[0].decode("utf-8"), b"".join(fields[1:]).rstrip().decode("utf-8")
-        if not (value or allow_empty_value):
-            raise DataError(f"line {number} has no value after the key", file=name, key=key)
-        if key in table:
-            raise DataError(f"the key is there twice (again in line {number})", file=name, key=key)
-        table[key] = value
-        at += len(line)
-    return table
 
 
 def parse_location(rxfilename: str, *, file: str, key: str | None) -> Location:

@@ -18,74 +18,92 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging import Asynchronous, Participant, Settings
+from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published_device import make_published
 from kaldi_mpi.learner.batches import Batch
-from kaldi_mpi.learner.evaluate import spread_of
-from kaldi_mpi.learner.evaluator import Evaluator
-from kaldi_mpi.learner.plan import Phase, TicketMap
-from kaldi_mpi.learner.server import STRATEGY_CHANNEL, tell
+from kaldi_mpi.learner.dataset import Dataset
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.schedule import Phase, Plan, TicketMap
+from kaldi_mpi.learner.server import command_server
 from kaldi_mpi.learner.snapshots import Snapshots
+from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
-
-if TYPE_CHECKING:
-    from kaldi_mpi.learner.loop import Learner
+from kaldi_mpi.learner.validate import BackgroundValidation, IterationEnd, Validation, spread_of
+from kaldi_mpi.transport.gpu import takes_device_pointers
+from kaldi_mpi.transport.world import World
 
 
 class AsynchronousPhase:
     """One learner's part in the phase.
 
     Args:
-        learner: at the phase's first step, or at one from which it goes on.
         phase: under an asynchronous strategy.
+        world: the learners.
+        dataset: what they train on.
+        plan: of the training.
+        learner: its state stands at the phase's first step, or at one from which it goes on.
+        log: of the training.
+        validation: what rank 0 runs in the background.
+        settings: how parameters travel.
+        journal_dir: where exchanges are journaled; None: nowhere.
     """
 
-    def __init__(self, learner: Learner, phase: Phase) -> None:
-        assert isinstance(phase.strategy, Exchanging)
-        self._learner, self._phase = learner, phase
-        self._strategy = phase.strategy
-        self._peers = phase.peers or learner.world
-        self._group = phase.group
-        self._sum_in_group = phase.sum_in_group
-        self._group_size = self._group.size if self._group is not None else 1
-        self._leads = self._group is None or self._group.rank == 0
-        self._change = torch.zeros_like(learner.flat.values)
-        self._own_steps = 0
+    def __init__(
+        self,
+        phase: Phase,
+        world: World,
+        dataset: Dataset,
+        plan: Plan,
+        learner: LearnerStep,
+        log: TrainingLog,
+        validation: Validation,
+        settings: Settings,
+        journal_dir: Path | None,
+    ) -> None:
+        assert isinstance(phase.strategy, Asynchronous)
+        self._phase, self._world, self._dataset, self._plan = phase, world, dataset, plan
+        self._learner, self._log, self._validation, self._settings = learner, log, validation, settings
+        self._strategy, self._peers, self._group = phase.strategy, phase.peers, phase.super_learner
+        self._group_size = self._group.world.size if self._group is not None else 1
+        self._leads = self._group is None or self._group.world.rank == 0
+        self._journal_dir = journal_dir if self._leads else None
+        self._state = learner.state
+        self._change = torch.zeros_like(self._state.flat.values)
         self._iterations_begun: list[int] = []  # whose beginning has not been noticed in the learner's thread
 
-    def run(self) -> None:
-        """Train to the phase's end, after which all models are equal."""
-        learner, around = self._learner, self._learner.around
-        with learner.loader.watch(
-            learner.reading.feed(
-                learner.data.train,
-                learner.flat.values.device,
-                rank=self._group.rank if self._group is not None else 0,
-                size=self._group_size,
-                depth=IN_HAND + 2,
-                on_request=True,
-            )
-        ) as self._feed:
-            self._reader = self._feed.reader
+    def run(self) -> Iterator[IterationEnd]:
+        """Train to the phase's end, after which all models are equal; yields where all learners have met."""
+        self._learner.begin_phase(self._strategy.rate_factor, self._group)
+        batches = self._dataset.batches(
+            self._dataset.train,
+            self._state.flat.values.device,
+            rank=self._group.world.rank if self._group is not None else 0,
+            size=self._group_size,
+            depth=IN_HAND + 2,
+            on_request=True,
+        )
+        with self._log.loader.watch(batches) as self._batches:
+            self._reader = batches.reader
             chunks = self._reader.plan
             self._map = TicketMap(
-                learner.world.size // self._group_size, learner.plan.steps_per_epoch, chunks.steps_per_epoch
+                self._world.size // self._group_size, self._plan.steps_per_epoch, chunks.steps_per_epoch
             )
-            path = around.journal_dir / f"learner.{learner.world.rank}" if around.journal_dir and self._leads else None
+            folder = self._journal_dir
+            path = None if folder is None else folder / f"learner.{self._world.rank}"
             self._journal = Journal(path, wanted=path is not None)
             try:
                 if self._leads:
                     self._connect()
                 for first, end in self._segments():
                     self._segment(first, end)
-                    self._meet(end)
+                    yield from self._meet(end)
                 if self._leads:
                     self._disconnect()
             finally:
@@ -93,66 +111,53 @@ class AsynchronousPhase:
 
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
-        learner, strategy, messages = self._learner, self._strategy, self._peers.messages
-        number, is_new = learner.phases.index(self._phase), learner.step == self._phase.first_step
+        flat, strategy, messages = self._state.flat, self._strategy, self._peers.messages
+        is_new = self._state.step == self._phase.first_step
         if self._phase.dedicated_server:
-            tell(self._peers, True, "start", number, is_new, learner.flat.to_numpy())
-        if is_new:
-            strategy.begin(learner.flat.to_numpy())
-        around = learner.around
-        self._shared = make_published(learner.flat.values, around.piece_size, around.wire, strategy.on_device)
-        strategy.connect(
-            self._shared,
-            lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload),
-            self._journal,
+            command_server(self._peers, True, "start", self._phase.number, is_new, flat.to_numpy())
+        on_gpu = flat.values.device.type == "cuda"
+        self._published = make_published(
+            flat.values,
+            self._settings.piece_size,
+            self._settings.transfer_dtype,
+            direct=on_gpu and strategy.on_device and takes_device_pointers(),
         )
+        self._participant = Participant(strategy, self._published, messages, self._journal, flat.mix)
         first = self._peers.rank == 0
         self._client = TicketClient(messages, self._reader.request)
         self._server = TicketServer(messages, self._map.units, self._on_ticket) if first else None
-        self._evaluator = Evaluator(learner) if first else None
-        self._snapshots = Snapshots(messages, strategy, self._shared, self._begin_iteration, self._evaluate)
+        self._background = BackgroundValidation(self._validation) if first else None
+        self._snapshots = Snapshots(messages, strategy, self._published, self._begin_iteration, self._validate)
         self._marks: dict[int, int] = {}
-        messages.on_message(STRATEGY_CHANNEL, strategy.receive, self._shared.allocate)
+        self._participant.connect()
         self._client.attach(self._server)
         self._snapshots.attach()
         if self._phase.dedicated_server:
             self._peers.barrier()  # the server listens
 
     def _disconnect(self) -> None:
-        if self._evaluator is not None:
-            self._evaluator.close()
-        self._tell("stop")
+        if self._background is not None:
+            self._background.close()
+        self._command_server("stop")
         self._client.detach()
         self._snapshots.detach()
-        self._peers.messages.on_message(STRATEGY_CHANNEL, None)
+        self._participant.disconnect()
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Steps (first, end) of the stretches between two points where all learners meet."""
-        first = self._learner.step
+        first = self._state.step
         for step in range(first + 1, self._phase.end_step + 1):
-            saves = self._learner.plan.ends_iteration(step) and self._learner.plan.saves(step, True)
+            saves = self._plan.ends_iteration(step) and self._plan.saves(step, True)
             if saves or step == self._phase.end_step:
                 yield first, step
                 first = step
 
     def _segment(self, first: int, end: int) -> None:
         """Take tickets until there are no more of this segment, then wait until all exchanges are over."""
-        learner, messages = self._learner, self._peers.messages
         if self._leads:
             if self._server is not None:
-                server, tickets = self._server, (self._map.ticket(first), self._map.ticket(end))
-                marks = {
-                    self._map.ticket(step): learner.plan.iteration(step)
-                    for step in range(first + 1, end)
-                    if learner.plan.ends_iteration(step)
-                }
-
-                def open_segment() -> None:
-                    self._marks = marks
-                    server.open(*tickets)
-
-                messages.post(open_segment)
-            messages.post(self._strategy.stay)
+                self._open_segment(self._server, first, end)
+            self._participant.rejoin()
             self._client.start()
         requested = -1
         while (ticket := self._next_ticket()) is not None:
@@ -162,12 +167,26 @@ class AsynchronousPhase:
                     if number is not None and number > requested:
                         requested = number
                         self._reader.request(number)
-            self._take(next(self._feed), now)
+            self._train_on(next(self._batches), now)
         if self._leads:
-            messages.post(self._strategy.leave)
-            messages.wait(self._strategy.quiet)
-            self._tell("meet")
+            self._participant.leave()
+            self._participant.settle()
+            self._command_server("meet")
             self._peers.barrier()
+
+    def _open_segment(self, server: TicketServer, first: int, end: int) -> None:
+        """Have rank 0's communication thread hand out the segment's tickets, and begin iterations between them."""
+        marks = {
+            self._map.ticket(step): self._plan.iteration(step)
+            for step in range(first + 1, end)
+            if self._plan.ends_iteration(step)
+        }
+
+        def open_segment() -> None:
+            self._marks = marks
+            server.open(self._map.ticket(first), self._map.ticket(end))
+
+        self._peers.messages.post(open_segment)
 
     def _next_ticket(self) -> tuple[int, int | None] | None:
         """This ticket and, if it is known already, the next; None at the segment's end."""
@@ -175,81 +194,59 @@ class AsynchronousPhase:
         if self._leads:
             ticket = self._client.next()
             got = None if ticket is None else (ticket, self._client.peek())
-        return got if self._group is None else self._group.broadcast(got)
+        return got if self._group is None else self._group.world.broadcast(got)
 
-    def _take(self, minibatch: Batch, ticket: int) -> None:
+    def _train_on(self, batch: Batch, ticket: int) -> None:
         """One step of this learner, or of its super-learner."""
-        learner, flat = self._learner, self._learner.flat
         began = time.monotonic()
         if self._iterations_begun:
-            learner.log_training(self._iterations_begun.pop(0) - 1)
-        learner.around.injector.begin()
-        learner.compute_gradients(minibatch)
-        learner.around.injector.end()
-        if self._sum_in_group is not None:
-            self._sum_in_group(flat.gradients)
-            flat.gradients /= self._group_size
-        frames = round(learner.data.train.total_frames * self._map.epochs(ticket))
-        rate = learner.rate.actual(frames, learner.world.size) * self._strategy.rate_factor
-        chunks = self._reader.plan.chunks_of_step(ticket) / learner.world.size
-        learner.optimiser.step(rate, chunks, self._change)
+            self._log.end_iteration(self._iterations_begun.pop(0) - 1)
+        self._learner.compute(batch)
+        frames = round(self._dataset.train.total_frames * self._map.epochs(ticket))
+        self._learner.change(frames, self._reader.plan.chunks_of_step(ticket), self._change)
+        values = self._state.flat.values
         if self._leads:
-            self._publish(minibatch.global_frames)
-        if self._sum_in_group is not None:
+            self._participant.publish(self._change, values, batch.global_frames)
+        if self._group is not None:
             if not self._leads:
-                flat.values.zero_()
-            self._sum_in_group(flat.values)  # the leader's model, to all
-        learner.show_progress(frames)
+                values.zero_()
+            self._group.sum_(values)  # the leader's model, to all
+        self._log.show_progress(frames)
         if self._leads:
             self._client.done(time.monotonic() - began)
 
-    def _publish(self, frames: int) -> None:
-        """x <- x + change, w <- x; then tell the communication thread."""
-        learner, strategy, shared = self._learner, self._strategy, self._shared
-        if strategy.filters_change:
-            learner.flat.mix(self._change, strategy.filter_change)
-        for piece in range(shared.num_pieces):
-            with shared.lock(piece):
-                shared.push_pull(piece, self._change, learner.flat.values)
-                self._journal.record(Event.STEP, piece, self._own_steps, own_steps=shared.steps[piece])
-        self._own_steps += 1
-        messages = self._peers.messages
-        messages.post(lambda: strategy.step_taken(frames))
-        if strategy.may_block:
-            messages.wait(lambda: not strategy.blocked())
-
-    def _meet(self, step: int) -> None:
-        """All learners have come to `step` and nothing is under way: mean, validation, checkpoint."""
-        learner, ends = self._learner, step == self._phase.end_step
+    def _meet(self, step: int) -> Iterator[IterationEnd]:
+        """All learners have come to `step` and nothing is under way: the mean of all models, and where they go on."""
+        state, ends = self._state, step == self._phase.end_step
         if self._leads:
-            if self._evaluator is not None:
+            if self._background is not None:
                 self._peers.messages.wait(self._snapshots.quiet)
-                self._evaluator.drain()
-            own = self._shared.to_numpy()
-            self._tell("mean")
+                self._background.drain()
+            own = self._published.to_numpy()
+            self._command_server("mean")
             mean = self._strategy.mean_model(own)
             model = own
             if ends:
-                self._tell("finish")
+                self._command_server("finish")
                 model = own.copy()
                 self._strategy.finish(model)
         else:
-            own = mean = model = np.zeros(learner.flat.values.numel(), np.float32)
+            own = mean = model = np.zeros(state.flat.values.numel(), np.float32)
         if self._group is not None:
-            mean, model = self._group.broadcast((mean, model))
+            mean, model = self._group.world.broadcast((mean, model))
             own = own if self._leads else mean
-        spread = spread_of(own, mean, learner.world) * learner.world.size / self._map.units
+        spread = spread_of(own, mean, self._world) * self._world.size / self._map.units
         if self._leads:
-            self._shared.load(model)
-        learner.flat.load(model)
-        learner.step = step
-        learner.frames = round(learner.data.train.total_frames * self._map.epochs(self._map.ticket(step)))
-        learner.show_progress(learner.frames, last=step == learner.plan.num_steps)
-        if learner.plan.ends_iteration(step):
-            learner.end_iteration(mean, spread, True)
+            self._published.load(model)
+        state.flat.load(model)
+        state.step = step
+        state.frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
+        self._log.show_progress(state.frames, last=step == self._plan.num_steps)
+        if self._plan.ends_iteration(step):
+            yield IterationEnd(mean, spread)
 
-    def _tell(self, command: str) -> None:
-        tell(self._peers, self._phase.dedicated_server, command)
+    def _command_server(self, command: str) -> None:
+        command_server(self._peers, self._phase.dedicated_server, command)
 
     # On the communication thread.
 
@@ -260,6 +257,6 @@ class AsynchronousPhase:
     def _begin_iteration(self, iteration: int) -> None:
         self._iterations_begun.append(iteration)
 
-    def _evaluate(self, iteration: int, mean: NDArray[np.float32], spread: float | None) -> None:
-        assert self._evaluator is not None
-        self._evaluator.start(iteration, mean, spread)
+    def _validate(self, iteration: int, mean: NDArray[np.float32], spread: float | None) -> None:
+        assert self._background is not None
+        self._background.start(iteration, mean, spread)

@@ -1,10 +1,10 @@
 """Minibatches on the learner's device, copied there ahead of the step that needs them.
 
 On a CPU a batch's tensors are the reader's own buffers. For a GPU the reader fills page-locked buffers, and a thread
-of its own copies them on a side stream into one of two places on the device while the learner computes on the
+of its own copies them on a side stream into one of two sets of buffers on the device while the learner computes on the
 other:
 
-    reader's threads  ->  page-locked buffer  --side stream-->  place on the device  ->  the learner's step
+    reader's threads  ->  page-locked buffer  --side stream-->  buffers on the device  ->  the learner's step
                           given back when its                   written again when the step
                           copy has finished                     that used it has finished
 
@@ -14,57 +14,29 @@ computing stream for the copy's. The learner itself never waits for a copy.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaldi_mpi.loader import ChunkShape, Counters, Minibatch, MinibatchReader
+from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader
+from kaldi_mpi.loader.reader import NumpyMinibatch
 
-_PLACES = 2
+# A minibatch on the learner's device; valid until the next ``__next__``.
+Batch: TypeAlias = Minibatch[Tensor]
 
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A minibatch on the device; valid until the feed's next ``__next__``.
-
-    Attributes:
-        feats: (B, rows, feat_dim) float32.
-        labels: (B, W) or (B, W, K) int64; -1: none.
-        weights: of the labels' shape, float32; None: all 1.
-        ivectors: (B, ivector_dim) float32, or None.
-        shape: of its chunks.
-        frames: labelled frames here; global_frames: over all ranks of the step.
-        weight: the sum of the weights of all labels here; `frames` where all are 1.
-        epoch, step: from 0.
-    """
-
-    feats: Tensor
-    labels: Tensor
-    weights: Tensor | None
-    ivectors: Tensor | None
-    shape: ChunkShape
-    frames: int
-    global_frames: int
-    weight: float
-    epoch: int
-    step: int
-
-    @property
-    def first(self) -> int:
-        """The time of a chunk's first row, when its first label has time 0."""
-        return self.shape.label_delay - self.shape.left
+_COPIES = 2
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """A point in a stream."""
 
     def synchronize(self) -> None:
@@ -72,7 +44,7 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """What copying needs of a device; the tests put a recorder in its place."""
+    """What copying needs of a device; the tests put a recorder in its buffers."""
 
     def pinned(self, size: int, dtype: torch.dtype) -> Tensor:
         """A (size,) tensor in page-locked memory."""
@@ -83,16 +55,16 @@ class Streams(Protocol):
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Queue a copy to the device on the side stream."""
 
-    def copied(self) -> Event:
+    def copied(self) -> StreamEvent:
         """The point after all copies queued so far."""
 
-    def computed(self) -> Event:
+    def computed(self) -> StreamEvent:
         """The point after all that the calling thread has queued to compute."""
 
-    def compute_after(self, event: Event) -> None:
+    def compute_after(self, event: StreamEvent) -> None:
         """What the calling thread queues from now on begins after `event`."""
 
-    def copy_after(self, event: Event) -> None:
+    def copy_after(self, event: StreamEvent) -> None:
         """Copies queued from now on begin after `event`."""
 
 
@@ -115,24 +87,24 @@ class CudaStreams:
         with torch.cuda.stream(self._side):
             to.copy_(source, non_blocking=True)
 
-    def copied(self) -> Event:
+    def copied(self) -> StreamEvent:
         return self._recorded(self._side)
 
-    def computed(self) -> Event:
+    def computed(self) -> StreamEvent:
         return self._recorded(torch.cuda.current_stream(self._device))
 
-    def compute_after(self, event: Event) -> None:
+    def compute_after(self, event: StreamEvent) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)  # type: ignore[arg-type]
 
-    def copy_after(self, event: Event) -> None:
+    def copy_after(self, event: StreamEvent) -> None:
         self._side.wait_event(event)
 
     @staticmethod
-    def _recorded(stream: Any) -> Event:
+    def _recorded(stream: Any) -> StreamEvent:
         # blocking: a thread that waits for it leaves its core to others.
         event: Any = torch.cuda.Event(blocking=True)
         event.record(stream)
-        done: Event = event
+        done: StreamEvent = event
         return done
 
 
@@ -146,14 +118,14 @@ def page_locked(streams: Streams) -> Callable[[int, type[np.generic]], NDArray[A
     return lambda size, dtype: streams.pinned(size, torch.from_numpy(np.empty(0, dtype)).dtype).numpy()
 
 
-class _Place:
+class _DeviceBuffers:
     """Room on the device for one minibatch."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.used: Event | None = None  # the point after the step that computed on it last
+        self.used: StreamEvent | None = None  # the point after the step that computed on it last
 
-    def take(self, streams: Streams, name: str, source: Tensor) -> Tensor:
+    def copy_in(self, streams: Streams, name: str, source: Tensor) -> Tensor:
         """Queue the copy of `source` to here."""
         if name not in self.tensors or self.tensors[name].numel() < source.numel():
             self.tensors[name] = streams.empty(source.numel(), source.dtype)
@@ -162,11 +134,11 @@ class _Place:
         return here
 
 
-class Feed(Iterator[Batch]):
+class DeviceBatches(Iterator[Batch]):
     """A reader's minibatches on a device; close it, or use it as a context manager.
 
     Args:
-        reader: whose buffers are page-locked, if `streams` are given; closed with the feed.
+        reader: whose buffers are page-locked, if `streams` are given; closed with this.
         streams: how to copy; None: the tensors are the reader's buffers.
 
     Attributes:
@@ -176,21 +148,21 @@ class Feed(Iterator[Batch]):
 
     def __init__(self, reader: MinibatchReader, streams: Streams | None = None) -> None:
         self.reader, self._streams, self.waited = reader, streams, 0.0
-        self._held: _Place | None = None
+        self._held: _DeviceBuffers | None = None
         if streams is None:
             return
-        self._ready: queue.Queue[tuple[_Place, Event, Batch] | BaseException | None] = queue.Queue()
-        self._free: queue.Queue[_Place | None] = queue.Queue()
-        for _ in range(_PLACES):
-            self._free.put(_Place())
-        self._thread = threading.Thread(target=self._copy_all, args=(streams,), name="feed", daemon=True)
+        self._ready: queue.Queue[tuple[_DeviceBuffers, StreamEvent, Batch] | BaseException | None] = queue.Queue()
+        self._free: queue.Queue[_DeviceBuffers | None] = queue.Queue()
+        for _ in range(_COPIES):
+            self._free.put(_DeviceBuffers())
+        self._thread = threading.Thread(target=self._copy_all, args=(streams,), name="copy-to-device", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Batch:
         began = time.monotonic()
         try:
             if self._streams is None:
-                return _batch(next(self.reader))
+                return _as_tensors(next(self.reader))
             return self._next_copied(self._streams)
         finally:
             self.waited += time.monotonic() - began
@@ -214,22 +186,16 @@ class Feed(Iterator[Batch]):
     def _copy_all(self, streams: Streams) -> None:
         """The thread's work."""
         try:
-            while (place := self._free.get()) is not None:
+            while (buffers := self._free.get()) is not None:
                 minibatch = next(self.reader, None)
                 if minibatch is None:
                     break
-                if place.used is not None:
-                    streams.copy_after(place.used)
-                host = _batch(minibatch)
-                there = dataclasses.replace(
-                    host,
-                    feats=place.take(streams, "feats", host.feats),
-                    labels=place.take(streams, "labels", host.labels),
-                    weights=None if host.weights is None else place.take(streams, "weights", host.weights),
-                    ivectors=None if host.ivectors is None else place.take(streams, "ivectors", host.ivectors),
-                )
+                if buffers.used is not None:
+                    streams.copy_after(buffers.used)
+                host = _as_tensors(minibatch)
+                there = host.map(functools.partial(buffers.copy_in, streams))
                 copied = streams.copied()
-                self._ready.put((place, copied, there))
+                self._ready.put((buffers, copied, there))
                 copied.synchronize()  # the reader takes its buffer back at the next call
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again by __next__, in the learner's thread
@@ -251,7 +217,7 @@ class Feed(Iterator[Batch]):
         """The reader's."""
         return self.reader.counters()
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> DeviceBatches:
         return self
 
     def __exit__(
@@ -260,26 +226,6 @@ class Feed(Iterator[Batch]):
         self.close()
 
 
-def _batch(minibatch: Minibatch) -> Batch:
+def _as_tensors(minibatch: NumpyMinibatch) -> Batch:
     """The minibatch as tensors in the reader's memory."""
-    weights = minibatch.weights
-    return Batch(
-        feats=torch.from_numpy(minibatch.feats),
-        labels=torch.from_numpy(minibatch.labels),
-        weights=_tensor(weights),
-        ivectors=_tensor(minibatch.ivectors),
-        shape=minibatch.shape,
-        frames=minibatch.frames,
-        global_frames=minibatch.global_frames,
-        weight=_weight(minibatch.labels, weights) if weights is not None else float(minibatch.frames),
-        epoch=minibatch.epoch,
-        step=minibatch.step,
-    )
-
-
-def _tensor(array: NDArray[np.float32] | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
-
-
-def _weight(labels: NDArray[np.int64], weights: NDArray[np.float32]) -> float:
-    return float(weights.sum(dtype=np.float64, where=labels >= 0))
+    return minibatch.map(lambda _, array: torch.from_numpy(array))

@@ -12,8 +12,9 @@ import hashlib
 import json
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,34 +27,30 @@ from kaldi_mpi.transport.world import World
 
 # Options that may differ between the run that saved and the run that goes on: they change no result.
 _FREE = (
-    "dir", "checkpoint_interval", "resume", "loader_threads", "skip_bad_utterances", "binary", "journal", "inject",
+    "dir", "checkpoint_interval", "resume", "loader_threads", "skip_bad_utterances", "binary", "journal", "faults",
 )  # fmt: skip
 
 
 _ARRAY = "numpy array"  # marks a tensor that was a NumPy array
 
 
-class HasState(Protocol):
-    """The learner, as far as checkpoints need to know it."""
-
-    step: int
-
-    def state_dict(self) -> dict[str, object]:
-        """All of its state."""
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take it back."""
-
-
-def fingerprint(options: TrainOptions, world: World) -> str:
-    """A digest of all that decides how a training goes: options, network, number of learners."""
+def fingerprint(options: TrainOptions, size: int) -> str:
+    """A digest of all that decides how a training goes: options, network, number of ranks."""
     fields = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
-    text = json.dumps([fields, Path(options.xconfig).read_text(encoding="utf-8"), world.size], sort_keys=True)
+    fields["data"] = {k: v for k, v in fields["data"].items() if k not in _FREE}
+    text = json.dumps([fields, Path(options.xconfig).read_text(encoding="utf-8"), size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save(folder: Path, options: TrainOptions, world: World, learner: HasState) -> None:
-    """Write all learners' states, then make them the current checkpoint, then drop the one before.
+def save(folder: Path, fingerprint: str, world: World, step: int, state: Mapping[str, Any]) -> None:
+    """Write all ranks' states, then make them the current checkpoint, then drop the one before.
+
+    Args:
+        folder: the training's directory.
+        fingerprint: of the training.
+        world: all ranks, each of which has a state.
+        step: that all ranks have come to.
+        state: this rank's.
 
     Raises:
         DataError: the disk refused; the checkpoint before is still whole.
@@ -62,20 +59,20 @@ def save(folder: Path, options: TrainOptions, world: World, learner: HasState) -
     if world.rank == 0:
         place.mkdir(exist_ok=True)
     world.barrier()
-    with atomic_write(place / f"learner.{world.rank}.{learner.step}.pt") as stream:
-        torch.save(_to_tensors(learner.state_dict()), stream)
+    with atomic_write(place / f"learner.{world.rank}.{step}.pt") as stream:
+        torch.save(_to_tensors(state), stream)
     world.barrier()
     if world.rank == 0:
         with atomic_write(place / "current.json", "w") as stream:
-            json.dump({"step": learner.step, "fingerprint": fingerprint(options, world)}, stream)
+            json.dump({"step": step, "fingerprint": fingerprint}, stream)
         for old in place.glob("learner.*.pt"):
-            if old.suffixes[-2] != f".{learner.step}":
+            if old.suffixes[-2] != f".{step}":
                 old.unlink()
     world.barrier()
 
 
-def load(folder: Path, options: TrainOptions, world: World, learner: HasState) -> bool:
-    """Put the learner where the current checkpoint left it; returns whether there was one.
+def load(folder: Path, fingerprint: str, world: World) -> Any:
+    """This rank's state in the current checkpoint; None where there is none.
 
     A checkpoint of another configuration is left alone, with a warning, and the training starts anew.
 
@@ -85,20 +82,19 @@ def load(folder: Path, options: TrainOptions, world: World, learner: HasState) -
     place = folder / "checkpoint"
     current = place / "current.json"
     if not world.broadcast(current.exists()):
-        return False
+        return None
     try:
         saved = json.loads(current.read_text(encoding="utf-8"))
-        if saved["fingerprint"] != fingerprint(options, world):
+        if saved["fingerprint"] != fingerprint:
             if world.rank == 0:
                 logger.warning("%s is of another configuration or number of learners; starting anew", place)
-            return False
+            return None
         state = torch.load(place / f"learner.{world.rank}.{saved['step']}.pt", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise DataError(
             f"damaged checkpoint ({type(error).__name__}); remove the directory or give --resume=false", file=str(place)
         ) from error
-    learner.load_state_dict(_to_arrays(state))
-    return True
+    return _to_arrays(state)
 
 
 def _to_tensors(state: Any) -> Any:

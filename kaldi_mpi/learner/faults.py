@@ -18,7 +18,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ _KINDS = {"device": r"([\d.]+)(ms|s)", "slow": r"([\d.]+)x", "jitter": r"([\d.]+
 
 
 @dataclasses.dataclass(frozen=True)
-class Disturbance:
+class Fault:
     """One entry of the list: `amount` is in seconds, a factor, or a share."""
 
     kind: str
@@ -37,7 +37,7 @@ class Disturbance:
     step: int | None
 
 
-def parse(text: str) -> list[Disturbance]:
+def parse_faults(text: str) -> list[Fault]:
     """The disturbances of an ``--inject`` option.
 
     Raises:
@@ -46,7 +46,7 @@ def parse(text: str) -> list[Disturbance]:
     return [_parse_one(entry.strip()) for entry in text.split(",") if entry.strip()]
 
 
-def _parse_one(entry: str) -> Disturbance:
+def _parse_one(entry: str) -> Fault:
     what, *where = entry.split("@")
     kind, _, amount = what.partition(":")
     places: dict[str, int | None] = {"rank": None, "step": None}
@@ -71,26 +71,26 @@ def _parse_one(entry: str) -> Disturbance:
                           + (" and @rankR" if kind == "kill" else ""))  # fmt: skip
     if kind == "slow" and value < 1:
         raise ConfigError(f"--inject {entry}: a factor below 1 cannot be had")
-    return Disturbance(kind, value, places["rank"], places["step"])
+    return Fault(kind, value, places["rank"], places["step"])
 
 
 class Injector:
     """Disturbs the steps of one learner: call `begin` before each step and `end` after its computation.
 
     Args:
-        disturbances: from `parse`; those of other ranks have no effect here.
+        faults: from `parse_faults`; those of other ranks have no effect here.
         rank: this learner.
         sleep, clock: in seconds.
     """
 
     def __init__(
         self,
-        disturbances: list[Disturbance],
+        faults: Sequence[Fault],
         rank: int,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        mine = [d for d in disturbances if d.rank in (None, rank)]
+        mine = [d for d in faults if d.rank in (None, rank)]
         self._device = sum(d.amount for d in mine if d.kind == "device")
         self._factor = float(np.prod([d.amount for d in mine if d.kind == "slow"]))
         self._jitter = sum(d.amount for d in mine if d.kind == "jitter")

@@ -7,7 +7,7 @@ goes on using its tensors, which are windows on the buffers. On a GPU, strategie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -31,42 +31,45 @@ class ComponentSlice:
 
 
 class FlatParameters:
-    """Lays a model's updatable parameters into one buffer, component by component, in the model's order.
+    """Parameters and gradients of a learner.
 
     Attributes:
-        values: (P,) float32 on the model's device; the model's parameters are views of it.
-        gradients: (P,) float32; the parameters' ``.grad`` are views of it, so backward passes add to it.
+        values: (P,) float32 on the model's device.
+        gradients: (P,) float32, beside it.
         components: the slices, which cover 0..P without gaps.
     """
 
-    def __init__(self, model: AcousticModel) -> None:
-        parameters = [(c, p) for c in model.updatable_components() for p in c.parameters]
-        device = parameters[0][1].device if parameters else torch.device("cpu")
-        total = sum(p.numel() for _, p in parameters)
-        self.values = torch.empty(total, dtype=torch.float32, device=device)
-        self.gradients = torch.zeros_like(self.values)
-        self.components: list[ComponentSlice] = []
-        start = 0
-        for component in model.updatable_components():
-            first = start
-            for parameter in component.parameters:
-                end = start + parameter.numel()
-                self.values[start:end] = parameter.detach().reshape(-1)
-                parameter.data = self.values[start:end].view(parameter.shape)
-                parameter.grad = self.gradients[start:end].view(parameter.shape)
-                start = end
-            self.components.append(
-                ComponentSlice(
-                    component.name,
-                    slice(first, start),
-                    component.max_change,
-                    component.learning_rate_factor,
-                    component.l2_regularize,
-                )
-            )
-        on_gpu = device.type == "cuda"
-        self._staging = torch.empty(total, dtype=torch.float32, pin_memory=True) if on_gpu else None
+    def __init__(self, values: torch.Tensor, components: Sequence[ComponentSlice]) -> None:
+        self.values, self.gradients = values, torch.zeros_like(values)
+        self.components = list(components)
+        on_gpu = values.device.type == "cuda"
+        self._staging = torch.empty(values.numel(), dtype=torch.float32, pin_memory=True) if on_gpu else None
         self._shown: torch.Tensor | None = None
+
+    @classmethod
+    def of_model(cls, model: AcousticModel) -> FlatParameters:
+        """Lay a model's updatable parameters into one buffer, component by component, in the model's order.
+
+        The model's parameters become views of `values`, and their ``.grad`` of `gradients`, to which backward passes
+        add.
+        """
+        parameters = [p for c in model.updatable_components() for p in c.parameters]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        components: list[ComponentSlice] = []
+        start = 0
+        for c in model.updatable_components():
+            where = slice(start, start + sum(p.numel() for p in c.parameters))
+            components.append(ComponentSlice(c.name, where, c.max_change, c.learning_rate_factor, c.l2_regularize))
+            start = where.stop
+        flat = cls(torch.empty(start, dtype=torch.float32, device=device), components)
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            flat.values[start:end] = parameter.detach().reshape(-1)
+            parameter.data = flat.values[start:end].view(parameter.shape)
+            parameter.grad = flat.gradients[start:end].view(parameter.shape)
+            start = end
+        return flat
 
     def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], T]) -> T:
         """Let `rule` change `buffer` (a vector such as `values`) in place through a NumPy view of it.
@@ -80,15 +83,15 @@ class FlatParameters:
         buffer.copy_(self._staging)
         return result
 
-    def read(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], object]) -> None:
-        """Show `buffer` to `rule`, which must not change it, and may go on looking until the next `read`."""
+    def read(self, buffer: torch.Tensor, look: Callable[[NDArray[np.float32]], object]) -> None:
+        """Show `buffer` to `look`, which must not change it, and may go on looking until the next `read`."""
         if self._staging is not None:
             # Not the memory of `mix`, which may be called while somebody still looks.
             if self._shown is None:
                 self._shown = torch.empty_like(self._staging, pin_memory=True)
             self._shown.copy_(buffer)
             buffer = self._shown
-        rule(buffer.numpy())
+        look(buffer.numpy())
 
     def on_device(self, values: NDArray[np.float32]) -> torch.Tensor:
         """`values`, (P,) float32, on the model's device; in main memory they are not copied."""

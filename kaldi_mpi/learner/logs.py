@@ -1,26 +1,49 @@
-"""The small log files of each iteration, under the names and with the lines that Kaldi's scripts read.
+"""What a training leaves in its log directory, and tells while it runs.
 
 ``log/train.ITER.JOB.log`` (one a learner), ``log/compute_prob_valid.ITER.log`` and
-``log/compute_prob_train.ITER.log``: read by ``steps/nnet3/report``, ``steps/info/nnet3_dir_info.pl`` and by
-people.
+``log/compute_prob_train.ITER.log``, with the lines that Kaldi's scripts read (``steps/nnet3/report``,
+``steps/info/nnet3_dir_info.pl``); ``log/summary.json``, the figures of the whole training, for tables and benchmarks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import kaldi_mpi
 from kaldi_mpi.files import atomic_write
+from kaldi_mpi.learner.batches import DeviceBatches
+from kaldi_mpi.learner.progress import Progress
+from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.log import logger
 
 
-class HasLines(Protocol):
-    """A result that can tell itself in Kaldi's words."""
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What Kaldi's ``nnet3-compute-prob`` reports of one set.
+
+    Attributes:
+        log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
+        accuracy: share of frames whose most probable pdf-id is the right one.
+        frames: how many, by the weights of their labels.
+    """
+
+    log_likelihood: float
+    accuracy: float
+    frames: int
 
     def lines(self) -> list[str]:
-        """The lines, without the LOG prefix."""
+        """The two lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
+        return [
+            f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} per frame, over {self.frames} frames.",
+            f"Overall accuracy for 'output' is {self.accuracy:.6g} per frame, over {self.frames} frames.",
+        ]
 
 
 class IterationLogs:
@@ -43,7 +66,7 @@ class IterationLogs:
         parsed = f"[this line is to be parsed by a script:] log-prob-per-frame={mean:.6g}"
         self._write(f"train.{iteration}.{rank + 1}.log", "nnet3-train", [line, parsed])
 
-    def compute_prob(self, which: str, iteration: int | str, score: HasLines) -> None:
+    def compute_prob(self, which: str, iteration: int | str, score: Score) -> None:
         """What ``nnet3-compute-prob`` says of the ``valid`` or ``train`` set; also goes to the main log."""
         for line in score.lines():
             logger.info("%s, iteration %s: %s", which, iteration, line)
@@ -53,3 +76,178 @@ class IterationLogs:
         with atomic_write(self._folder / name, "w", sync=False) as stream:
             for line in lines:
                 stream.write(f"LOG ({program}[kaldi_mpi-{kaldi_mpi.__version__}]) {line}\n")
+
+
+class Summary:
+    """Collects the validations and, at the end, speed and communication.
+
+    The file has ``validations`` (name, valid and train log-probability per frame, spread: the models' mean
+    squared distance from their mean), ``seconds`` and ``frames`` of the (last) run, and ``learners``: for each
+    its own frames, seconds waited for other learners and for data, averagings and bytes sent.
+    """
+
+    def __init__(self) -> None:
+        self._validations: list[dict[str, Any]] = []
+        self._end: dict[str, Any] = {}
+
+    def validation(self, name: int | str, valid: float, train: float, spread: float | None) -> None:
+        """Take down one validation."""
+        self._validations.append({"iteration": name, "valid": valid, "train": train, "spread": spread})
+
+    def last_valid(self) -> float | None:
+        """The log-probability per frame of the last validation, None before the first."""
+        return self._validations[-1]["valid"] if self._validations else None
+
+    def finish(self, seconds: float, frames: int, by_learner: Sequence[Mapping[str, float]]) -> None:
+        """Take down the end of a run: its seconds of training and its frames over all learners."""
+        self._end = {"seconds": seconds, "frames": frames, "learners": [dict(figures) for figures in by_learner]}
+
+    def write(self, path: Path, **more: Any) -> None:
+        """Write it all as JSON, with `more` beside."""
+        with atomic_write(path, "w") as stream:
+            json.dump(more | self._end | {"validations": self._validations}, stream, indent=1)
+            stream.write("\n")
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The validations so far."""
+        return list(self._validations)
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self._validations = list(state)
+
+
+@dataclasses.dataclass
+class _Figures:
+    waited: float = 0.0  # seconds that the learner waited
+    readers_waited: float = 0.0  # seconds that the readers waited for space, or for a request
+    bytes_read: int = 0
+    frames: int = 0
+    seconds: float = 0.0  # in which readers were open
+
+    def __add__(self, other: _Figures) -> _Figures:
+        return _Figures(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __sub__(self, other: _Figures) -> _Figures:
+        return _Figures(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+class LoaderReport:
+    """How the loader keeps up with one learner, in one phase after the other; rank 0 logs it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._past = _Figures()  # of readers that are closed
+        self._told = _Figures()
+        self._batches: DeviceBatches | None = None
+        self._opened = 0.0
+
+    @contextlib.contextmanager
+    def watch(self, batches: DeviceBatches) -> Iterator[DeviceBatches]:
+        """Count `batches` while the block runs, and close it at the end."""
+        with batches:
+            self._batches, self._opened = batches, time.monotonic()
+            if self._rank == 0:
+                memory = batches.counters().memory / 1e6
+                logger.info("the loader begins with %.3g MB of memory: its buffers and the order of the data", memory)
+            try:
+                yield batches
+            finally:
+                self._past, self._batches = self._now(), None
+
+    def _now(self) -> _Figures:
+        if self._batches is None:
+            return self._past
+        counters = self._batches.counters()
+        return self._past + _Figures(
+            self._batches.waited,
+            counters.readers_waited,
+            counters.bytes_read,
+            counters.frames,
+            time.monotonic() - self._opened,
+        )
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the learner waited for data, in all."""
+        return self._now().waited
+
+    def totals(self) -> dict[str, float]:
+        """All of it, for a summary."""
+        now = self._now()
+        return {
+            "seconds_waited_for_data": now.waited,
+            "seconds_readers_waited": now.readers_waited,
+            "bytes_read": now.bytes_read,
+        }
+
+    def log(self, iteration: int) -> None:
+        """Log what was read since the last call, in `iteration`."""
+        if self._rank != 0:
+            return
+        now = self._now()
+        new, self._told = now - self._told, now
+        memory = 0 if self._batches is None else self._batches.counters().memory
+        logger.info(
+            "iteration %d: rank 0 took %.0f frames/s; it waited %.2f s for data, its readers %.2f s for space; "
+            "%.3g MB read, %.3g MB of memory",
+            iteration, new.frames / max(new.seconds, 1e-9), new.waited, new.readers_waited, new.bytes_read / 1e6,
+            memory / 1e6,
+        )  # fmt: skip
+
+
+class TrainingLog:
+    """What one learner tells of its training; rank 0 shows progress and writes the validations.
+
+    Args:
+        folder: the training's directory, with its ``log``.
+        rank: of the learner.
+        rate: the learning rate, which knows how many frames there are.
+        num_epochs: that those frames are.
+        progress: rank 0's bar, None elsewhere.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, rate: ExponentialRate, num_epochs: float, progress: Progress | None = None
+    ) -> None:
+        self._logs, self._rank = IterationLogs(folder / "log"), rank
+        self._rate, self._num_epochs, self._progress = rate, num_epochs, progress
+        self.loader, self.summary = LoaderReport(rank), Summary()
+        self.own_frames = 0  # trained on by this learner, in this run
+        self._objective = 0.0  # own sum of log-probabilities in this iteration
+        self._objective_weight = 0.0  # and of the labels' weights
+
+    def add_objective(self, objective: float, weight: float, frames: int) -> None:
+        """A minibatch's sum of log-probabilities, of its labels' weights, and its labelled frames."""
+        self._objective += objective
+        self._objective_weight += weight
+        self.own_frames += frames
+
+    def show_progress(self, frames: int, last: bool = False) -> None:
+        """The bar, with `frames` trained on over all learners."""
+        if self._progress is not None:
+            self._progress.update(
+                frames,
+                self._rate.total_frames,
+                self._num_epochs,
+                self._objective / max(1.0, self._objective_weight),
+                self.summary.last_valid(),
+                self._rate.effective(frames),
+                last=last,
+            )
+
+    def end_iteration(self, iteration: int) -> None:
+        """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
+        self._logs.train(iteration, self._rank, self._objective, round(self._objective_weight))
+        self._objective = self._objective_weight = 0.0
+        self.loader.log(iteration)
+
+    def validation(self, name: int | str, valid: Score, diagnostic: Score, spread: float | None) -> None:
+        """Keep and log the scores of a validation; `spread` is the models' mean squared distance from their mean."""
+        self.summary.validation(name, valid.log_likelihood, diagnostic.log_likelihood, spread)
+        if not math.isfinite(valid.log_likelihood):
+            logger.warning("validation %s: the log-likelihood is not finite", name)
+        if self._rank == 0:
+            self._logs.compute_prob("valid", name, valid)
+            self._logs.compute_prob("train", name, diagnostic)
+            if spread:
+                logger.info("iteration %s: the models' mean squared distance from their mean is %.4g", name, spread)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.loader import Minibatch
 
 
-def log_likelihood(output: Tensor, batch: Batch) -> Tensor:
+def log_likelihood(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
     """The sum over all labels of weight times log-probability, as a scalar.
 
     Args:
@@ -22,14 +22,14 @@ def log_likelihood(output: Tensor, batch: Batch) -> Tensor:
     return (label_scores(output, batch) * label_weights(batch)).sum()
 
 
-def label_scores(output: Tensor, batch: Batch) -> Tensor:
+def label_scores(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
     """The log-probability of each label, (B, W, K); 0 where there is none."""
     labels = _by_row(batch.labels)
     scores = output.gather(2, labels.clamp_min(0))
     return torch.where(labels >= 0, scores, torch.zeros_like(scores))
 
 
-def label_weights(batch: Batch) -> Tensor:
+def label_weights(batch: Minibatch[Tensor]) -> Tensor:
     """The weight of each label, (B, W, K) float32; 0 where there is none."""
     there = _by_row(batch.labels) >= 0
     if batch.weights is None:
@@ -38,12 +38,12 @@ def label_weights(batch: Batch) -> Tensor:
     return torch.where(there, weights, torch.zeros_like(weights))
 
 
-def labelled_rows(batch: Batch) -> Tensor:
+def labelled_rows(batch: Minibatch[Tensor]) -> Tensor:
     """(B, W) bool: frames that have a label."""
     return (_by_row(batch.labels) >= 0).any(dim=2)
 
 
-def right_weight(output: Tensor, batch: Batch) -> Tensor:
+def right_weight(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
     """The weight of all rows whose most probable pdf-id is the one of most weight, as in nnet3-compute-prob."""
     weights = label_weights(batch)
     best = _by_row(batch.labels).gather(2, weights.argmax(dim=2, keepdim=True)).squeeze(2)

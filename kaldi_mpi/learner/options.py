@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kaldi_mpi.averaging.names import NAMES
-from kaldi_mpi.averaging.published import WIRE_TYPES
-from kaldi_mpi.averaging.sequence import Phase, parse_sequence
-from kaldi_mpi.averaging.settings import Settings, check_settings
+from kaldi_mpi.averaging import NAMES, Settings, check_settings
+from kaldi_mpi.averaging.sequence import PhaseSpec, parse_sequence
+from kaldi_mpi.averaging.settings import add_options, settings_of
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner import faults
-from kaldi_mpi.loader import CmvnOptions, MinibatchRule, parse_cmvn_opts
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
+from kaldi_mpi.learner.faults import Fault, parse_faults
+from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, at_least, boolean, optional
 
@@ -68,35 +67,59 @@ _REFUSED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """One training, as asked for; see `parse` for the options' names and meanings.
+class DataOptions:
+    """What a training reads, and how it is cut and shuffled.
 
     Attributes:
+        dir: the training's directory, where lists of what is held out go.
         feat_dir: None with `egs_dir`, if it was not given.
         chunk_widths: labelled frames of chunks, the usual width first.
         chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
-        minibatch: Kaldi's rule of minibatch sizes, in chunks.
-        samples_per_iter: in chunks.
-        loader_memory: MB (2**20 bytes) of data that are shuffled at a time.
+        minibatch: chunks of a learner and step.
+        seed: of the order, of what is held out, and of the parameters at the start.
+        loader_threads: that read, a learner.
+        memory: bytes of data that are in memory, and shuffled, at a time.
+        skip_bad_utterances: utterances or examples of a part that may be unreadable, those found at opening included.
     """
 
+    dir: str
     feat_dir: str | None
     ali_dir: str
-    dir: str
-    xconfig: str
-    phases: tuple[Phase, ...]
-    settings: Settings
+    egs_dir: str | None
     cmvn: CmvnOptions
     online_ivector_dir: str | None
-    egs_dir: str | None
+    num_utts_subset: int
     chunk_widths: tuple[int, ...]
     chunk_left_context: int
     chunk_right_context: int
     chunk_left_context_initial: int
     chunk_right_context_final: int
-    minibatch: str
-    num_utts_subset: int
+    minibatch: MinibatchRule
     seed: int
+    loader_threads: int
+    memory: int
+    skip_bad_utterances: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """One training, as asked for; see `parse` for the options' names and meanings.
+
+    Attributes:
+        dir: where the model goes.
+        xconfig: the network.
+        data: what is read.
+        phases: strategies in turn, and how long each lasts.
+        settings: of the strategies.
+        samples_per_iter: in chunks.
+        faults: disturbances on purpose.
+    """
+
+    dir: str
+    xconfig: str
+    data: DataOptions
+    phases: tuple[PhaseSpec, ...]
+    settings: Settings
     num_epochs: float
     samples_per_iter: int
     max_param_change: float
@@ -107,14 +130,11 @@ class TrainOptions:
     prior_subset_size: int
     max_lda_jobs: int
     use_gpu: str
-    loader_threads: int
-    loader_memory: int
-    skip_bad_utterances: int
     binary: bool
     checkpoint_interval: int | None
     resume: bool
     journal: bool
-    inject: str
+    faults: tuple[Fault, ...]
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -128,20 +148,26 @@ def _widths(text: str) -> tuple[int, ...]:
     return widths
 
 
-def _rule(text: str) -> str:
-    """A rule of minibatch sizes, as ``nnet3-merge-egs --minibatch-size`` takes it; kept as it was written."""
+def _rule(text: str) -> MinibatchRule:
+    """A rule of minibatch sizes, as ``nnet3-merge-egs --minibatch-size`` takes it."""
     try:
-        MinibatchRule.parse(text)
+        return MinibatchRule.parse(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+
+
+def _faults(text: str) -> tuple[Fault, ...]:
+    try:
+        return tuple(parse_faults(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="kaldi_mpi.train",
+        prog="kaldi-mpi train",
         description="Train an nnet3 acoustic model with N persistent learners (started by mpiexec).",
-        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi.train --feat-dir data/train_hires --ali-dir exp/tri_ali "
+        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi train --feat-dir data/train_hires --ali-dir exp/tri_ali "
         "--dir exp/lstm --strategy periodic --frames-per-average 100000",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -156,7 +182,7 @@ def _parser() -> Parser:
         default="allreduce",
         help=f"{', '.join(NAMES)}; or several in turn, as in 'allreduce:1ep,adpsgd-random:14ep,periodic:1ep'",
     )
-    _add_strategy_options(parser)
+    add_options(parser)
     add(
         "--feat.cmvn-opts",
         dest="cmvn_opts",
@@ -209,73 +235,22 @@ def _parser() -> Parser:
     add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
         help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")
-    add("--loader-memory", type=count, default=128, help="MB of data in memory per learner, out of which chunks are "
-        "shuffled")  # fmt: skip
+    add("--loader-memory", dest="memory", type=count, default=128,
+        help="MB of data in memory per learner, out of which chunks are shuffled")  # fmt: skip
     add("--skip-bad-utterances", type=whole, default=0,
         help="leave out up to this many utterances or examples that cannot be read")  # fmt: skip
     add("--binary", type=boolean, default=True, help="write final.mdl in binary; false for text")
     add("--checkpoint-interval", type=whole, help="validations between checkpoints; 0 for none (default: 1, and 5 "
         "under asynchronous strategies, whose learners wait for each other at a checkpoint)")  # fmt: skip
     add("--journal", type=boolean, default=True, help="write every exchange of asynchronous strategies to DIR/journal")
-    add("--inject", default="", help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")
+    add("--inject", dest="faults", type=_faults, default=(),
+        help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")  # fmt: skip
     add("--resume", type=boolean, default=True, help="go on from DIR's checkpoint, where there is one")
     for name in _IGNORED:
         add(f"--{name}", action="append", help=argparse.SUPPRESS)
     for name in _REFUSED:
         add(f"--{name}", help=argparse.SUPPRESS)
     return parser
-
-
-def _add_strategy_options(parser: Parser) -> None:
-    """One option a field of `Settings`, with its default."""
-    add, count, whole, fraction = parser.add_argument, at_least(1), at_least(0), at_least(0, float)
-    default = Settings()
-    add(
-        "--frames-per-average",
-        type=count,
-        default=default.frames_per_average,
-        help="frames over all learners between two averagings (periodic, bmuf: needed; others: default each minibatch)",
-    )
-    add("--block-momentum", type=fraction, default=default.block_momentum, help="bmuf: eta (default 1 - 1/N)")
-    add("--block-learning-rate", type=fraction, default=default.block_learning_rate, help="bmuf: zeta")
-    add(
-        "--bmuf-nesterov", dest="nesterov", type=boolean, default=default.nesterov, help="bmuf: Nesterov block momentum"
-    )
-    add(
-        "--bmuf-reset-momentum",
-        dest="reset_momentum",
-        type=boolean,
-        default=default.reset_momentum,
-        help="bmuf: forget the optimiser's momentum at each averaging",
-    )
-    add("--elastic-alpha", type=fraction, default=default.elastic_alpha, help="easgd: alpha (default 0.9/N)")
-    add("--elastic-momentum", type=fraction, default=default.elastic_momentum, help="easgd: delta of EAMSGD")
-    add(
-        "--staleness-bound",
-        type=whole,
-        default=default.staleness_bound,
-        help="asgd: exchanges that a learner may be ahead of the slowest",
-    )
-    add("--exchanges-per-step", type=count, default=default.exchanges_per_step, help="expair: started per own step")
-    add("--piece-size", type=count, default=default.piece_size, help="parameters that travel in one message")
-    add(
-        "--transfer-dtype",
-        default=default.transfer_dtype,
-        choices=sorted(WIRE_TYPES),
-        help="of parameters on their way",
-    )
-    add(
-        "--super-learner-size",
-        type=count,
-        default=default.super_learner_size,
-        help="adpsgd-*, expair: this many learners act as one",
-    )
-    add(
-        "--dedicated-server",
-        type=boolean,
-        default=default.dedicated_server,
-        help="easgd, asgd: the last rank keeps the centre and learns nothing",
-    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
@@ -300,14 +275,15 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     given["cmvn"] = parse_cmvn_opts(given.pop("cmvn_opts"), where="--feat.cmvn-opts")
     subset = egs.get("num-utts-subset", "300")
     given["num_utts_subset"] = _converted(at_least(1), subset, "--egs.opts: --num-utts-subset")
-    fields = [field.name for field in dataclasses.fields(Settings) if field.name != "seed"]
-    given["settings"] = Settings(seed=given["seed"], **{name: given.pop(name) for name in fields})
+    given["settings"] = settings_of(given, given["seed"])
     phases = parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES)
     given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
     check_settings([phase.name for phase in phases], given["settings"])
-    faults.parse(given["inject"])
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
-    return TrainOptions(**given)
+    given["memory"] *= 2**20
+    names = [field.name for field in dataclasses.fields(DataOptions)]
+    data = DataOptions(**{name: given[name] if name == "dir" else given.pop(name) for name in names})
+    return TrainOptions(data=data, **given)
 
 
 def _apply_defaults(given: dict[str, Any]) -> None:
@@ -328,28 +304,25 @@ def _apply_defaults(given: dict[str, Any]) -> None:
         for name, option in (("chunk_widths", "--egs.chunk-width"), ("minibatch", "--trainer.rnn.num-chunk-per-...")):
             if given[name] is not None:
                 raise ConfigError(f"--egs.frames-per-eg and {option} exclude each other")
-        given["minibatch"] = in_chunks(size or "512", frames)
+        given["minibatch"] = in_chunks(size or MinibatchRule.of(512), frames)
     for name, default in (rnn if frames is None else dnn).items():
         if given[name] is None:
             given[name] = default
-    given["minibatch"] = given["minibatch"] or "100"
+    given["minibatch"] = given["minibatch"] or MinibatchRule.of(100)
     if frames is not None:
         given["samples_per_iter"] = max(1, given["samples_per_iter"] // frames)
     if given["feat_dir"] is None and given["egs_dir"] is None:
         raise ConfigError("--feat-dir is needed (or --egs.dir, to train on existing examples)")
 
 
-def in_chunks(rule: str, width: int) -> str:
+def in_chunks(rule: MinibatchRule, width: int) -> MinibatchRule:
     """A minibatch rule of single frames as one of chunks of `width` frames, with about as many frames.
 
     Sizes become smaller by `width`, at least 1; an eg-size, which counts input rows, larger by the further rows.
     """
-
-    def sizes(text: str) -> str:
-        return re.sub(r"\d+", lambda number: str(max(1, int(number[0]) // width)), text)
-
-    parts = [part.rpartition("=") for part in rule.split("/")]
-    return "/".join(f"{int(rows) + width - 1}={sizes(text)}" if equals else sizes(text) for rows, equals, text in parts)
+    return MinibatchRule(
+        tuple((rows + width - 1 if rows else 0, max(1, size // width)) for rows, size in rule.largest_by_size)
+    )
 
 
 def _converted(kind: Callable[[str], Any], text: str, where: str) -> Any:

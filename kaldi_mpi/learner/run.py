@@ -1,185 +1,323 @@
-"""One training from its options to final.mdl, as every rank runs it."""
+"""What a training is, from its options to final.mdl, top to bottom, as every rank runs it."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from kaldi_mpi import log as console
 from kaldi_mpi.averaging import make_strategy
-from kaldi_mpi.averaging.allreduce import Allreduce
-from kaldi_mpi.averaging.settings import CENTRES, HIERARCHICAL
+from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner import checkpoint, export, faults, setup
-from kaldi_mpi.learner.evaluate import Pass, mean_posterior
+from kaldi_mpi.formats.transition import read_transition_model
+from kaldi_mpi.learner import checkpoint, export, faults
+from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.learner.logs import IterationLogs
-from kaldi_mpi.learner.loop import Learner, Surroundings
+from kaldi_mpi.learner.inputs import check_egs, check_files
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
-from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.learner.plan import Phase, Plan
+from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.progress import Progress
-from kaldi_mpi.learner.reading import Reading
-from kaldi_mpi.learner.schedule import ExponentialRate
-from kaldi_mpi.learner.server import Server, tell
-from kaldi_mpi.loader import Source
+from kaldi_mpi.learner.schedule import (
+    ExponentialRate,
+    Phase,
+    Plan,
+    SuperLearner,
+    check_super_learners,
+    make_phases,
+)
+from kaldi_mpi.learner.server import Server, command_server
+from kaldi_mpi.learner.state import TrainingState
+from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.synchronous import run_synchronous
+from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation, mean_posterior
+from kaldi_mpi.loader import ChunkPlan
 from kaldi_mpi.log import logger
-from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.transport import gpu
 from kaldi_mpi.transport.status import TERMINAL_ENV
 from kaldi_mpi.transport.world import World
 
 _CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, by default
 
 
-def make_plan(
-    options: TrainOptions, model: AcousticModel, reading: Reading, data: Source, world: World
-) -> tuple[Plan, int]:
-    """How many steps the training has, and how many labelled frames they are over all learners."""
-    chunks = reading.plan(data, world.size)
-    num_steps = max(1, round(options.num_epochs * chunks.steps_per_epoch))
-    whole, rest = divmod(num_steps, chunks.steps_per_epoch)
-    total_frames = whole * data.total_frames + sum(
-        chunks.frames_of_step(whole * chunks.steps_per_epoch + step) for step in range(rest)
-    )
-    interval = options.checkpoint_interval
-    plan = Plan(
-        num_steps=num_steps,
-        steps_per_epoch=chunks.steps_per_epoch,
-        steps_per_iteration=max(1, options.samples_per_iter // reading.usual_minibatch(data, chunks)),
-        num_epochs=options.num_epochs,
-        checkpoint_interval=_CHECKPOINT_INTERVAL if interval is None else interval,
-        checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
-        # As train_rnn.py derives nnet3-train's --optimization.*-deriv-time from the margin.
-        min_deriv_time=-(options.deriv_truncate_margin + model.left_context),
-        max_deriv_time_relative=options.deriv_truncate_margin + model.right_context,
-    )
-    return plan, total_frames
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi train``: be this rank until the training is done (a failure ends all ranks with status 1)."""
+    # MPI starts with the import, and only here: everything else of the package works without it.
+    from kaldi_mpi.transport.guard import guarded
+    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
 
-
-def make_phases(options: TrainOptions, plan: Plan, world: World, everyone: World, device: torch.device) -> list[Phase]:
-    """The phases of the training, with their strategies.
-
-    Args:
-        world: the learners.
-        everyone: the learners and a dedicated server, if there is one.
-
-    Raises:
-        ConfigError: learners that cannot be put into super-learners of the size asked for.
-    """
-    size, settings = options.settings.super_learner_size, options.settings
-    if world.size % size:
-        raise ConfigError(f"--super-learner-size {size}: {world.size} learners cannot be put into groups of {size}")
-    group, peers, sum_in_group = None, everyone, None
-    if size > 1:
-        group = world.split(world.rank // size)
-        peers = world.split(world.rank % size)
-        sum_in_group = setup.group_sum(group, device)
-    phases: list[Phase] = []
-    first, epochs = 0, 0.0
-    for number, asked in enumerate(options.phases):
-        epochs += asked.epochs
-        last = number == len(options.phases) - 1
-        end = plan.num_steps if last else min(plan.num_steps, round(epochs * plan.steps_per_epoch))
-        hierarchical = size > 1 and asked.name in HIERARCHICAL
-        strategy = make_strategy(asked.name, everyone if asked.name in CENTRES else world, settings)
-        if hierarchical and size == world.size:
-            strategy = Allreduce(world)  # one super-learner is what allreduce is
-        elif hierarchical and strategy.asynchronous:
-            strategy = make_strategy(asked.name, peers, settings)
-        phases.append(
-            Phase(
-                strategy, first, end,
-                peers=peers if hierarchical else everyone if asked.name in CENTRES else world,
-                group=group if hierarchical else None,
-                sum_in_group=sum_in_group if hierarchical else None,
-                dedicated_server=settings.dedicated_server and asked.name in CENTRES,
-            )
-        )  # fmt: skip
-        first = end
-    return phases
+    die_with_parent()
+    world = MpiWorld()
+    console.set_up("kaldi-mpi-train", world.rank, logging.INFO if world.rank == 0 else logging.WARNING)
+    with guarded(world):
+        if world.rank == 0:
+            logger.info("%s", " ".join(["kaldi-mpi train", *arguments]))
+        train(parse(arguments), world)
+        world.close()
 
 
 def train(options: TrainOptions, everyone: World) -> None:
     """Train and, on rank 0, write the model directory.
+
+    Every rank reads the same files and makes the same choices from the same seed, so nothing need be sent.
 
     Raises:
         KaldiMpiError: anything the user can mend: options, data, disk.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    setup.check_inputs(options)
-    folder = Path(options.dir)
+    settings, folder = options.settings, Path(options.dir)
+
+    # What can be wrong is looked for before anything is read that takes long.
+    check_files(options.data, options.xconfig)
     world = everyone
-    if options.settings.dedicated_server:
+    if settings.dedicated_server:
         if everyone.size < 2:
             raise ConfigError("--dedicated-server: needs a rank besides the learners; start one more")
         serves = everyone.rank == everyone.size - 1
         world = everyone.split(int(serves))
         if serves:
-            Server(options, everyone).run(folder)
+            serve(options, everyone)
             return
+    check_super_learners(settings.super_learner_size, world.size)
+    device = choose_device(options.use_gpu, world)
+    transitions = read_transition_model(Path(options.data.ali_dir) / "final.mdl")
+    network = Network(options.xconfig, options.data.seed, world)
+    network.check_output(transitions.num_pdfs)
+    if options.data.egs_dir is not None:
+        check_egs(options.data, network.context, network.model.ivector_dim > 0)
+    else:
+        check_first_features(options, network)
     if world.rank == 0:
         (folder / "log").mkdir(parents=True, exist_ok=True)
         (folder / "journal").mkdir(exist_ok=True)
     world.barrier()
-    device = setup.choose_device(options, world)
-    labels, transitions = setup.load_labels(options)
-    data = setup.open_data(options, labels, world)
-    model = setup.make_model(options, data, transitions.num_pdfs, world, device)
-    reading = setup.make_reading(options, model)
-    plan, total_frames = make_plan(options, model, reading, data.train, world)
-    flat = FlatParameters(model)
 
-    def save() -> None:
-        tell(everyone, options.settings.dedicated_server, "save", learner.step)
-        checkpoint.save(folder, options, everyone, learner)
+    # The data, and the model.
+    dataset = Dataset.open(options.data, transitions.tid_to_pdf, network.context, world)
+    network.check_data(dataset, transitions.num_pdfs)
+    network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
+    model = network.model.to(device)
+    flat = FlatParameters.of_model(model)
 
-    learner = Learner(
-        world,
+    # How much, how fast, in which phases.
+    chunks = dataset.plan(world.size)
+    plan, total_frames = make_plan(options, dataset, chunks)
+    rate = ExponentialRate(options.initial_rate, options.final_rate, total_frames)
+    super_learner = make_super_learner(settings.super_learner_size, world, everyone, device)
+    phases = make_phases(options.phases, settings, plan, world, everyone, super_learner)
+
+    # What the learner keeps, and where it is told.
+    state = TrainingState(
         model,
         flat,
         KaldiSgd(flat, options.momentum, options.max_param_change),
-        ExponentialRate(options.initial_rate, options.final_rate, total_frames),
-        data,
-        reading,
-        plan,
-        make_phases(options, plan, world, everyone, device),
-        around=Surroundings(
-            logs=IterationLogs(folder / "log"),
-            injector=faults.Injector(faults.parse(options.inject), world.rank),
-            save=save,
-            progress=Progress(folder / "progress.json", terminal=os.environ.get(TERMINAL_ENV) == "1")
-            if world.rank == 0
-            else None,
-            journal_dir=folder / "journal" if options.journal else None,
-            wire=options.settings.transfer_dtype,
-            piece_size=options.settings.piece_size,
-        ),
+        [phase.strategy for phase in phases],
     )
-    resumed = options.resume and checkpoint.load(folder, options, everyone, learner)
-    if not resumed and world.rank == 0:
+    progress = Progress(folder / "progress.json", terminal=os.environ.get(TERMINAL_ENV) == "1")
+    log = TrainingLog(folder, world.rank, rate, plan.num_epochs, progress if world.rank == 0 else None)
+    learner = LearnerStep(
+        state,
+        rate,
+        world.size,
+        DerivativeTimes.of_margin(options.deriv_truncate_margin, *network.context),
+        log,
+        faults.Injector(options.faults, world.rank),
+    )
+    validation = Validation(model, flat, Pass(dataset, world, device), log)
+
+    fingerprint = checkpoint.fingerprint(options, everyone.size)
+    saved = checkpoint.load(folder, fingerprint, everyone) if options.resume else None
+    if saved is not None:
+        state.load_state_dict(saved["state"])
+        log.summary.load_state_dict(saved["summary"])
+    elif world.rank == 0:
         for old in (folder / "journal").glob("learner.*"):
             old.unlink()
     world.barrier()
-    spelled = ",".join(f"{phase.name}:{phase.epochs:g}ep" for phase in options.phases)
+    spelled = ",".join(f"{spec.name}:{spec.epochs:g}ep" for spec in options.phases)
     if world.rank == 0:
-        logger.info("%s", setup.describe_transfer(device, options))
+        way = gpu.describe() if device.type == "cuda" else "parameters travel from main memory"
+        logger.info("%s, in %s", way, settings.transfer_dtype)
         logger.info(
             "%d learner(s) on %s, strategy %s, %d parameters, contexts %d and %d, %d steps, %d frames%s",
             world.size, device, spelled, flat.values.numel(), model.left_context, model.right_context,
-            plan.num_steps, total_frames, f", going on at step {learner.step}" if resumed else "",
+            plan.num_steps, total_frames, f", going on at step {state.step}" if saved is not None else "",
         )  # fmt: skip
-    learner.run()
-    tell(everyone, options.settings.dedicated_server, "end")
-    how = Pass(reading, world, device)
-    model.eval()
-    priors = mean_posterior(model, data.train, how, options.prior_subset_size, options.seed)
+
+    def save() -> None:
+        command_server(everyone, settings.dedicated_server, "save", state.step)
+        parts = {"state": state.state_dict(), "summary": log.summary.state_dict()}
+        checkpoint.save(folder, fingerprint, everyone, state.step, parts)
+
+    # The training.
+    model.train()
+    if state.step == 0:
+        validation.run(0, flat.to_numpy(), 0.0)
+    traffic = Traffic(world, phases)
+    first_frames = state.frames
+    for phase in phases:
+        if state.step >= phase.end_step:
+            continue
+        if len(phases) > 1 and world.rank == 0:
+            logger.info("from step %d: strategy %s", phase.first_step, phase.name)
+        asynchronous = phase.strategy.asynchronous
+        ends: Iterator[IterationEnd]
+        if asynchronous:
+            journal_dir = folder / "journal" if options.journal else None
+            ends = AsynchronousPhase(phase, world, dataset, plan, learner, log, validation, settings, journal_dir).run()
+        else:
+            ends = run_synchronous(phase, world, dataset, chunks, plan, learner, log)
+        with contextlib.closing(ends):  # type: ignore[type-var]  # they are generators
+            for end in ends:
+                iteration = plan.iteration(state.step)
+                log.end_iteration(iteration - 1)
+                validation.run("final" if state.step == plan.num_steps else iteration, end.mean, end.spread)
+                if plan.saves(state.step, asynchronous):
+                    save()
+    traffic.report(log, state.frames - first_frames)
     if world.rank == 0:
-        export.write_cmvn_opts(options)
-        export.copy_alignment_files(options)
-        export.copy_data_properties(options)
-        export.write_final_model(options, model, transitions, priors)
-        learner.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
+        for line in state.optimiser.report():
+            logger.info("%s", line)
+    command_server(everyone, settings.dedicated_server, "end")
+
+    # What it leaves behind.
+    model.eval()
+    how = Pass(dataset, world, device)
+    priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
+    if world.rank == 0:
+        export.write_cmvn_opts(folder, options.data.cmvn)
+        export.copy_alignment_files(folder, Path(options.data.ali_dir))
+        export.copy_data_properties(folder, options.data)
+        export.write_final_model(folder, model, transitions, priors, options.binary)
+        log.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoint.remove(folder)
     world.barrier()
+
+
+def serve(options: TrainOptions, everyone: World) -> None:
+    """Be the rank that only keeps the centre, until the training's end."""
+    strategies = [
+        make_strategy(spec.name, everyone, options.settings) if spec.name in CENTRES else None
+        for spec in options.phases
+    ]
+    fingerprint = checkpoint.fingerprint(options, everyone.size)
+    server = Server(everyone, strategies, options.settings, Path(options.dir), fingerprint, options.journal)
+    server.run(options.resume)
+
+
+def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tuple[Plan, int]:
+    """How many steps the training has, and how many labelled frames they are over all learners."""
+    steps_per_epoch = chunks.steps_per_epoch
+    num_steps = max(1, round(options.num_epochs * steps_per_epoch))
+    whole, rest = divmod(num_steps, steps_per_epoch)
+    total_frames = whole * dataset.train.total_frames + sum(
+        chunks.frames_of_step(whole * steps_per_epoch + step) for step in range(rest)
+    )
+    interval = options.checkpoint_interval
+    plan = Plan(
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        steps_per_iteration=max(1, options.samples_per_iter // dataset.usual_minibatch(chunks)),
+        num_epochs=options.num_epochs,
+        checkpoint_interval=_CHECKPOINT_INTERVAL if interval is None else interval,
+        checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
+    )
+    return plan, total_frames
+
+
+def check_first_features(options: TrainOptions, network: Network) -> None:
+    """Compare the network's inputs with the first features, since a whole corpus takes minutes to open.
+
+    Raises:
+        ConfigError: they do not fit.
+        DataError: they cannot be read.
+    """
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """The CPU, or this learner's GPU: learners of one host take its GPUs in turn.
+
+    Args:
+        wanted: ``--use-gpu``.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    there = torch.cuda.is_available()
+    if wanted in ("no", "false") or (wanted == "auto" and not there):
+        return torch.device("cpu")
+    if not there:
+        raise ConfigError(f"--use-gpu {wanted}: learner rank {world.rank} sees no CUDA device")
+    hosts = world.gather(socket.gethostname())
+    local = hosts[: world.rank].count(hosts[world.rank])
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_super_learner(size: int, world: World, everyone: World, device: torch.device) -> SuperLearner | None:
+    """This learner's super-learner of `size`; None where each is alone.
+
+    Gradients are summed by NCCL on GPUs, by MPI on CPUs.
+    """
+    if size == 1:
+        return None
+    group = world.split(world.rank // size)
+    leaders = world.split(world.rank % size)
+    sum_: Callable[[torch.Tensor], None]
+    if device.type == "cuda":
+        from kaldi_mpi.transport.torch_group import TorchGroup
+
+        sum_ = TorchGroup(group, device).sum_
+    else:
+        sum_ = lambda tensor: group.sum_(tensor.numpy())  # noqa: E731
+    return SuperLearner(group, leaders, sum_)
+
+
+class Traffic:
+    """Seconds waited for other learners and bytes sent to them, in all the worlds in which this one meets them.
+
+    Args:
+        world: the learners.
+        phases: of the training, whose strategies count their averagings.
+    """
+
+    def __init__(self, world: World, phases: Sequence[Phase]) -> None:
+        self._world, self._strategies = world, [phase.strategy for phase in phases]
+        groups = [phase.super_learner.world for phase in phases if phase.super_learner is not None]
+        worlds = [world, *(phase.peers for phase in phases), *groups]
+        self._worlds = list({id(world): world for world in worlds}.values())
+        self._began, self._before = time.monotonic(), self._now()
+
+    def _now(self) -> tuple[float, int]:
+        return sum(w.seconds_waited for w in self._worlds), sum(w.bytes_sent for w in self._worlds)
+
+    def report(self, log: TrainingLog, frames: int) -> None:
+        """Log what this run was, and keep it for the summary; `frames` were trained on, over all learners."""
+        seconds = time.monotonic() - self._began
+        waited, sent = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        averages = sum(strategy.num_averages for strategy in self._strategies)
+        mine = {
+            "own_frames": log.own_frames, "seconds_waited": waited, "averages": averages, "bytes_sent": int(sent),
+            **log.loader.totals(),
+        }  # fmt: skip
+        by_learner = self._world.gather(mine)
+        if self._world.rank != 0:
+            return
+        log.summary.finish(seconds, frames, by_learner)
+        logger.info(
+            "trained on %d frames in %.2f s, %.0f frames/s over %d learner(s); waited %.2f s for data, "
+            "%.2f s for other learners; %d averagings, %.3g MB sent by each learner",
+            frames, seconds, frames / max(seconds, 1e-9), self._world.size, log.loader.waited, waited,
+            averages, sent / 1e6,
+        )  # fmt: skip

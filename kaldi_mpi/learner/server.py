@@ -6,26 +6,22 @@ tells it at each point where all ranks meet what comes next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kaldi_mpi.averaging import make_strategy
-from kaldi_mpi.averaging.exchange import Exchanging
+from kaldi_mpi.averaging import Asynchronous, Participant, Settings, Strategy
 from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published_device import make_published
-from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.learner import checkpoint
-from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.transport.world import World
 
-STRATEGY_CHANNEL = 1
 
-
-def tell(everyone: World, dedicated: bool, command: str, *arguments: Any) -> None:
-    """Called by all learners: tell the server, where there is one, what comes next."""
+def command_server(everyone: World, dedicated: bool, command: str, *arguments: Any) -> None:
+    """Called by all learners: say to the server, where there is one, what comes next."""
     if dedicated:
         everyone.broadcast((command, arguments) if everyone.rank == 0 else None)
 
@@ -34,48 +30,52 @@ class Server:
     """The last rank of `everyone`.
 
     Args:
-        options: of the training, the same as the learners'.
         everyone: learners and server.
+        strategies: of the training's phases; None: one without a centre.
+        settings: of the strategies.
+        folder: the training's directory.
+        fingerprint: of the training, as the learners have it.
+        journal: whether exchanges are journaled.
     """
 
-    def __init__(self, options: TrainOptions, everyone: World) -> None:
-        self._options, self._everyone = options, everyone
-        self._strategies = [
-            make_strategy(phase.name, everyone, options.settings) if phase.name in CENTRES else None
-            for phase in options.phases
-        ]
-        self.step = 0
+    def __init__(
+        self,
+        everyone: World,
+        strategies: Sequence[Strategy | None],
+        settings: Settings,
+        folder: Path,
+        fingerprint: str,
+        journal: bool,
+    ) -> None:
+        self._everyone, self._strategies, self._settings = everyone, strategies, settings
+        self._folder, self._fingerprint, self._journal = folder, fingerprint, journal
 
-    def run(self, folder: Path) -> None:
+    def run(self, resume: bool) -> None:
         """Serve until the training's end."""
-        options, everyone = self._options, self._everyone
-        if options.resume:
-            checkpoint.load(folder, options, everyone, self)
+        if resume and (saved := checkpoint.load(self._folder, self._fingerprint, self._everyone)) is not None:
+            for strategy, state in zip(self._strategies, saved["strategies"], strict=True):
+                if strategy is not None:
+                    strategy.load_state_dict(state)
         while True:
-            command, arguments = everyone.broadcast(None)
+            command, arguments = self._everyone.broadcast(None)
             if command == "end":
                 return
             if command == "save":
-                (self.step,) = arguments
-                checkpoint.save(folder, options, everyone, self)
+                self._save(*arguments)
             else:
                 assert command == "start", f"told to {command} outside a phase"
                 self._serve_phase(*arguments)
 
     def _serve_phase(self, number: int, is_new: bool, values: Any) -> None:
-        options, everyone, messages = self._options, self._everyone, self._everyone.messages
+        everyone, settings = self._everyone, self._settings
         strategy = self._strategies[number]
-        assert isinstance(strategy, Exchanging)
-        if is_new:
-            strategy.begin(values)
-        shared = make_published(torch.from_numpy(values), options.settings.piece_size, options.settings.transfer_dtype)
-        path = Path(options.dir) / "journal" / f"learner.{everyone.rank}" if options.journal else None
+        assert isinstance(strategy, Asynchronous)
+        published = make_published(torch.from_numpy(values), settings.piece_size, settings.transfer_dtype)
+        path = self._folder / "journal" / f"learner.{everyone.rank}" if self._journal else None
         journal = Journal(path, wanted=path is not None)
-        strategy.connect(
-            shared, lambda to, numbers, payload: messages.send(STRATEGY_CHANNEL, to, numbers, payload), journal
-        )
-        snapshots = Snapshots(messages, strategy, shared, lambda _: None, lambda *_: None)
-        messages.on_message(STRATEGY_CHANNEL, strategy.receive)
+        participant = Participant(strategy, published, everyone.messages, journal)
+        snapshots = Snapshots(everyone.messages, strategy, published, lambda _: None, lambda *_: None)
+        participant.connect()
         snapshots.attach()
         everyone.barrier()
         while True:
@@ -87,20 +87,13 @@ class Server:
             elif command == "finish":
                 strategy.finish(values)
             elif command == "save":
-                (self.step,) = arguments
-                checkpoint.save(Path(options.dir), options, everyone, self)
+                self._save(*arguments)
             else:
                 break
         snapshots.detach()
-        messages.on_message(STRATEGY_CHANNEL, None)
+        participant.disconnect()
         journal.close()
 
-    def state_dict(self) -> dict[str, object]:
-        """The centres."""
-        return {"strategies": [s.state_dict() if s is not None else None for s in self._strategies]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        for strategy, saved in zip(self._strategies, state["strategies"], strict=True):
-            if strategy is not None:
-                strategy.load_state_dict(saved)
+    def _save(self, step: int) -> None:
+        states = [strategy.state_dict() if strategy is not None else None for strategy in self._strategies]
+        checkpoint.save(self._folder, self._fingerprint, self._everyone, step, {"strategies": states})

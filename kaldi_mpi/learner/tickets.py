@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from kaldi_mpi.transport.messages import Channel
 from kaldi_mpi.transport.world import Messages
 
-CHANNEL = 2
 IN_HAND = 2  # tickets of a learner: one in work, one being read
 
 _ASK, _TICKET, _END = 0, 1, 2
@@ -34,7 +34,7 @@ class TicketServer:
     """
 
     def __init__(self, messages: Messages, num_learners: int, on_ticket: Callable[[int], None]) -> None:
-        self._links, self._num_learners, self._on_ticket = messages, num_learners, on_ticket
+        self._messages, self._num_learners, self._on_ticket = messages, num_learners, on_ticket
         self._next = self._end = 0
         self._segment = 0  # the one that is open, counted from 1
         self._early: deque[tuple[int, int, int, int]] = deque()  # asked before their segment was opened
@@ -61,12 +61,12 @@ class TicketServer:
             self._step_us[source] = step_us
         if self._next >= self._end or self._too_slow(source):
             self._active.discard(source)
-            self._links.send(CHANNEL, source, (_END, 0, 0, 0), None)
+            self._messages.send(Channel.TICKETS, source, (_END, 0, 0, 0), None)
             return
         ticket = self._next
         self._next += 1
         self._on_ticket(ticket)
-        self._links.send(CHANNEL, source, (_TICKET, ticket, 0, 0), None)
+        self._messages.send(Channel.TICKETS, source, (_TICKET, ticket, 0, 0), None)
 
     def _too_slow(self, source: int) -> bool:
         """Whether the others would be through with all remaining tickets before `source` was with one more."""
@@ -89,7 +89,7 @@ class TicketClient:
     """
 
     def __init__(self, messages: Messages, request: Callable[[int], None]) -> None:
-        self._links, self._request = messages, request
+        self._messages, self._request = messages, request
         self._server: TicketServer | None = None
         self._tickets: deque[int] = deque()
         self._segment = 0
@@ -101,11 +101,11 @@ class TicketClient:
     def attach(self, server: TicketServer | None) -> None:
         """Listen for tickets, and on rank 0 for those who ask; on any thread."""
         self._server = server
-        self._links.on_message(CHANNEL, self._receive)
+        self._messages.on_message(Channel.TICKETS, self._receive)
 
     def detach(self) -> None:
         """Stop listening; every ask must have been answered."""
-        self._links.on_message(CHANNEL, None)
+        self._messages.on_message(Channel.TICKETS, None)
 
     def start(self) -> None:
         """Ask for the first tickets of a segment."""
@@ -116,11 +116,11 @@ class TicketClient:
             for _ in range(IN_HAND):
                 self._ask()
 
-        self._links.post(ask)
+        self._messages.post(ask)
 
     def next(self) -> int | None:
         """The next ticket, for which the loader has been asked already, or None when there are no more."""
-        self._links.wait(lambda: bool(self._tickets) or (self._ended and self._asking == 0))
+        self._messages.wait(lambda: bool(self._tickets) or (self._ended and self._asking == 0))
         return self._tickets.popleft() if self._tickets else None
 
     def peek(self) -> int | None:
@@ -137,11 +137,11 @@ class TicketClient:
             if not self._ended:
                 self._ask()
 
-        self._links.post(ask)
+        self._messages.post(ask)
 
     def _ask(self) -> None:
         self._asking += 1
-        self._links.send(CHANNEL, 0, (_ASK, self._segment, self._in_hand, round(self._step_us)), None)
+        self._messages.send(Channel.TICKETS, 0, (_ASK, self._segment, self._in_hand, round(self._step_us)), None)
 
     def _receive(self, source: int, numbers: tuple[int, ...], _: Any) -> None:
         kind, first, in_hand, step_us = numbers

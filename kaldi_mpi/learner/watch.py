@@ -1,6 +1,6 @@
 """Run a command that trains somewhere else, and show its progress meanwhile.
 
-``python -m kaldi_mpi.learner.watch exp/lstm/progress.json -- COMMAND...`` runs COMMAND, draws a bar (or plain
+``kaldi-mpi progress exp/lstm/progress.json -- COMMAND...`` runs COMMAND, draws a bar (or plain
 lines off a terminal) from what the training writes to the file, and ends with COMMAND's exit status.
 """
 
@@ -10,16 +10,16 @@ import argparse
 import contextlib
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kaldi_mpi.learner.progress import follow
+from kaldi_mpi.options import Parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status of the command that was run."""
-    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.learner.watch", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    """``kaldi-mpi progress``; returns the exit status of the command that was run."""
+    parser = Parser(prog="kaldi-mpi progress", description=__doc__)
     parser.add_argument("progress", type=Path, help="the training's progress.json; an old one is removed first")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     options = parser.parse_args(arguments)
@@ -38,7 +38,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
     status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

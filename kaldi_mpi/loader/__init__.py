@@ -10,16 +10,15 @@ readers take minibatches from it::
             ...  # minibatch.feats (B, 67, D), minibatch.labels (B, 20)
 """
 
-from kaldi_mpi.loader.alignments import PdfAlignments, read_alignments, read_int_vectors, to_pdfs
-from kaldi_mpi.loader.chunking import Chunking, ChunkShape
-from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
+from kaldi_mpi.loader.alignments import PdfAlignments, read_alignments, to_pdfs
+from kaldi_mpi.loader.chunks import Chunking, ChunkShape, MinibatchRule
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.examples import Examples
-from kaldi_mpi.loader.plan import ChunkPlan, Place
+from kaldi_mpi.loader.labels import Labels
+from kaldi_mpi.loader.plan import ChunkPlan, Position, Source
 from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_posteriors
 from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
-from kaldi_mpi.loader.rule import MinibatchRule
-from kaldi_mpi.loader.source import Source
 from kaldi_mpi.loader.transforms import DeltaOptions, SpliceOptions, parse_delta_opts, parse_splice_opts
 
 __all__ = [
@@ -32,11 +31,12 @@ __all__ = [
     "Counters",
     "DeltaOptions",
     "Examples",
+    "Labels",
     "Minibatch",
     "MinibatchReader",
     "MinibatchRule",
     "PdfAlignments",
-    "Place",
+    "Position",
     "Posterior",
     "Source",
     "SpliceOptions",
@@ -45,7 +45,6 @@ __all__ = [
     "parse_delta_opts",
     "parse_splice_opts",
     "read_alignments",
-    "read_int_vectors",
     "read_posteriors",
     "to_pdf_posteriors",
     "to_pdfs",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader.entries import Format, read_entries, read_job_entries
+from kaldi_mpi.loader.entries import Format, read_job_entries
 from kaldi_mpi.loader.native import borrow, lib
 
 
@@ -20,7 +20,7 @@ def _values(data: Any, entry: Any) -> NDArray[np.int32]:
     return values
 
 
-_INT_VECTORS = Format("vectors", "km_int_entry", lib.km_int_archive_entry, _values)
+INT_VECTORS = Format("vectors", "km_int_entry", lib.km_int_archive_entry, _values)
 
 
 def read_alignments(
@@ -55,14 +55,6 @@ class PdfAlignments:
     def __init__(self, source: str | os.PathLike[str], tid_to_pdf: NDArray[np.int32]) -> None:
         self._source, self._table = source, np.asarray(tid_to_pdf, dtype=np.int32)
 
-    def keys(self) -> list[str]:
-        """The utterances that are aligned, by one pass over all.
-
-        Raises:
-            DataError: as `read_alignments` does.
-        """
-        return [key for key, _ in _each_alignment(self._source, frozenset())]
-
     def pairs(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, NDArray[np.int32]]]:
         """Key and pdf-ids of one utterance after the other; of `wanted` ones, where these are given.
 
@@ -79,21 +71,8 @@ def _each_alignment(
 ) -> Iterator[tuple[str, NDArray[np.int32] | None]]:
     """All utterances; None in place of the alignments that are not wanted."""
     return read_job_entries(
-        source, "ali", _INT_VECTORS, wanted, twice="the utterance is aligned twice", nothing="no alignment in it"
+        source, "ali", INT_VECTORS, wanted, twice="the utterance is aligned twice", nothing="no alignment in it"
     )
-
-
-def read_int_vectors(source: str | os.PathLike[str]) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Go through a table of int32 vectors, one at a time: an archive (binary or text, gzipped or not) or an
-    rspecifier.
-
-    Raises:
-        DataError: it cannot be read or is malformed; names file, key and byte offset (in the decompressed
-            data).
-    """
-    for key, values in read_entries(source, _INT_VECTORS):
-        if values is not None:
-            yield key, values
 
 
 def to_pdfs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.scp import Location, rows_in_range
-from kaldi_mpi.loader.archives import Archives
-from kaldi_mpi.loader.cmvn import read_norms, speakers_of
 from kaldi_mpi.loader.ivectors import Ivectors
-from kaldi_mpi.loader.labels import FrameLabels, LabelStore
-from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error, struct_dtype
-from kaldi_mpi.loader.ranges import byte_ranges
-from kaldi_mpi.loader.tables import locate
-from kaldi_mpi.loader.transforms import DeltaOptions, Transform, make_transform
+from kaldi_mpi.loader.labels import CorpusLabels, FrameLabels, Labels
+from kaldi_mpi.loader.native import Archives, borrow, byte_ranges, ffi, lib, new_error, raise_data_error, struct_dtype
+from kaldi_mpi.loader.tables import TableSource, locate, name_of
+from kaldi_mpi.loader.transforms import DeltaOptions, Transform, make_transform, read_norms, speakers_of
 from kaldi_mpi.log import logger
 
 
@@ -92,17 +89,17 @@ class Corpus:
     _first_row: NDArray[np.int32]
     _matrices: NDArray[np.void]
     _ivectors: Ivectors | None
-    _labels: LabelStore
+    _labels: CorpusLabels
     _input_dim: int
 
     @classmethod
     def open(
         cls,
-        feats_scp: str | os.PathLike[str],
-        labels: Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]],
+        feats_scp: TableSource,
+        labels: Labels | Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]],
         *,
         utterances: Sequence[str] | None = None,
-        cmvn_scp: str | os.PathLike[str] | None = None,
+        cmvn_scp: TableSource | None = None,
         utt2spk: str | os.PathLike[str] | Mapping[str, str] | None = None,
         norm_means: bool = False,
         norm_vars: bool = False,
@@ -121,10 +118,12 @@ class Corpus:
             feats_scp: lines ``key value``, where the value is ``path``, ``path:offset`` or ``command |``, each
                 optionally with a range; or an rspecifier, ``scp:...`` or ``ark:...`` (see `tables.locate`). FM,
                 DM, CM, CM2 or CM3 matrices, or text. Paths are relative to the working directory, as in Kaldi.
+                Of a script file also what `formats.scp.read_table` has read, so that several corpora need not
+                read it again; the same holds for `cmvn_scp` and `utt2spk`.
             labels: per utterance one label (pdf-id, >= 0) per frame, or posteriors (`Posterior`); copied, at
                 two bytes a frame (four if an id exceeds 65535). A mapping; or pairs of key and labels in any
-                order, of which only one at a time need be in memory. Utterances without labels are left out
-                and counted: a few fail in GMM alignment.
+                order, of which only one at a time need be in memory; or `Labels`, which several corpora share
+                without a copy. Utterances without labels are left out and counted: a few fail in GMM alignment.
             utterances: take only these; by default all of feats.scp.
             cmvn_scp: statistics per speaker; needed with norm_means.
             utt2spk: file or mapping; without it cmvn_scp is by utterance.
@@ -148,12 +147,13 @@ class Corpus:
         if norm_means and cmvn_scp is None:
             raise ConfigError("--norm-means=true needs a cmvn.scp")
         corpus = cls()
-        corpus._scp, corpus._left_out = os.fspath(feats_scp), _LeftOut(skip_bad)
-        locations = corpus._locate(labels.keys() if isinstance(labels, Mapping) else None, utterances)
+        corpus._scp, corpus._left_out = name_of(feats_scp), _LeftOut(skip_bad)
+        labelled = labels if isinstance(labels, Labels | Mapping) else None
+        locations = corpus._locate(feats_scp, labelled, utterances)
         corpus._open_archives(locations)
         transform = make_transform(deltas, splice, corpus._input_dim)
         corpus._open_ivectors(online_ivector_dir)
-        corpus._take_labels(labels)
+        corpus._add_labels(labels)
         norms = norm_of = None
         if norm_means and cmvn_scp is not None:
             speakers = speakers_of(corpus.utterances, utt2spk)
@@ -164,15 +164,16 @@ class Corpus:
         corpus._lend(transform, norms, norm_of, norm_vars)
         return corpus
 
-    def _locate(self, labelled: Iterable[str] | None, utterances: Sequence[str] | None) -> list[Location]:
+    def _locate(
+        self, feats_scp: TableSource, labelled: Collection[str] | None, utterances: Sequence[str] | None
+    ) -> list[Location]:
         """Choose the utterances, of those that are `labelled` if that is known, and find their features."""
         self._archives = Archives()
         wanted = None if utterances is None else set(utterances)
         if labelled is not None:
-            labelled = set(labelled)
-            wanted = labelled if wanted is None else labelled & wanted
+            wanted = set(labelled) if wanted is None else {key for key in wanted if key in labelled}
         on_bad = self._left_out.add if self._left_out.limit else None
-        table = locate(self._scp, self._archives, wanted=wanted, on_bad=on_bad)
+        table = locate(feats_scp, self._archives, wanted=wanted, on_bad=on_bad)
         if utterances is not None:
             seen, known = set[str](), set(table.keys)
             for key in utterances:
@@ -227,26 +228,35 @@ class Corpus:
         self._ivectors = Ivectors(directory, len(self.utterances), wanted={key for _, key in good}, on_bad=on_bad)
         for i, key in self._good():
             try:
-                self._ivectors.take(i, key, int(self.num_frames[i]))
+                self._ivectors.add(i, key, int(self.num_frames[i]))
             except DataError as error:
                 self._left_out.add(key, error)
 
-    def _take_labels(self, labels: Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]]) -> None:
-        """Copy the labels, and forget all utterances that have none or have been left out."""
-        store, index = LabelStore(self.num_frames), {key: i for i, key in self._good()}
-        count, labelled = len(index), np.zeros(len(self.utterances), dtype=bool)
-        for key, values in ((key, labels[key]) for key in index) if isinstance(labels, Mapping) else labels:
-            if key not in index:
-                continue
-            if labelled[index[key]]:
-                raise DataError("labels of this utterance come twice", key=key)
-            labelled[index[key]] = True
-            try:
-                store.put(index[key], values, file=self._scp, key=key)
-            except DataError as error:
-                self._left_out.add(key, error)
-        self.num_without_labels += count - int(labelled.sum())
-        kept = np.array([i for i, _ in self._good() if labelled[i]], dtype=np.intp)
+    def _add_labels(self, labels: Labels | Mapping[str, FrameLabels] | Iterable[tuple[str, FrameLabels]]) -> None:
+        """Copy the labels, unless they are shared, and forget all utterances that have none or have been left out."""
+        frames_of = {key: int(self.num_frames[i]) for i, key in self._good()}
+        labelled: set[str] = set()
+        if isinstance(labels, Labels):
+            own, labelled = labels, set(frames_of)
+            for key, frames in frames_of.items():
+                try:
+                    own.check_frames(key, frames, file=self._scp)
+                except DataError as error:
+                    self._left_out.add(key, error)
+        else:
+            own = Labels()
+            for key, values in ((key, labels[key]) for key in frames_of) if isinstance(labels, Mapping) else labels:
+                if key not in frames_of:
+                    continue
+                if key in labelled:
+                    raise DataError("labels of this utterance come twice", key=key)
+                labelled.add(key)
+                try:
+                    own.add(key, values, frames=frames_of[key], file=self._scp)
+                except DataError as error:
+                    self._left_out.add(key, error)
+        self.num_without_labels += len(frames_of) - len(labelled)
+        kept = np.array([i for i, key in self._good() if key in labelled], dtype=np.intp)
         self.num_bad = len(self._left_out.keys)
         if not kept.size:
             raise DataError(
@@ -257,9 +267,9 @@ class Corpus:
             total = self.num_without_labels + self.num_bad + len(kept)
             message = "%d of %d utterances of %s have no labels and are left out"
             logger.warning(message, self.num_without_labels, total, self._scp)
-        store.finish(kept)
-        self._labels, self.num_targets, self.has_weights = store, store.num_targets, store.has_weights
         self._keep(kept)
+        self._labels = own.of(self.utterances)
+        self.num_targets, self.has_weights = self._labels.num_targets, self._labels.weights is not None
 
     def _keep(self, kept: NDArray[np.intp]) -> None:
         self.utterances = [self.utterances[i] for i in kept]
@@ -341,7 +351,7 @@ class Corpus:
         Raises:
             KeyError: no such utterance.
         """
-        return self._labels.labels(self._index[key])
+        return self._labels.labels_of(self._index[key])
 
     def weights(self, key: str) -> NDArray[np.float32] | None:
         """The weights of these labels, in the same shape, 0 where there is no label; None if all are 1.
@@ -349,4 +359,4 @@ class Corpus:
         Raises:
             KeyError: no such utterance.
         """
-        return self._labels.weights(self._index[key])
+        return self._labels.weights_of(self._index[key])

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
-from kaldi_mpi.loader.example import key_at
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
 from kaldi_mpi.log import logger
 
+MAX_KEY = 4096  # bytes of an example's key
 _VERSION = 2
 # A km_unit of csrc/egs_scan.h.
 _UNIT = np.dtype([("begin", "i8"), ("size", "i4"), ("n", "i4"), ("frames", "i4"), ("shape", "i4")])
@@ -288,3 +288,34 @@ def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
 
 def _within(array: NDArray[Any], least: int, limit: int) -> bool:
     return bool(array.size) and int(array.min()) >= least and int(array.max()) < limit
+
+
+def printable_key(head: bytes) -> str | None:
+    """The key that some bytes begin with, if it is one that can be shown."""
+    length = next((i for i, byte in enumerate(head) if byte <= 32 or byte == 127), len(head))
+    try:
+        return head[:length].decode("utf-8") or None
+    except UnicodeDecodeError:
+        return None
+
+
+def key_at(path: str, offset: int) -> str | None:
+    """The key at a byte of an archive, for messages; None where there is none to show."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            return printable_key(stream.read(MAX_KEY))
+    except OSError:
+        return None
+
+
+def key_before(path: str, offset: int) -> str:
+    """The key of the example whose ``\\0B`` stands at a byte of an archive, for messages."""
+    start = max(0, offset - MAX_KEY)
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(start)
+            words = stream.read(offset - start).split()
+    except OSError:
+        words = []
+    return words[-1].decode("utf-8", "replace") if words else "?"

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.formats.rspecifier import Rspecifier, parse_rspecifier
-from kaldi_mpi.formats.scp import parse_location
+from kaldi_mpi.formats.scp import Rspecifier, check_sorted, parse_location, parse_rspecifier, read_script
 from kaldi_mpi.formats.stream import InputStream
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.tables import check_sorted, read_script
 from kaldi_mpi.log import logger
 
 T = TypeVar("T")
@@ -33,13 +31,13 @@ class Format(Generic[T]):
         what: the kind's plural, for messages.
         entry: C type that describes an entry; it has key_length, next and incomplete.
         find: C function that fills it in: (data, size, at, entry, error) -> status.
-        take: the entry's value, from data and entry.
+        value: the entry's value, from data and entry.
     """
 
     what: str
     entry: str
     find: Callable[[Any, int, int, Any, Any], int]
-    take: Callable[[Any, Any], T]
+    value: Callable[[Any, Any], T]
 
 
 def job_files(source: str | os.PathLike[str], prefix: str) -> list[str]:
@@ -199,7 +197,7 @@ class _Parser(Generic[T]):
             elif form.find(data, len(self._data), self._at, entry, error) == lib.KM_OK:
                 key = self._data[self._at : self._at + entry.key_length].decode("utf-8", "replace")
                 self._at = entry.next
-                yield key, form.take(data, entry) if wanted is None or key in wanted else None
+                yield key, form.value(data, entry) if wanted is None or key in wanted else None
                 continue
             elif self._ended or not entry.incomplete:
                 if error.offset >= 0:

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.formats.scp import rows_in_range
-from kaldi_mpi.loader.archives import Archives
-from kaldi_mpi.loader.native import borrow, ffi, struct_dtype
-from kaldi_mpi.loader.ranges import byte_ranges
+from kaldi_mpi.loader.native import Archives, borrow, byte_ranges, ffi, struct_dtype
 from kaldi_mpi.loader.tables import OnBad, locate
 
 # By so many frames the features and the i-vectors may differ in length: nnet3-get-egs' default.
@@ -65,7 +63,7 @@ class Ivectors:
         self._matrices = np.zeros(count, dtype=struct_dtype("km_matrix"))
         self._header = ffi.new("km_matrix *")
 
-    def take(self, i: int, key: str, frames: int) -> None:
+    def add(self, i: int, key: str, frames: int) -> None:
         """Read the header of the i-vectors of utterance `i`, which has so many frames.
 
         Raises:

@@ -1,7 +1,10 @@
-"""Labels of a whole corpus in memory: two bytes a frame, where the pdf-ids allow it."""
+"""Labels of many utterances in memory: two bytes a frame, where the pdf-ids allow it."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,150 +21,207 @@ _LARGEST_NARROW = 2**16 - 1  # id in two bytes
 _LARGEST = 2**31 - 1
 
 
-class LabelStore:
-    """The labels of all utterances, put in one by one in any order.
+class Labels(Collection[str]):
+    """The labels of utterances, added one by one; afterwards any number of corpora may use them without a copy.
 
-    Args:
-        num_frames: (utterances,) frames of each.
-
-    Attributes:
-        num_targets: most labels of a frame, at least 1; known after `finish`, as is has_weights.
-        has_weights: whether any weight differs from 1.
+    As a collection it has the utterances' keys, in the order in which they came. Make one with `Labels.read`.
     """
 
-    def __init__(self, num_frames: NDArray[np.int32]) -> None:
-        self._num_frames = num_frames
-        self._frames = np.zeros(len(num_frames), dtype=np.int64)  # index of each utterance's first frame
-        np.cumsum(num_frames[:-1], dtype=np.int64, out=self._frames[1:])
-        self._total = int(num_frames.sum(dtype=np.int64))
-        # Of labels of which there is one a frame. Memory that nothing is written to is not taken up: it does
-        # not matter that utterances which are left out have room here.
-        self._values: NDArray[np.uint16] | NDArray[np.int32] | None = None
-        # Of posteriors.
-        self._entries: NDArray[np.int64] | None = None  # index of each utterance's first pair
-        self._ends: NDArray[np.int32] | None = None  # per frame, pairs of its utterance up to its end
-        self._ids: list[NDArray[Any]] = []
-        self._weights: list[NDArray[np.float32]] = []
-        self._num_pairs = 0
-        self._all_weights: NDArray[np.float32] | None = None
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+        self._num_frames = array("i")
+        self._first_frame, self._first_pair = array("q"), array("q")
+        self._frames = self._pairs = 0  # in all
+        # The four below grow in place: nothing is in memory twice, and what is not written to is not taken up.
+        self._ids, self._is_wide = bytearray(), False  # uint16, or int32 if wide
+        self._ends: bytearray | None = None  # int32 a frame, pairs of its utterance up to its end; None: no posteriors
+        self._weights: bytearray | None = None  # float32 a pair; None: all are 1
         self._most = self._least = 1  # pairs of a frame
-        self.num_targets, self.has_weights = 1, False
 
-    def put(self, i: int, labels: FrameLabels, *, file: str, key: str) -> None:
-        """Copy the labels of utterance `i`; `file` is that of the features, for messages.
+    @classmethod
+    def read(cls, pairs: Iterable[tuple[str, FrameLabels]], wanted: Collection[str] | None = None) -> Labels:
+        """Take the labels of utterances, of which only one at a time need be in memory as they come.
+
+        Args:
+            pairs: key and labels, as for `Corpus.open`.
+            wanted: keep only these utterances.
 
         Raises:
-            DataError: another number of frames than the features have, or values that cannot be labels.
+            DataError: values that cannot be labels, posteriors among labels, or an utterance that comes twice; names
+                the utterance.
         """
+        labels = cls()
+        for key, values in pairs:
+            if wanted is None or key in wanted:
+                labels.add(key, values)
+        return labels
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def add(self, key: str, labels: FrameLabels, *, frames: int | None = None, file: str | None = None) -> None:
+        """Copy the labels of an utterance.
+
+        Args:
+            key: the utterance.
+            labels: its labels.
+            frames: how many it must have: those of its features.
+            file: that of the features, for messages.
+
+        Raises:
+            DataError: another number of frames, values that cannot be labels, or an utterance that is there already.
+        """
+        if key in self._index:
+            raise DataError("labels of this utterance come twice", key=key)
         if isinstance(labels, Posterior):
-            if self._values is not None:
+            if len(self._index) and self._ends is None:
                 raise DataError("posteriors, and other utterances have one label a frame", key=key)
-            self._put_pairs(i, labels, file=file, key=key)
+            got = self._add_pairs(labels, frames, file=file, key=key)
         else:
-            if self._entries is not None:
+            if self._ends is not None:
                 raise DataError("one label a frame, and other utterances have posteriors", key=key)
-            self._put_single(i, np.asarray(labels), file=file, key=key)
+            got = self._add_single(np.asarray(labels), frames, file=file, key=key)
+        self._index[key] = len(self._index)
+        self._num_frames.append(got)
+        self._first_frame.append(self._frames)
+        self._frames += got
 
-    def _check_frames(self, what: str, got: int, i: int, *, file: str, key: str) -> None:
-        frames = int(self._num_frames[i])
-        if got != frames:
-            raise DataError(f"the {what} has {got} frames and the features have {frames}", file=file, key=key)
+    def _add_single(self, ids: NDArray[Any], frames: int | None, *, file: str | None, key: str) -> int:
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"labels are {ids.dtype} {ids.shape}, not a vector of integers", key=key)
+        _check_frames("alignment", len(ids), frames, file=file, key=key)
+        self._add_ids(ids, _check_ids(ids, key))
+        return len(ids)
 
-    def _put_single(self, i: int, values: NDArray[Any], *, file: str, key: str) -> None:
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise DataError(f"labels are {values.dtype} {values.shape}, not a vector of integers", key=key)
-        self._check_frames("alignment", len(values), i, file=file, key=key)
-        _check_ids(values, key)
-        if self._values is None:
-            self._values = np.empty(self._total, dtype=np.uint16)
-        if self._values.dtype == np.uint16 and values.max() > _LARGEST_NARROW:
-            self._values = self._values.astype(np.int32)
-        self._values[self._frames[i] : self._frames[i] + len(values)] = values
-
-    def _put_pairs(self, i: int, pairs: Posterior, *, file: str, key: str) -> None:
+    def _add_pairs(self, pairs: Posterior, frames: int | None, *, file: str | None, key: str) -> int:
         offsets, ids = np.asarray(pairs.row_offsets), np.asarray(pairs.ids)
         weights = np.asarray(pairs.weights, dtype=np.float32)
-        self._check_frames("posterior", len(offsets) - 1, i, file=file, key=key)
+        _check_frames("posterior", len(offsets) - 1, frames, file=file, key=key)
         counts = np.diff(offsets)
-        if offsets[0] != 0 or offsets[-1] != len(ids) or counts.min() < 0 or weights.shape != ids.shape:
+        if offsets[0] != 0 or offsets[-1] != len(ids) or counts.min(initial=0) < 0 or weights.shape != ids.shape:
             raise DataError("the posterior's arrays do not fit each other", key=key)
         if len(ids) > _LARGEST:
             raise DataError(f"{len(ids)} pairs are too many for one utterance", key=key)
-        if len(ids):
-            _check_ids(ids, key)
+        highest = _check_ids(ids, key)
         if not np.isfinite(weights).all():
             raise DataError("a weight is not a finite number", key=key)
-        if self._entries is None or self._ends is None:
-            self._entries = np.zeros(len(self._num_frames), dtype=np.int64)
-            self._ends = np.empty(self._total, dtype=np.int32)
-        self._entries[i] = self._num_pairs
-        self._ends[self._frames[i] : self._frames[i] + len(counts)] = offsets[1:]
-        self._ids.append(ids.astype(np.uint16 if len(ids) == 0 or ids.max() <= _LARGEST_NARROW else np.int32))
-        self._num_pairs += len(ids)
-        self._most, self._least = max(self._most, int(counts.max())), min(self._least, int(counts.min()))
+        self._add_ids(ids, highest)
         # Most posteriors are all ones: these are told apart, and take no memory.
-        all_ones = bool((weights == 1.0).all())
-        self.has_weights |= not all_ones
-        self._weights.append(np.broadcast_to(np.float32(1.0), weights.shape) if all_ones else weights.copy())
+        if self._weights is None and not (weights == 1.0).all():
+            self._weights = bytearray(np.ones(self._pairs, dtype=np.float32).data)
+        if self._weights is not None:
+            self._weights += weights.tobytes()
+        if self._ends is None:
+            self._ends = bytearray()
+        self._ends += offsets[1:].astype(np.int32).tobytes()
+        self._first_pair.append(self._pairs)
+        self._pairs += len(ids)
+        if len(counts):
+            self._most, self._least = max(self._most, int(counts.max())), min(self._least, int(counts.min()))
+        return len(counts)
 
-    def finish(self, kept: NDArray[np.intp]) -> None:
-        """Bring the labels into their final form; of all utterances only those at the indices `kept` remain."""
-        self._num_frames, frames = self._num_frames[kept], self._frames[kept]
-        if self._entries is not None:
-            entries = self._entries[kept]
-            wide = any(ids.dtype == np.int32 for ids in self._ids)
-            values = np.concatenate(self._ids, dtype=np.int32 if wide else np.uint16)
-            if self.has_weights:
-                self._all_weights = np.concatenate(self._weights)
-            self._ids, self._weights = [], []
-            self.num_targets = self._most
-            if self._most == 1 and self._least == 1 and not self.has_weights:
-                # One label a frame after all: then its index is the frame's.
-                self._entries, self._ends, frames = None, None, entries
-            else:
-                self._entries = entries
-            self._values = values
-        self._frames = frames
+    def _add_ids(self, ids: NDArray[Any], highest: int) -> None:
+        if highest > _LARGEST_NARROW and not self._is_wide:
+            wide = np.frombuffer(self._ids, np.uint16).astype(np.int32)
+            self._ids, self._is_wide = bytearray(wide.data), True
+        self._ids += ids.astype(np.int32 if self._is_wide else np.uint16).tobytes()
+
+    def check_frames(self, key: str, frames: int, *, file: str) -> None:
+        """Check the number of labelled frames of an utterance against that of its features; `file` is theirs.
+
+        Raises:
+            DataError: it is another one.
+        """
+        what = "alignment" if self._ends is None else "posterior"
+        _check_frames(what, self._num_frames[self._index[key]], frames, file=file, key=key)
+
+    def of(self, keys: Sequence[str]) -> CorpusLabels:
+        """The labels of these utterances, at least one, in this order. Nothing can be added from then on."""
+        at = np.array([self._index[key] for key in keys], dtype=np.intp)
+        num_frames, first = np.frombuffer(self._num_frames, np.int32)[at], np.frombuffer(self._first_frame, np.int64)
+        ids: NDArray[Any] = np.frombuffer(self._ids, np.int32 if self._is_wide else np.uint16)
+        if self._ends is None:
+            return CorpusLabels(num_frames, first[at], ids)
+        first_pair = np.frombuffer(self._first_pair, np.int64)[at]
+        weights = None if self._weights is None else np.frombuffer(self._weights, np.float32)
+        if self._most == 1 and self._least == 1 and weights is None:
+            # One label a frame after all: then its index is the frame's.
+            return CorpusLabels(num_frames, first_pair, ids)
+        ends = np.frombuffer(self._ends, np.int32)
+        return CorpusLabels(num_frames, first[at], ids, self._most, first_pair, ends, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class CorpusLabels:
+    """The labels of a corpus' utterances, which are given by their index there; the flat arrays are those of `Labels`.
+
+    Attributes:
+        num_frames: (utterances,) int32.
+        frames: (utterances,) int64, the index of each one's first frame in `ids`, or in `ends` where there are some.
+        ids: uint16 or int32.
+        num_targets: most labels of a frame, at least 1.
+        pairs: (utterances,) int64, the index of each one's first pair in `ids` and `weights`; None: one label a frame.
+        ends: per frame, pairs of its utterance up to its end; None: one label a frame.
+        weights: of each pair, float32; None: all are 1.
+    """
+
+    num_frames: NDArray[np.int32]
+    frames: NDArray[np.int64]
+    ids: NDArray[Any]
+    num_targets: int = 1
+    pairs: NDArray[np.int64] | None = None
+    ends: NDArray[np.int32] | None = None
+    weights: NDArray[np.float32] | None = None
 
     def lend(self) -> tuple[dict[str, Any], list[Any]]:
         """The fields of the C library's ``km_labels``, and what must be kept for as long as they are used."""
-        assert self._values is not None  # an utterance has been put in, and all are finished
-        wide = self._values.dtype == np.int32
+        wide = self.ids.dtype == np.int32
         fields = {
             "targets": self.num_targets,
-            "frames": borrow(self._frames, "int64_t", np.int64),
-            "entries": ffi.NULL if self._entries is None else borrow(self._entries, "int64_t", np.int64),
-            "ends": ffi.NULL if self._ends is None else borrow(self._ends, "int32_t", np.int32),
-            "narrow": ffi.NULL if wide else borrow(self._values, "uint16_t", np.uint16),
-            "wide": borrow(self._values, "int32_t", np.int32) if wide else ffi.NULL,
-            "weights": ffi.NULL if self._all_weights is None else borrow(self._all_weights, "float", np.float32),
+            "frames": borrow(self.frames, "int64_t", np.int64),
+            "entries": ffi.NULL if self.pairs is None else borrow(self.pairs, "int64_t", np.int64),
+            "ends": ffi.NULL if self.ends is None else borrow(self.ends, "int32_t", np.int32),
+            "narrow": ffi.NULL if wide else borrow(self.ids, "uint16_t", np.uint16),
+            "wide": borrow(self.ids, "int32_t", np.int32) if wide else ffi.NULL,
+            "weights": ffi.NULL if self.weights is None else borrow(self.weights, "float", np.float32),
         }
         return fields, list(fields.values())
 
-    def labels(self, i: int) -> NDArray[np.int32]:
+    def labels_of(self, i: int) -> NDArray[np.int32]:
         """The labels of utterance `i`: (frames,); or (frames, num_targets) with -1 where there is none."""
-        return self._rows(i, self._values, np.int32(-1))
+        return self._rows(i, self.ids, np.int32(-1))
 
-    def weights(self, i: int) -> NDArray[np.float32] | None:
+    def weights_of(self, i: int) -> NDArray[np.float32] | None:
         """The weights of these labels, 0 where there is no label; None if all are 1."""
-        if self._all_weights is None:
-            return None
-        return self._rows(i, self._all_weights, np.float32(0.0))
+        return None if self.weights is None else self._rows(i, self.weights, np.float32(0.0))
 
-    def _rows(self, i: int, values: Any, empty: Any) -> NDArray[Any]:
-        begin, frames = int(self._frames[i]), int(self._num_frames[i])
-        if self._entries is None or self._ends is None:
+    def _rows(self, i: int, values: NDArray[Any], empty: Any) -> NDArray[Any]:
+        begin, frames = int(self.frames[i]), int(self.num_frames[i])
+        if self.pairs is None or self.ends is None:
             return np.asarray(values[begin : begin + frames].astype(empty.dtype))
-        ends = self._ends[begin : begin + frames]
+        ends = self.ends[begin : begin + frames]
         starts = np.concatenate([np.zeros(1, dtype=np.int32), ends[:-1]])
         at = starts[:, None] + np.arange(self.num_targets)
         present = at < ends[:, None]
         rows = np.full(at.shape, empty)
-        rows[present] = values[int(self._entries[i]) + at[present]]
+        rows[present] = values[int(self.pairs[i]) + at[present]]
         return rows[:, 0] if self.num_targets == 1 else rows
 
 
-def _check_ids(values: NDArray[Any], key: str) -> None:
-    low, high = values.min(), values.max()
+def _check_frames(what: str, got: int, wanted: int | None, *, file: str | None, key: str) -> None:
+    if wanted is not None and got != wanted:
+        raise DataError(f"the {what} has {got} frames and the features have {wanted}", file=file, key=key)
+
+
+def _check_ids(ids: NDArray[Any], key: str) -> int:
+    """The highest of them; 0 if there is none."""
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
     if low < 0 or high > _LARGEST:
         raise DataError(f"label {low if low < 0 else high} is not a pdf-id", key=key)
+    return high

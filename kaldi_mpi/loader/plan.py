@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.loader.chunking import Chunking, ChunkShape
+from kaldi_mpi.loader.chunks import Chunking, ChunkShape, MinibatchRule
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.rule import MinibatchRule
-from kaldi_mpi.loader.source import Source
 
 ENDLESS = 2**62  # steps
 DEFAULT_MEMORY = 128 * 2**20
@@ -24,6 +24,59 @@ Cut = ChunkShape | Chunking | None
 Size = int | MinibatchRule
 
 
+class Source(Protocol):
+    """Utterances of a corpus (`Corpus`) or examples of a directory (`Examples`).
+
+    A unit is one run of bytes of one archive. The arrays have one element a unit, and are read-only.
+
+    Attributes:
+        num_units: how many there are, at least 1.
+        feat_dim: columns of the features.
+        ivector_dim: elements of the i-vector of each chunk; 0 where there is none.
+        num_targets: most labels of a frame.
+        has_weights: whether labels have weights other than 1.
+        num_frames: labelled frames of each unit, at least 1.
+        total_frames: their sum.
+        paths: the archives.
+        file_of: the archive of each unit, an index into `paths`.
+        begin: byte offset of each unit in its archive.
+        end: byte offset behind each unit.
+        unit_bytes: their difference; 0 for a unit whose bytes are those of the unit before (of a merged example).
+        num_without_labels: units that were left out because they have no labels.
+    """
+
+    @property
+    def num_units(self) -> int: ...
+    @property
+    def feat_dim(self) -> int: ...
+    @property
+    def ivector_dim(self) -> int: ...
+    @property
+    def num_targets(self) -> int: ...
+    @property
+    def has_weights(self) -> bool: ...
+    @property
+    def num_frames(self) -> NDArray[np.int32]: ...
+    @property
+    def total_frames(self) -> int: ...
+    @property
+    def paths(self) -> Sequence[str]: ...
+    @property
+    def file_of(self) -> NDArray[np.int32]: ...
+    @property
+    def begin(self) -> NDArray[np.int64]: ...
+    @property
+    def end(self) -> NDArray[np.int64]: ...
+    @property
+    def unit_bytes(self) -> NDArray[np.int64]: ...
+    @property
+    def num_without_labels(self) -> int: ...
+
+    def location_of(self, unit: int) -> tuple[str, str]:
+        """The archive and the key of a unit; for messages."""
+        ...
+
+
 def check_range(what: str, value: int, least: int, limit: int) -> None:
     """Raise ConfigError unless `value` is at least `least` and below `limit`."""
     if not least <= value < limit:
@@ -31,14 +84,14 @@ def check_range(what: str, value: int, least: int, limit: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A place in the data, to be saved: what an epoch has delivered up to it.
+class Position:
+    """A position in the data, to be saved: what an epoch has delivered up to it.
 
     Attributes:
         epoch: from 0.
         taken: of each shape of chunks, how many of the epoch have been delivered, over all ranks.
-        order: a digest of what decides the epoch's order: data, chunking, seed and memory. A place has a meaning in
-            this order only.
+        order: a digest of what decides the epoch's order: data, chunking, seed and memory. A position has a meaning
+            in this order only.
     """
 
     epoch: int
@@ -101,7 +154,7 @@ class ChunkPlan:
         steps_of_first_epoch: of the one in which the plan starts.
         num_chunks: chunks of an epoch.
         first_epoch: in which the plan starts.
-        order: the digest of the order, see `Place`.
+        order: the digest of the order, see `Position`.
         c_plan: the C library's km_plan.
     """
 
@@ -115,8 +168,9 @@ class ChunkPlan:
         seed: int,
         shuffle: bool = True,
         memory: int = DEFAULT_MEMORY,
-        start: Place | None = None,
+        start: Position | None = None,
     ) -> None:
+        self._made_of = (chunking, minibatch, size, seed, shuffle, memory, start)
         self.shapes = shapes_of(source, chunking)
         chunks = np.array(sizes_of(self.shapes, minibatch), dtype=np.int32)
         check_range("seed", seed, 0, 2**64)
@@ -141,24 +195,39 @@ class ChunkPlan:
         plan = lib.km_plan_new(config, error)
         if plan == ffi.NULL:
             raise_data_error(error)
-        self._lent = source  # whose arrays the plan uses for as long as it lives
+        self._source = source  # whose arrays the plan uses for as long as it lives
         self.c_plan = ffi.gc(plan, lib.km_plan_free)
         self.steps_per_epoch = int(lib.km_plan_steps_per_epoch(plan))
         self.steps_of_first_epoch = int(lib.km_plan_steps_of_first_epoch(plan))
         self.num_chunks = int(lib.km_plan_num_chunks(plan))
 
-    def _start_at(self, config: Any, start: Place | None) -> int:
+    def _start_at(self, config: Any, start: Position | None) -> int:
         if start is None:
             return 0
         if start.order != self.order or len(start.taken) != len(self.shapes):
             raise ConfigError(
-                "the place to go on from is in another order of the data: data, chunk widths and contexts, seed and "
+                "the position to go on from is in another order of the data: data, chunk widths and contexts, seed and "
                 "the loader's memory must be those that it was saved with"
             )
         check_range("epoch", start.epoch, 0, 2**31)
         self._taken = np.array(start.taken, dtype=np.int64)
         config.epoch, config.taken = start.epoch, borrow(self._taken, "int64_t", np.int64)
         return start.epoch
+
+    def is_of(
+        self,
+        source: Source,
+        chunking: Cut,
+        minibatch: Size,
+        *,
+        size: int,
+        seed: int,
+        shuffle: bool,
+        memory: int,
+        start: Position | None,
+    ) -> bool:
+        """Whether the plan was made of just these."""
+        return self._source is source and self._made_of == (chunking, minibatch, size, seed, shuffle, memory, start)
 
     def end_of_epochs(self, num_epochs: int) -> int:
         """How many steps there are until so many epochs have gone since the very first, this plan's start included."""
@@ -183,21 +252,13 @@ class ChunkPlan:
         """Chunks of a global step over all ranks: those of a whole step, or what an epoch has left."""
         return int(self._summary(step).chunks)
 
-    def shape_of_step(self, step: int) -> ChunkShape:
-        """The shape of a global step's chunks."""
-        return self.shapes[self._summary(step).shape]
-
-    def epoch_of_step(self, step: int) -> int:
-        """The epoch of a global step."""
-        return int(self._summary(step).epoch)
-
-    def place(self, step: int) -> Place:
-        """The place before a global step: `start` for a plan that goes on from there."""
+    def position(self, step: int) -> Position:
+        """The position before a global step: `start` for a plan that goes on from there."""
         check_range("step", step, 0, ENDLESS)
         epoch, taken, error = ffi.new("int64_t *"), ffi.new("int64_t[]", len(self.shapes)), new_error()
-        if lib.km_plan_place(self.c_plan, step, epoch, taken, error) != lib.KM_OK:
+        if lib.km_plan_position(self.c_plan, step, epoch, taken, error) != lib.KM_OK:
             raise_data_error(error)
-        return Place(int(epoch[0]), tuple(int(count) for count in taken), self.order)
+        return Position(int(epoch[0]), tuple(int(count) for count in taken), self.order)
 
 
 def _digest(source: Source, shapes: list[ChunkShape], seed: int, shuffle: bool, memory: int) -> str:

@@ -34,13 +34,8 @@ class Posterior:
         """Frames of the utterance; also those without any pair count."""
         return len(self.row_offsets) - 1
 
-    @property
-    def most_pairs(self) -> int:
-        """Pairs of the frame that has the most."""
-        return int(np.diff(self.row_offsets).max(initial=0))
 
-
-def _take(data: Any, entry: Any) -> Posterior:
+def _value(data: Any, entry: Any) -> Posterior:
     offsets = np.empty(entry.frames + 1, dtype=np.int64)
     ids, weights = np.empty(entry.pairs, dtype=np.int32), np.empty(entry.pairs, dtype=np.float32)
     lib.km_posterior_values(
@@ -53,7 +48,7 @@ def _take(data: Any, entry: Any) -> Posterior:
     return Posterior(offsets, ids, weights)
 
 
-_POSTERIORS = Format("posteriors", "km_posterior_entry", lib.km_posterior_find, _take)
+_POSTERIORS = Format("posteriors", "km_posterior_entry", lib.km_posterior_find, _value)
 
 
 def read_posteriors(source: str | os.PathLike[str], wanted: Collection[str] | None = None) -> dict[str, Posterior]:

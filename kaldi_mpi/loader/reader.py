@@ -10,16 +10,26 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader.chunking import ChunkShape
+from kaldi_mpi.loader.chunks import ChunkShape
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
-from kaldi_mpi.loader.plan import DEFAULT_MEMORY, ENDLESS, ChunkPlan, Cut, Place, Size, check_range, shapes_of, sizes_of
-from kaldi_mpi.loader.source import Source
+from kaldi_mpi.loader.plan import (
+    DEFAULT_MEMORY,
+    ENDLESS,
+    ChunkPlan,
+    Cut,
+    Position,
+    Size,
+    Source,
+    check_range,
+    shapes_of,
+    sizes_of,
+)
 from kaldi_mpi.log import logger
 
 # How long one wait in C lasts before Python may look at its signals (Ctrl-C), in milliseconds.
@@ -42,6 +52,8 @@ class Buffer(NamedTuple):
     ivectors: NDArray[np.float32] | None = None
 
 
+Array = TypeVar("Array")
+Other = TypeVar("Other")
 Allocate = Callable[[int, type[np.generic]], NDArray[Any]]
 
 
@@ -74,9 +86,12 @@ def _largest(source: Source, chunking: Cut, minibatch: Size) -> tuple[int, int, 
     return feats, labels, labels if source.has_weights else None, ivectors or None
 
 
-@dataclass
-class Minibatch:
-    """What one rank gets at one step. The arrays are valid until the reader's next ``__next__``.
+@dataclass(frozen=True)
+class Minibatch(Generic[Array]):
+    """What one rank gets at one step.
+
+    A reader's has NumPy arrays, which are valid until its next ``__next__``; `map` puts those of another library in
+    their place.
 
     Attributes:
         feats: float32 (B, rows, feat_dim); B is smaller in an epoch's last steps, maybe 0.
@@ -84,6 +99,7 @@ class Minibatch:
             frame, or a frame that belongs to another chunk.
         frames: labelled frames here.
         global_frames: labelled frames of this step over all ranks.
+        weight: the sum of the weights of all labels here; `frames` where all are 1.
         epoch: from 0.
         step: global step, counted from where the reader's plan starts.
         shape: of the chunks.
@@ -91,15 +107,39 @@ class Minibatch:
         ivectors: float32 (B, ivector_dim), or None.
     """
 
-    feats: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    feats: Array
+    labels: Array
     frames: int
     global_frames: int
+    weight: float
     epoch: int
     step: int
     shape: ChunkShape
-    weights: NDArray[np.float32] | None = None
-    ivectors: NDArray[np.float32] | None = None
+    weights: Array | None = None
+    ivectors: Array | None = None
+
+    @property
+    def first(self) -> int:
+        """The time of a chunk's first row, when its first label has time 0."""
+        return self.shape.label_delay - self.shape.left
+
+    def map(self, convert: Callable[[str, Array], Other]) -> Minibatch[Other]:
+        """The same minibatch with other arrays: `convert` makes each of its name and the array there is."""
+        return Minibatch(
+            feats=convert("feats", self.feats),
+            labels=convert("labels", self.labels),
+            frames=self.frames,
+            global_frames=self.global_frames,
+            weight=self.weight,
+            epoch=self.epoch,
+            step=self.step,
+            shape=self.shape,
+            weights=None if self.weights is None else convert("weights", self.weights),
+            ivectors=None if self.ivectors is None else convert("ivectors", self.ivectors),
+        )
+
+
+NumpyMinibatch = Minibatch[NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +172,7 @@ class Counters:
         return self.frames / max(self.seconds, 1e-9)
 
 
-class MinibatchReader(Iterator[Minibatch]):
+class MinibatchReader(Iterator[NumpyMinibatch]):
     """Iterates over one rank's minibatches; close it, or use it as a context manager.
 
     The order is that of `ChunkPlan`: epoch e visits all chunks in an order drawn by (seed, e), the same on all ranks,
@@ -152,26 +192,26 @@ class MinibatchReader(Iterator[Minibatch]):
         rank: this rank.
         size: number of ranks.
         threads: threads that decode; one more reads ahead.
-        depth: buffers in the ring, when `buffers` is not given; depth - 1 minibatches are read ahead.
+        depth: buffers in the queue, when `buffers` is not given; depth - 1 minibatches are read ahead.
         shuffle: False leaves the chunks in the order of the source, in every epoch.
         first_step: global step to start with.
         num_epochs: stop when so many epochs have gone since the very first; None: never.
         on_request: read what `request` names; `first_step` and `num_epochs` stay at their defaults.
-        buffers: the ring's memory (see `new_buffers`).
+        buffers: the queue's memory (see `new_buffers`).
         memory: bytes of the source that are in memory at a time; half of it is what chunks are shuffled in.
-        start: place to go on from, also of another `size`; see `ChunkPlan`.
+        start: position to go on from, also of another `size`; see `ChunkPlan`.
+        plan: of the same source and arguments, where there is one already. Several readers may share it.
         skip_bad: how many utterances or examples may turn out to be unreadable. They are delivered with features 0
             and without labels, and logged; `global_frames` still counts their frames.
         bytes_per_second: read from disk no faster than that; for tests and measurements.
 
     Raises:
-        ConfigError: an argument out of its range.
+        ConfigError: an argument out of its range, or a `plan` that is of another source or other arguments.
         DataError: memory or threads cannot be had.
 
     Attributes:
         plan: which chunks make up each step.
         steps_per_epoch: the same on every rank.
-        num_chunks: chunks of an epoch, over all ranks.
     """
 
     def __init__(
@@ -191,17 +231,23 @@ class MinibatchReader(Iterator[Minibatch]):
         on_request: bool = False,
         buffers: Sequence[Buffer] | None = None,
         memory: int = DEFAULT_MEMORY,
-        start: Place | None = None,
+        start: Position | None = None,
+        plan: ChunkPlan | None = None,
         skip_bad: int = 0,
         bytes_per_second: int = 0,
     ) -> None:
-        self.plan = ChunkPlan(
+        if plan is None:
+            plan = ChunkPlan(
+                source, chunking, minibatch, size=size, seed=seed, shuffle=shuffle, memory=memory, start=start
+            )
+        elif not plan.is_of(
             source, chunking, minibatch, size=size, seed=seed, shuffle=shuffle, memory=memory, start=start
-        )
-        self.steps_per_epoch, self.num_chunks = self.plan.steps_per_epoch, self.plan.num_chunks
+        ):
+            raise ConfigError("the plan is of another source, or was made with other arguments than the reader's")
+        self.plan, self.steps_per_epoch = plan, plan.steps_per_epoch
         check_range("rank", rank, 0, size)
         check_range("number of reader threads", threads, 1, 1024)
-        check_range("depth of the reader's ring", depth, 1, 2**16)
+        check_range("depth of the reader's queue", depth, 1, 2**16)
         check_range("first step", first_step, 0, ENDLESS)
         check_range("number of epochs", num_epochs or 0, 0, 2**31)
         check_range("number of bad utterances to skip", skip_bad, 0, 2**24)
@@ -217,7 +263,7 @@ class MinibatchReader(Iterator[Minibatch]):
         self._memory = sum(array.nbytes for buffer in self._buffers for array in buffer if array is not None)
         self._made = time.monotonic()
 
-        config = ffi.new("km_ring_config *")
+        config = ffi.new("km_queue_config *")
         lent = [self._lend_source(config), self._lend_buffers(config)]
         config.plan = self.plan.c_plan
         config.rank, config.threads = rank, threads
@@ -225,8 +271,8 @@ class MinibatchReader(Iterator[Minibatch]):
         config.end_step = ENDLESS if num_epochs is None else self.plan.end_of_epochs(num_epochs)
         config.bytes_per_second, config.skip_bad = bytes_per_second, skip_bad
         error = new_error()
-        self._ring = lib.km_ring_new(config, error)
-        if self._ring == ffi.NULL:
+        self._queue = lib.km_queue_new(config, error)
+        if self._queue == ffi.NULL:
             raise_data_error(error)
         self._minibatch = ffi.new("km_minibatch *")
         self._final_counters: Counters | None = None
@@ -237,10 +283,10 @@ class MinibatchReader(Iterator[Minibatch]):
         # The threads write into the buffers and read the source until they are joined: the finalizer keeps
         # both, and the plan, alive until then, in whatever order this object's parts are collected.
         keep = (source, self.plan, self._buffers, lent)
-        self._stop = weakref.finalize(self, _stop, self._ring, (self._next_lock, self._lock), os.getpid(), keep)
+        self._stop = weakref.finalize(self, _stop, self._queue, (self._next_lock, self._lock), os.getpid(), keep)
 
     def _lend_source(self, config: Any) -> object:
-        """Write the source into the configuration; what is returned must live as long as the ring."""
+        """Write the source into the configuration; what is returned must live as long as the queue."""
         source, shapes = self._source, self.plan.shapes
         corpus = getattr(source, "c_corpus", None)
         examples = getattr(source, "c_examples", None)
@@ -274,10 +320,6 @@ class MinibatchReader(Iterator[Minibatch]):
         config.depth, config.buffers = len(lent), c_buffers
         return lent, c_buffers
 
-    def frames_of_step(self, step: int) -> int:
-        """See `ChunkPlan.frames_of_step`."""
-        return self.plan.frames_of_step(step)
-
     def request(self, step: int) -> None:
         """Have `__next__` deliver a global step, after those requested before; waits for nothing.
 
@@ -287,8 +329,8 @@ class MinibatchReader(Iterator[Minibatch]):
                 on request, or closed.
         """
         check_range("step", step, 0, ENDLESS)
-        with self._open_on_request() as ring:
-            result = lib.km_ring_request(ring, step)
+        with self._open_on_request() as queue:
+            result = lib.km_queue_request(queue, step)
         if result == lib.KM_FULL:
             raise ValueError(f"all {len(self._buffers)} buffers of the minibatch reader wait to be delivered")
         if result == lib.KM_END:
@@ -300,23 +342,23 @@ class MinibatchReader(Iterator[Minibatch]):
         Raises:
             ValueError: the reader is not on request, or closed.
         """
-        with self._open_on_request() as ring:
-            lib.km_ring_finish(ring)
+        with self._open_on_request() as queue:
+            lib.km_queue_finish(queue)
 
     @contextlib.contextmanager
     def _open_on_request(self) -> Iterator[Any]:
-        """Keep the ring from being freed."""
+        """Keep the queue from being freed."""
         if not self._on_request:
             raise ValueError("the minibatch reader does not read on request")
         with self._lock:
             if not self._stop.alive:
                 raise ValueError("the minibatch reader is closed")
-            yield self._ring
+            yield self._queue
 
     def __iter__(self) -> MinibatchReader:
         return self
 
-    def __next__(self) -> Minibatch:
+    def __next__(self) -> NumpyMinibatch:
         """The next minibatch; the arrays of the one before become invalid.
 
         Raises:
@@ -330,7 +372,7 @@ class MinibatchReader(Iterator[Minibatch]):
             with self._next_lock:
                 if not self._stop.alive:
                     raise ValueError("the minibatch reader is closed")
-                result = lib.km_ring_next(self._ring, _POLL_MS, self._minibatch, error)
+                result = lib.km_queue_next(self._queue, _POLL_MS, self._minibatch, error)
             self._log_bad()
             if result == lib.KM_READY:
                 return self._delivered()
@@ -345,7 +387,7 @@ class MinibatchReader(Iterator[Minibatch]):
     def _log_bad(self) -> None:
         """Warn of the units that were left out since the last call."""
         error = new_error()
-        while self._stop.alive and lib.km_ring_bad(self._ring, self._num_bad, error) == lib.KM_OK:
+        while self._stop.alive and lib.km_queue_bad(self._queue, self._num_bad, error) == lib.KM_OK:
             self._num_bad += 1
             file, key = self._source.location_of(error.utterance)
             try:
@@ -353,21 +395,24 @@ class MinibatchReader(Iterator[Minibatch]):
             except DataError as cause:
                 logger.warning("left out: %s", cause)
 
-    def _delivered(self) -> Minibatch:
+    def _delivered(self) -> NumpyMinibatch:
         got: Any = self._minibatch
         buffer, chunks = self._buffers[got.buffer], int(got.num_chunks)
         shape, source = self.plan.shapes[got.shape], self._source
         targets = (source.num_targets,) if source.num_targets > 1 else ()
-        labels = (chunks, shape.width, *targets)
+        by_label = (chunks, shape.width, *targets)
+        labels = _view(buffer.labels, by_label)
+        weights = None if buffer.weights is None else _view(buffer.weights, by_label)
         return Minibatch(
             feats=_view(buffer.feats, (chunks, shape.rows, source.feat_dim)),
-            labels=_view(buffer.labels, labels),
+            labels=labels,
             frames=int(got.frames),
             global_frames=int(got.global_frames),
+            weight=float(got.frames if weights is None else weights.sum(dtype=np.float64, where=labels >= 0)),
             epoch=int(got.epoch),
             step=int(got.step),
             shape=shape,
-            weights=None if buffer.weights is None else _view(buffer.weights, labels),
+            weights=weights,
             ivectors=None if buffer.ivectors is None else _view(buffer.ivectors, (chunks, source.ivector_dim)),
         )
 
@@ -380,7 +425,7 @@ class MinibatchReader(Iterator[Minibatch]):
 
     def _read_counters(self) -> Counters:
         counters = ffi.new("km_counters *")
-        lib.km_ring_counters(self._ring, counters)
+        lib.km_queue_counters(self._queue, counters)
         return Counters(
             counters.consumer_waited,
             counters.readers_waited,
@@ -411,13 +456,13 @@ class MinibatchReader(Iterator[Minibatch]):
         self.close()
 
 
-def _stop(ring: Any, locks: tuple[threading.Lock, threading.Lock], pid: int, lent: object) -> None:
-    """Join the threads and free the ring once nobody uses it; `lent` is what the threads use."""
+def _stop(queue: Any, locks: tuple[threading.Lock, threading.Lock], pid: int, lent: object) -> None:
+    """Join the threads and free the queue once nobody uses it; `lent` is what the threads use."""
     if os.getpid() != pid:
         return  # a forked child has the memory but not the threads: there is nobody to join
-    lib.km_ring_stop(ring)  # so that a __next__ that waits lets go
+    lib.km_queue_stop(queue)  # so that a __next__ that waits lets go
     with locks[0], locks[1]:
-        lib.km_ring_free(ring)
+        lib.km_queue_free(queue)
 
 
 def _flat(buffer: Buffer, needed: tuple[int, int, int | None, int | None]) -> Buffer:

@@ -1,12 +1,11 @@
 """Where the matrices of a table are: script files and archives, whatever they point to, made readable at random.
 
 Archives on disk stay where they are. What a command prints, what is written in text and what a column range
-cuts goes through the spool (see `spool`), once, when the table is opened.
+cuts is copied to a temporary file (see `scratch`), once, when the table is opened.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Callable, Collection
@@ -15,15 +14,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.formats.rspecifier import Rspecifier, parse_rspecifier
-from kaldi_mpi.formats.scp import Location, columns_in_range, parse_location, parse_table, read_table, rows_in_range
+from kaldi_mpi.formats.scp import (
+    Location,
+    Rspecifier,
+    TextTable,
+    check_sorted,
+    columns_in_range,
+    parse_location,
+    parse_rspecifier,
+    read_script,
+    rows_in_range,
+)
 from kaldi_mpi.formats.stream import PIPE_BLOCK, InputStream
-from kaldi_mpi.loader.archives import Archives
-from kaldi_mpi.loader.commands import run_commands
-from kaldi_mpi.loader.native import ffi
-from kaldi_mpi.loader.objects import add_full, copy_object, skip_object
-from kaldi_mpi.loader.spool import Spool
+from kaldi_mpi.loader.native import Archives, ffi
+from kaldi_mpi.loader.scratch import ScratchFile, add_full, copy_object, run_commands, skip_object
 from kaldi_mpi.log import logger
+
+# A script file, also one that has been read already, or an rspecifier.
+TableSource = str | os.PathLike[str] | TextTable
 
 OnBad = Callable[[str, DataError], None]
 
@@ -46,25 +54,25 @@ class Table:
 
 
 def locate(
-    source: str | os.PathLike[str],
+    source: TableSource,
     archives: Archives,
     *,
     wanted: Collection[str] | None = None,
     threads: int | None = None,
-    spool_dir: str | os.PathLike[str] | None = None,
+    scratch_dir: str | os.PathLike[str] | None = None,
     doubles: bool = False,
     on_bad: OnBad | None = None,
 ) -> Table:
     """Find where the matrices of a table lie, so that `archives.open(location.path, ...)` can read them all.
 
     Args:
-        source: a script file; or an rspecifier ``scp:...`` or ``ark:...``, also of a command. The values of a
-            script file are what Kaldi reads: ``path``, ``path:offset``, ``command |``, each with or without
-            a range; binary or text.
+        source: a script file, or what `read_table` has read of it; or an rspecifier ``scp:...`` or ``ark:...``,
+            also of a command. The values of a script file are what Kaldi reads: ``path``, ``path:offset``,
+            ``command |``, each with or without a range; binary or text.
         archives: opens what is found; commands' output, text and matrices cut by columns become one file of it.
         wanted: only these keys; commands of other keys are not run. By default all.
         threads: commands that run at a time; by default as many as there are cores, at most 8.
-        spool_dir: directory of the temporary file; by default TMPDIR.
+        scratch_dir: directory of the temporary file; by default TMPDIR.
         doubles: matrices in text are kept in double precision (statistics).
         on_bad: called with a key and its error instead of raising; the key is then left out. With the
             rspecifier's option ``p`` such keys are left out with a warning.
@@ -72,18 +80,17 @@ def locate(
     Raises:
         DataError: anything that cannot be read; names file (or command), key and byte offset.
     """
-    name = os.fspath(source)
-    rspecifier = parse_rspecifier(name)
-    if rspecifier is None:
-        rspecifier = Rspecifier("scp", name)
+    name = name_of(source)
+    given = source if isinstance(source, TextTable) else None
+    rspecifier = (parse_rspecifier(name) if given is None else None) or Rspecifier("scp", name)
     if rspecifier.permissive and on_bad is None:
         on_bad = _warn
-    reader = _Reader(name, archives, wanted, threads, spool_dir, doubles, on_bad)
+    reader = _Reader(name, archives, wanted, threads, scratch_dir, doubles, on_bad)
     try:
         if rspecifier.kind == "ark":
             reader.archive(rspecifier.rxfilename, permissive=rspecifier.permissive)
         else:
-            reader.script(rspecifier.rxfilename)
+            reader.script(read_script(rspecifier.rxfilename) if given is None else given)
         reader.finish()
     finally:
         reader.close()
@@ -92,19 +99,13 @@ def locate(
     return reader.table
 
 
+def name_of(source: TableSource) -> str:
+    """What a table is called in messages."""
+    return source.name if isinstance(source, TextTable) else os.fspath(source)
+
+
 def _warn(key: str, error: DataError) -> None:
     logger.warning("%s is left out, for the rspecifier is permissive: %s", key, error)
-
-
-def check_sorted(keys: list[str], name: str) -> None:
-    """Check the promise of the rspecifier's option ``s``.
-
-    Raises:
-        DataError: a key is not behind the one before it in the C locale's order.
-    """
-    for before, key in itertools.pairwise(keys):
-        if key.encode() <= before.encode():
-            raise DataError(f"not in the order that option s promises: it comes after {before}", file=name, key=key)
 
 
 class _Reader:
@@ -116,50 +117,50 @@ class _Reader:
         archives: Archives,
         wanted: Collection[str] | None,
         threads: int | None,
-        spool_dir: str | os.PathLike[str] | None,
+        scratch_dir: str | os.PathLike[str] | None,
         doubles: bool,
         on_bad: OnBad | None,
     ) -> None:
         self.table = Table()
         self._name, self._archives, self._wanted = name, archives, wanted
-        self._threads, self._spool_dir, self._doubles, self._on_bad = threads, spool_dir, doubles, on_bad
-        self._spool: Spool | None = None
-        self._file = -1  # the spool's index in the archives
+        self._threads, self._scratch_dir, self._doubles, self._on_bad = threads, scratch_dir, doubles, on_bad
+        self._scratch: ScratchFile | None = None
+        self._file = -1  # the scratch file's index in the archives
         self._seen: set[str] = set()  # keys of an archive
         self._matrix = ffi.new("km_matrix *")
 
     def close(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
+        if self._scratch is not None:
+            self._scratch.close()
 
     def finish(self) -> None:
-        """Tell the archives how long the spool has become."""
-        if self._spool is not None:
-            self._archives.resize(self._file, self._spool.size)
+        """Tell the archives how long the scratch file has become."""
+        if self._scratch is not None:
+            self._archives.resize(self._file, self._scratch.size)
             logger.info(
                 "%s: %d bytes of commands' output, text and cut matrices are in a temporary file in %s",
                 self._name,
-                self._spool.size,
-                self._spool.directory,
+                self._scratch.size,
+                self._scratch.directory,
             )
 
-    def _the_spool(self) -> Spool:
-        if self._spool is None:
-            self._spool = Spool(self._spool_dir)
-            self._file = self._archives.adopt(f"temporary file of {self._name}", self._spool.descriptor())
-        return self._spool
+    def _scratch_file(self) -> ScratchFile:
+        if self._scratch is None:
+            self._scratch = ScratchFile(self._scratch_dir)
+            self._file = self._archives.adopt(f"temporary file of {self._name}", self._scratch.descriptor())
+        return self._scratch
 
     def _bad(self, key: str, error: DataError) -> None:
         if self._on_bad is None:
             raise error
         self._on_bad(key, error)
 
-    def script(self, rxfilename: str) -> None:
-        """Read a script file, then run its commands, read its text and cut its columns."""
-        values = read_script(rxfilename)
+    def script(self, values: TextTable) -> None:
+        """Go through a script file, then run its commands, read its text and cut its columns."""
+        rxfilename = values.name
         self.table.keys = list(values)
         found: dict[str, Location] = {}
-        pending: dict[str, list[str]] = {}  # what goes through the spool -> keys
+        pending: dict[str, list[str]] = {}  # what is copied to the scratch file -> keys
         for key in self.table.keys:
             if self._wanted is not None and key not in self._wanted:
                 continue
@@ -172,7 +173,7 @@ class _Reader:
             except DataError as error:
                 found.pop(key, None)
                 self._bad(key, error)
-        self._spool_all(pending, found, rxfilename)
+        self._copy_all(pending, found, rxfilename)
         for key, location in found.items():
             try:
                 if location.first_col or location.last_col is not None:
@@ -187,14 +188,14 @@ class _Reader:
         head = self._archives.peek(index, location.offset, 2)
         return len(head) < 2 or head == b"\0B"
 
-    def _spool_all(self, pending: dict[str, list[str]], found: dict[str, Location], named_in: str) -> None:
-        """Put into the spool what is not binary on disk, and move the locations there."""
+    def _copy_all(self, pending: dict[str, list[str]], found: dict[str, Location], named_in: str) -> None:
+        """Copy to the scratch file what is not binary on disk, and move the locations there."""
         if not pending:
             return
-        spool = self._the_spool()
+        scratch = self._scratch_file()
 
         def copy(stream: InputStream, key: str) -> int:
-            return copy_object(stream, spool, key=key, doubles=self._doubles)
+            return copy_object(stream, scratch, key=key, doubles=self._doubles)
 
         jobs = {name: (found[keys[0]], keys[0]) for name, keys in pending.items()}
         for name, result in run_commands(jobs, copy, named_in=named_in, threads=self._threads):
@@ -208,9 +209,9 @@ class _Reader:
                 found[key] = found[key]._replace(path=name, offset=result)
 
     def _cut(self, location: Location, value: str, named_in: str, key: str) -> Location:
-        """Copy the rows and columns of a location to the spool."""
-        spool = self._the_spool()
-        self._archives.resize(self._file, spool.size)
+        """Copy the rows and columns of a location to the scratch file."""
+        scratch = self._scratch_file()
+        self._archives.resize(self._file, scratch.size)
         index, matrix = self._archives.open(location.path, named_in=named_in, key=key), self._matrix
         self._archives.open_matrix(index, location.offset, matrix, key=key)
         rows = rows_in_range(location, matrix.rows, file=named_in, key=key)
@@ -218,7 +219,7 @@ class _Reader:
         block = ffi.new("km_block *", (location.first_row, rows, location.first_col, cols))
         values = np.empty((rows, cols), dtype=np.float32)
         self._archives.block(index, matrix, block, values, key=key)
-        offset = add_full(spool, values, file=value, key=key, offset=location.offset)
+        offset = add_full(scratch, values, file=value, key=key, offset=location.offset)
         self._archives.alias(value, self._file)
         return Location(value, offset)
 
@@ -266,7 +267,7 @@ class _Reader:
         """Take the object behind a key."""
         wanted = self._wanted is None or key in self._wanted
         if wanted and (stream.size is None or stream.peek(2) != b"\0B"):
-            offset = copy_object(stream, self._the_spool(), key=key, doubles=self._doubles)
+            offset = copy_object(stream, self._scratch_file(), key=key, doubles=self._doubles)
             self._archives.alias(self._name, self._file)
             self.table.locations[key] = Location(self._name, offset)
             return
@@ -274,19 +275,3 @@ class _Reader:
         skip_object(stream, key=key)
         if wanted:
             self.table.locations[key] = Location(stream.name, start)
-
-
-def read_script(rxfilename: str) -> dict[str, str]:
-    """The lines of a script file, which may be what a command prints.
-
-    Raises:
-        DataError: see `read_table`; it is standard input; the command fails.
-    """
-    if not rxfilename.endswith("|"):
-        if rxfilename in ("", "-"):
-            raise DataError("a script file cannot be standard input, which the ranks do not share", file="-")
-        return read_table(rxfilename)
-    with InputStream(rxfilename) as stream:
-        text = stream.rest()
-        stream.check_status()
-    return parse_table(text.splitlines(keepends=True), name=rxfilename)

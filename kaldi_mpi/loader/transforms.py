@@ -1,20 +1,97 @@
-"""Deltas and splicing: features made from those of neighbouring frames, as add-deltas and splice-feats do."""
+"""What is done to features: normalisation by speaker, then deltas or splicing, as Kaldi's programs do it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader.native import borrow, ffi
+from kaldi_mpi.formats.scp import TextTable, read_table
+from kaldi_mpi.loader.native import Archives, borrow, ffi, lib, new_error, raise_data_error
+from kaldi_mpi.loader.tables import TableSource, locate, name_of
 from kaldi_mpi.options import kaldi_options
 
 LIMIT = 1000  # of orders, windows and contexts, below which Kaldi's add-deltas wants them
+
+
+def speakers_of(utterances: Sequence[str], utt2spk: str | os.PathLike[str] | Mapping[str, str] | None) -> list[str]:
+    """The speaker of each utterance; without `utt2spk` each utterance is its own, as in apply-cmvn.
+
+    Raises:
+        DataError: an utterance has no speaker; names the file and the utterance.
+    """
+    if utt2spk is None:
+        return list(utterances)
+    table: Mapping[str, str] = utt2spk if isinstance(utt2spk, Mapping) else read_table(utt2spk)
+    name = table.name if isinstance(table, TextTable) else "utt2spk"
+    for utterance in utterances:
+        if utterance not in table:
+            raise DataError("the utterance has no speaker", file=name, key=utterance)
+    return [table[utterance] for utterance in utterances]
+
+
+def read_norms(
+    cmvn_scp: TableSource,
+    speakers: Sequence[str],
+    dim: int,
+    *,
+    norm_vars: bool,
+    skip_dims: Sequence[int] = (),
+) -> NDArray[np.float32]:
+    """Offsets and scales of some speakers: normalised = x * scale + offset.
+
+    Args:
+        cmvn_scp: script file (or rspecifier, see `tables.locate`) of matrices 2 x (dim + 1) as
+            compute-cmvn-stats writes them: sums and count, sums of squares.
+        speakers: the keys wanted.
+        dim: the features' dimension.
+        norm_vars: scale to unit variance too; without it all scales are 1.
+        skip_dims: columns that are left as they are: offset 0, scale 1.
+
+    Returns:
+        Array (speakers, 2, dim): row 0 offsets, row 1 scales; in the arithmetic of Kaldi's apply-cmvn.
+
+    Raises:
+        DataError: a speaker without statistics, of another dimension, or with a count below 1.
+        ConfigError: a column to skip that the features do not have.
+    """
+    for column in skip_dims:
+        if not 0 <= column < dim:
+            raise ConfigError(f"--skip-dims has {column}, and the features have columns 0 to {dim - 1}")
+    name = name_of(cmvn_scp)
+    archives = Archives()
+    locations = locate(cmvn_scp, archives, wanted=set(speakers), doubles=True).locations
+    norms = np.empty((len(speakers), 2, dim), dtype=np.float32)
+    matrix = ffi.new("km_matrix *")
+    for speaker, norm in zip(speakers, norms, strict=True):
+        if speaker not in locations:
+            raise DataError("no normalisation statistics for this speaker", file=name, key=speaker)
+        location = locations[speaker]
+        index = archives.open(location.path, named_in=name, key=speaker)
+        archives.open_matrix(index, location.offset, matrix, key=speaker)
+        if matrix.cols != dim + 1 or matrix.rows != 2:
+            raise DataError(
+                f"normalisation statistics are {matrix.rows} x {matrix.cols}, and features of "
+                f"dimension {dim} need 2 x {dim + 1}",
+                file=location.path,
+                key=speaker,
+                offset=location.offset,
+            )
+        stats = archives.doubles(index, matrix, key=speaker)
+        if skip_dims:  # as Kaldi does it: statistics of mean 0 and variance 1
+            stats[:, list(skip_dims)] = np.array([[0.0], [stats[0, dim]]])
+        error = new_error()
+        if lib.km_cmvn_norms(
+            borrow(stats, "double", np.float64), dim, norm_vars, borrow(norm, "float", np.float32), error
+        ):
+            error.offset = location.offset
+            raise_data_error(error, file=location.path, key=speaker)
+    return norms
 
 
 class DeltaOptions(NamedTuple):
@@ -78,20 +155,6 @@ def _numbers(text: str, known: tuple[str, ...], where: str) -> dict[str, int]:
             raise ConfigError(f"{where}: --{name} is {value!r}, and must be a number from 0 on")
         found[name] = int(value)
     return found
-
-
-def read_opts(path: str | os.PathLike[str]) -> str:
-    """The text of a file ``cmvn_opts``, ``delta_opts`` or ``splice_opts``, for the functions that parse it.
-
-    Raises:
-        DataError: it cannot be read, or is not text.
-    """
-    try:
-        return Path(path).read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", file=os.fspath(path)) from error
-    except UnicodeDecodeError as error:
-        raise DataError("not a text file in UTF-8", file=os.fspath(path), offset=error.start) from error
 
 
 @dataclass(frozen=True)

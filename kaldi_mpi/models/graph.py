@@ -5,7 +5,7 @@ A range of frames is a pair (first, last), both included; FOREVER stands for no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kaldi_mpi.errors import ConfigError
@@ -238,6 +238,37 @@ def defined(descriptor: Descriptor, nodes: Mapping[str, Range]) -> Range:
     for part in descriptor.children:
         frames = intersection(frames, defined(part, nodes))
     return frames
+
+
+def contexts(computable: Callable[[Range], Mapping[str, Range]]) -> tuple[int, int]:
+    """Frames that the output named ``output`` needs to its left and right, as nnet3-info prints them.
+
+    Args:
+        computable: frames that each node can have when the input has a range.
+
+    Raises:
+        KeyError: there is no such output.
+    """
+    # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
+    left, right = computable((0, FOREVER))["output"][0], -computable((-FOREVER, 0))["output"][1]
+    return max(0, left), max(0, right)
+
+
+def computable_in_order(nodes: Iterable[Node], given: Range) -> dict[str, Range]:
+    """`Graph.computable` of nodes that come after what they depend on, but for what stands in IfDefined.
+
+    Raises:
+        KeyError: a node that does not exist, or comes later.
+    """
+    found: dict[str, Range] = {}
+    for node in nodes:
+        if isinstance(node, InputNode):
+            found[node.name] = (0, 0) if node.name == IVECTOR else given
+        elif isinstance(node, DimRangeNode):
+            found[node.name] = found[node.input_node]
+        else:
+            found[node.name] = defined(node.input, found)
+    return found
 
 
 def _demand(descriptor: Descriptor, frames: Range, computable: Mapping[str, Range], wanted: dict[str, Range]) -> None:

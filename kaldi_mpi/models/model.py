@@ -16,14 +16,16 @@ from kaldi_mpi.models.components import (
     Affine,
     BackpropTruncation,
     ComponentModule,
+    FixedAffine,
     Initializer,
     Linear,
     LstmNonlinearity,
     make_component,
+    split_transform,
 )
 from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
-from kaldi_mpi.models.graph import FOREVER, IVECTOR, Graph, LstmGroup, Range, defined, intersection
+from kaldi_mpi.models.graph import IVECTOR, Graph, LstmGroup, Range, contexts, defined, intersection
 from kaldi_mpi.models.lstm import LstmSettings, lstm
 
 
@@ -93,9 +95,7 @@ class AcousticModel(nn.Module):
         self.input_name = inputs[0].name
         self.ivector_dim = sum(node.dim for node in all_inputs if node.name == IVECTOR)
         self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim("output")
-        # With frames 0 .. FOREVER given, the output begins where the left context has been had, and so on.
-        self.left_context = max(0, self.graph.computable((0, FOREVER))["output"][0])
-        self.right_context = max(0, -self.graph.computable((-FOREVER, 0))["output"][1])
+        self.left_context, self.right_context = contexts(self.graph.computable)
         self._settings = {
             group.w_all: self._lstm_settings(group) for group in self.graph.units if isinstance(group, LstmGroup)
         }
@@ -189,6 +189,33 @@ class AcousticModel(nn.Module):
             if isinstance(node, ComponentNode) and node.component == component:
                 return node
         raise KeyError(component)
+
+    def set_transform(self, component: str, matrix: NDArray[Any]) -> None:
+        """Put a transform into a fixed-affine component, in place of the one that the network was built with.
+
+        The network is then what `build_model` makes with this transform, bit for bit: the parameters of the other
+        components do not depend on it.
+
+        Args:
+            component: the name of a FixedAffineComponent (see `transform_files`).
+            matrix: (out, in + 1), the offset in the last column; rounded to float32.
+
+        Raises:
+            KeyError: there is no such component.
+            ConfigError: the matrix has another shape than the one before.
+        """
+        fixed = self.by_name[component]
+        if not isinstance(fixed, FixedAffine):
+            raise KeyError(component)
+        wanted = (fixed.output_dim, fixed.input_dim + 1)
+        if matrix.shape != wanted:
+            raise ConfigError(
+                f"{self.config.source}: the transform of {component} has shape {matrix.shape}, "
+                f"the network needs {wanted}"
+            )
+        linear, bias = split_transform(matrix)
+        fixed.linear.copy_(linear)
+        fixed.bias.copy_(bias)
 
     def updatable_components(self) -> list[Component]:
         """The trained components, in the model file's order."""

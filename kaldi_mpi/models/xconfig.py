@@ -10,11 +10,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.models.config import Config, Options, Place, parse_config, split_options
+from kaldi_mpi.models.config import Config, InputNode, Node, Options, OutputNode, Place, parse_config, split_options
 from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
+from kaldi_mpi.models.graph import computable_in_order, contexts
 
 _LAYER_TYPE = re.compile(r"^[a-z][-a-z0-9]+$")
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -27,11 +29,16 @@ class Layer:
     Attributes:
         outputs: name of an output ('' is the main one) -> (node name, dimension).
         lines: config lines.
+        lda_input: of a fixed-affine-layer, the descriptor whose statistics Kaldi takes for its transform: the output
+            of the network in init.config. None: there is no such network.
+        output_delay: of an output, the label delay.
     """
 
     name: str
     outputs: Mapping[str, tuple[str, int]]
     lines: list[str]
+    lda_input: str | None = None
+    output_delay: int = 0
 
 
 def parse_xconfig(path: str | os.PathLike[str]) -> Config:
@@ -56,6 +63,7 @@ def parse_xconfig_text(text: str, source: str = "network.xconfig") -> Config:
     """The same, from a string; `source` is named in messages."""
     layers: dict[str, Layer] = {}
     lines: list[tuple[str, Place]] = []
+    places: dict[str, Place] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
         place = Place(source, number)
         words = raw.split("#")[0].split(None, 1)
@@ -64,11 +72,37 @@ def parse_xconfig_text(text: str, source: str = "network.xconfig") -> Config:
         layer = _expand(words[0], words[1] if len(words) > 1 else "", layers, place)
         if layer.name in layers:
             raise place.error(f"{layer.name} is the name of an earlier layer", "name")
-        layers[layer.name] = layer
+        layers[layer.name], places[layer.name] = layer, place
         lines.extend((line, place) for line in layer.lines)
     if not layers:
         raise ConfigError(f"{source}: there is no layer in this file")
-    return parse_config(lines, source)
+    config = parse_config(lines, source)
+    for layer in layers.values():
+        if layer.lda_input is not None:
+            label_delay = max((other.output_delay for other in layers.values()), key=abs)
+            _check_contexts(layer.lda_input, config, label_delay, places[layer.name])
+    return config
+
+
+def _check_contexts(lda_input: str, config: Config, label_delay: int, place: Place) -> None:
+    """Refuse what xconfig_to_configs.py refuses: a network of the LDA statistics that needs more context than all.
+
+    Raises:
+        ConfigError: names the layer's line and what to add.
+    """
+    inputs = [node for node in config.nodes if isinstance(node, InputNode)]
+    try:
+        lda: list[Node] = [*inputs, OutputNode("output", parse_descriptor(lda_input))]
+        part, whole = (contexts(partial(computable_in_order, nodes)) for nodes in (lda, config.nodes))
+    except KeyError:
+        return  # no output, or another input than the network's: told where the network is built
+    if part[0] > whole[0] or part[1] > whole[1]:
+        raise place.error(
+            f"the input takes {part[0]} frames to the left and {part[1]} to the right, the whole network only "
+            f"{whole[0]} and {whole[1]}, which Kaldi refuses; the label delay must stand here too: add "
+            f"delay={label_delay or ''}",
+            "delay",
+        )
 
 
 class _Line:
@@ -137,9 +171,10 @@ def _fixed_affine(line: _Line) -> Layer:
     node, input_ = line.name, line.input()
     dim = line.options.integer("dim", -1)
     path = line.options.text("affine-transform-file")
-    # These two only shape Kaldi's init.config (the network of the LDA statistics), which is not made here.
-    line.options.integer("delay", 0)
-    line.options.flag("write-init-config", True)
+    # These two shape Kaldi's init.config, the network of the LDA statistics, and not final.config. Here that network
+    # is not made: the statistics are of frames and their own labels, with a label delay as without.
+    delay = line.options.integer("delay", 0)
+    init = line.options.flag("write-init-config", True)
     return Layer(
         node,
         {"": (node, dim if dim > 0 else input_[1])},
@@ -147,6 +182,7 @@ def _fixed_affine(line: _Line) -> Layer:
             f"component name={node} type=FixedAffineComponent matrix={path}",
             f"component-node name={node} component={node} input={input_[0]}",
         ],
+        lda_input=f"Offset({input_[0]}, {delay})" if init else None,
     )
 
 
@@ -263,16 +299,18 @@ def _objective(line: _Line) -> str:
     return objective
 
 
-def _output_node(line: _Line, descriptor: str) -> str:
+def _output_node(line: _Line, descriptor: str) -> tuple[str, int]:
+    """The config line, and the label delay."""
     delay = line.options.integer("output-delay", 0)
     source = f"Offset({descriptor}, {delay})" if delay else descriptor
-    return f"output-node name={line.name} input={source} objective={_objective(line)}"
+    return f"output-node name={line.name} input={source} objective={_objective(line)}", delay
 
 
 def _output(line: _Line) -> Layer:
     descriptor, _ = line.input()
     line.options.integer("dim", -1)
-    return Layer(line.name, {}, [_output_node(line, descriptor)])
+    node, delay = _output_node(line, descriptor)
+    return Layer(line.name, {}, [node], output_delay=delay)
 
 
 def _output_layer(line: _Line) -> Layer:
@@ -298,8 +336,8 @@ def _output_layer(line: _Line) -> Layer:
         lines.append(f"component name={last} type=LogSoftmaxComponent dim={dim}")
         lines.append(f"component-node name={last} component={last} input={node}.affine")
         outputs["log-softmax"] = (last, dim)
-    lines.append(_output_node(line, last))
-    return Layer(node, outputs, lines)
+    last_line, delay = _output_node(line, last)
+    return Layer(node, outputs, [*lines, last_line], output_delay=delay)
 
 
 _LAYERS: dict[str, Callable[[_Line], Layer]] = {

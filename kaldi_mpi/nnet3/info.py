@@ -1,4 +1,4 @@
-"""What a .mdl file holds, in a few lines: ``python -m kaldi_mpi.nnet3.info FILE``.
+"""What a .mdl file holds, in a few lines: ``kaldi-mpi model-info FILE``.
 
 For any model (GMM or nnet3) the counts of its transition model, under the names that Kaldi's ``tree-info``
 and ``am-info`` use; for an nnet3 model also its network.
@@ -6,15 +6,13 @@ and ``am-info`` use; for an nnet3 model also its network.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
-from kaldi_mpi import log
-from kaldi_mpi.errors import DataError, KaldiMpiError
+from kaldi_mpi.errors import DataError
 from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.nnet3.am import read_am
 from kaldi_mpi.nnet3.convert import to_torch
+from kaldi_mpi.options import Parser
 
 
 def describe(path: str) -> list[str]:
@@ -45,22 +43,12 @@ def describe(path: str) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kaldi_mpi.nnet3.info", description="Describe a .mdl file.")
+def main(arguments: Sequence[str]) -> None:
+    """``kaldi-mpi model-info``; see the module's text."""
+    parser = Parser(prog="kaldi-mpi model-info", description="Describe a .mdl file.")
     parser.add_argument("model")
-    options = parser.parse_args(arguments)
-    log.set_up("kaldi-mpi-info")
+    model = parser.parse_args(arguments).model
     try:
-        print("\n".join(describe(options.model)))
+        print("\n".join(describe(model)))
     except OSError as error:
-        log.logger.error("%s", DataError(error.strerror or str(error), file=options.model))
-        return 1
-    except KaldiMpiError as error:
-        log.logger.error("%s", error)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise DataError(error.strerror or str(error), file=model) from error

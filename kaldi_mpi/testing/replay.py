@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.journal import Event, Records
+from kaldi_mpi.averaging.journal import JournalEvent, Records
 from kaldi_mpi.errors import DataError
 
 Vector = NDArray[np.float64]
@@ -52,7 +52,7 @@ def pieces(size: int, piece_size: int | None) -> list[slice]:
     return [slice(first, min(first + step, size)) for first in range(0, max(1, size), step)]
 
 
-def play(journals: Sequence[Records], happen: Callable[[int, Event, int, int, int, int], bool]) -> None:
+def play(journals: Sequence[Records], happen: Callable[[int, JournalEvent, int, int, int, int], bool]) -> None:
     """Let the events of all journals happen, each journal's in its order.
 
     Args:
@@ -71,7 +71,7 @@ def play(journals: Sequence[Records], happen: Callable[[int, Event, int, int, in
             while at[rank] < len(records):
                 row = records[at[rank]]
                 fields = (int(row[name]) for name in ("piece", "number", "partner", "theirs"))
-                if not happen(rank, Event(int(row["event"])), *fields):
+                if not happen(rank, JournalEvent(int(row["event"])), *fields):
                     break
                 at[rank] += 1
                 moved = True
@@ -79,7 +79,8 @@ def play(journals: Sequence[Records], happen: Callable[[int, Event, int, int, in
         if at[rank] < len(records):
             row = records[at[rank]]
             raise DataError(
-                f"journals do not fit together: event {at[rank]} of rank {rank} ({Event(int(row['event'])).name}, "
+                f"journals do not fit together: event {at[rank]} of rank {rank} "
+                f"({JournalEvent(int(row['event'])).name}, "
                 f"exchange {int(row['number'])} with rank {int(row['partner'])}) has no other side"
             )
 
@@ -117,21 +118,21 @@ def replay(
     sent: dict[Key, Vector] = {}  # the same snapshots, for the side that took them
     under_way: set[tuple[int, int]] = set()  # (rank, piece)
 
-    def happen(rank: int, event: Event, piece: int, number: int, partner: int, theirs: int) -> bool:
+    def happen(rank: int, event: JournalEvent, piece: int, number: int, partner: int, theirs: int) -> bool:
         """Do it, or return that it must wait."""
         x = models[rank, where[piece]]
         mine = (rank, number, piece)
-        if event == Event.STEP:
+        if event == JournalEvent.STEP:
             if number != last_step[rank]:
                 changes[rank] = change(rank, number, copies[rank].copy())
                 total[:] += changes[rank]
                 last_step[rank] = number
             x += changes[rank, where[piece]]
             copies[rank, where[piece]] = x
-        elif event == Event.SNAPSHOT:
+        elif event == JournalEvent.SNAPSHOT:
             requests[mine] = sent[mine] = x.copy()
             under_way.add((rank, piece))
-        elif event == Event.ANSWER:
+        elif event == JournalEvent.ANSWER:
             asked = (partner, number, piece)
             if asked not in requests:
                 return False
@@ -139,13 +140,13 @@ def replay(
             a = busy_weight if busy and busy_weight is not None else weight
             replies[asked] = x.copy(), a
             x += a * (requests.pop(asked) - x)
-        elif event == Event.MIX:
+        elif event == JournalEvent.MIX:
             if mine not in replies:
                 return False
             other, a = replies.pop(mine)
             x += a * (other - sent.pop(mine))
             under_way.discard((rank, piece))
-        elif event == Event.CROSS:
+        elif event == JournalEvent.CROSS:
             other_key = (partner, theirs, piece)
             if other_key not in requests:
                 return False

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kaldi_mpi.averaging.journal import Event, Records
+from kaldi_mpi.averaging.journal import JournalEvent, Records
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.testing.replay import Change, Key, Vector, pieces, play
 
@@ -72,23 +72,23 @@ class _Replay:
         self.seen: dict[tuple[int, int], int] = {}  # (learner, piece): updates when it was last given
         self.staleness: list[int] = []
 
-    def happen(self, rank: int, event: Event, piece: int, number: int, partner: int, _theirs: int) -> bool:
+    def happen(self, rank: int, event: JournalEvent, piece: int, number: int, partner: int, _theirs: int) -> bool:
         """Do it, or return that it must wait for another rank's event."""
         part = self.where[piece]
         mine, theirs = (rank, number, piece), (partner, number, piece)
         x, c = self.x[rank, part], self.centre[part]
-        if event == Event.STEP:
+        if event == JournalEvent.STEP:
             self._step(rank, number, part)
-        elif event == Event.SNAPSHOT:
+        elif event == JournalEvent.SNAPSHOT:
             self.sent[mine] = x.copy()
             self.pushed[mine] = x.copy() if self.alpha is not None else x - self.base[rank, part]
-        elif event == Event.CENTRE:
+        elif event == JournalEvent.CENTRE:
             if theirs not in self.pushed:
                 return False
             self._take_in(theirs, c)
-        elif event == Event.FETCH:
+        elif event == JournalEvent.FETCH:
             self._give(theirs, c)
-        elif event == Event.MIX:
+        elif event == JournalEvent.MIX:
             if mine not in self.given:
                 return False
             given, sent = self.given.pop(mine), self.sent.pop(mine)

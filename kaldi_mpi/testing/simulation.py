@@ -10,7 +10,7 @@ too (a lock of one piece, or the one thread that runs all of a rank's messages):
 
 Messages of a pair arrive in order; nothing else is ordered. `Simulation` holds the state and carries out one
 event at a time; who chooses the events decides what it is good for: `run_random` draws them, with weights
-for slow learners and slow messages; `explore` tries them all; `Timed` takes them as a clock tells. Everything,
+for slow learners and slow links; `explore` tries them all; `Timed` takes them as a clock tells. Everything,
 the messages under way included, is in `Simulation.state_dict`.
 
 Events of different ranks commute when both are possible, so `explore`, which stops at states that it has
@@ -19,68 +19,39 @@ seen, loses nothing by it and needs far fewer steps than there are orders.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-Flat = NDArray[np.float32]
+from kaldi_mpi.averaging.driver import Participant
+from kaldi_mpi.averaging.journal import Journal
+from kaldi_mpi.averaging.published import Flat, HostPublishedModel
+from kaldi_mpi.averaging.strategy import Asynchronous, Hook
+from kaldi_mpi.transport.world import Allocate, Handler
+
 Change = Callable[[int, int, Flat], tuple[Flat, int]]
-STEP = 0  # the journal's number for a learner's own step
-
-
-class Published(Protocol):
-    """What is needed of a learner's published model (`kaldi_mpi.averaging.published.HostPublishedModel`)."""
-
-    values: Flat
-    num_pieces: int
-    steps: list[int]
-
-    def lock(self, piece: int) -> contextlib.AbstractContextManager[None]:
-        """Hold the piece."""
-
-    def push_pull(self, piece: int, change: Flat, copy: Flat) -> None:
-        """Add the change, take a copy."""
-
-
-class Rule(Protocol):
-    """What is needed of a strategy (`kaldi_mpi.averaging.exchange.Exchanging`)."""
-
-    may_block: ClassVar[bool]
-
-    def connect(self, shared: Any, post: Any, journal: Any) -> None: ...
-    def begin(self, parameters: Flat) -> None: ...
-    def filter_change(self, change: Flat) -> None: ...
-    def step_taken(self, frames: int) -> None: ...
-    def receive(self, source: int, numbers: Sequence[int], payload: NDArray[np.uint8]) -> None: ...
-    def leave(self) -> None: ...
-    def quiet(self) -> bool: ...
-    def blocked(self) -> bool: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedRank:
-    """A rank of a simulated world. There are no collectives in it: means are taken from outside."""
+    """A rank of a simulated world, for strategies. There are no collectives in it: means are taken from outside."""
 
     rank: int
     size: int
 
-    def sum_(self, buffer: Flat) -> NoReturn:
-        """Not here."""
+    def sum_(self, buffer: Flat, wire: str = "float32") -> NoReturn:
         raise RuntimeError("a simulated world has no collectives")
 
-    def start_sum(self, buffer: Flat) -> NoReturn:
-        """Not here."""
-        self.sum_(buffer)
+    def start_mean(self, source: Flat, into: Flat, wire: str = "float32") -> NoReturn:
+        self.sum_(source)
 
 
 class Event(NamedTuple):
@@ -95,6 +66,33 @@ class Deadlock(Exception):
     """No event is possible, and yet some rank has not finished."""
 
 
+_Posted = tuple[str, tuple[Any, ...]]  # a method of the strategy, and its arguments
+
+
+class _Messages:
+    """`transport.world.Messages` of one rank, as far as `Participant` needs them: what is posted or sent waits."""
+
+    def __init__(self, simulation: Simulation, rank: int) -> None:
+        self._simulation, self.rank, self.size = simulation, rank, simulation.size
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Keep the call by its name, so that states can be saved and compared."""
+        whole = action if isinstance(action, functools.partial) else functools.partial(action)
+        self._simulation.ranks[self.rank].posted.append((whole.func.__name__, whole.args))
+
+    def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        self._simulation.put_on_the_way(self.rank, to, numbers, payload)
+
+    def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
+        """Messages are handed over by events."""
+
+    def wait(self, ready: Callable[[], bool]) -> NoReturn:
+        raise RuntimeError("nobody waits in a simulated world: the next event is chosen from outside")
+
+    def start_sum(self, buffer: Flat, done: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("a simulated world has no collectives")
+
+
 class _Rank:
     """One learner's progress and what waits at its communication thread."""
 
@@ -103,7 +101,7 @@ class _Rank:
         self.step = 0  # the step that is being taken
         self.piece = 0  # the piece to publish next
         self.change: tuple[Flat, int] | None = None
-        self.posted: deque[int] = deque()  # frames of a step, -1 for leaving
+        self.posted: deque[_Posted] = deque()
         self.left = False
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +120,7 @@ class Simulation:
 
     Args:
         strategies: one a rank, made for `SimulatedRank`; they are connected here.
-        published_models: their published models.
+        published_models: their models.
         journals: their journals.
         change: ``change(rank, step, copy) -> (change, frames)``, a learner's own step: (P,) float32, and the
             frames it counts for.
@@ -131,30 +129,31 @@ class Simulation:
 
     def __init__(
         self,
-        strategies: Sequence[Rule],
-        published_models: Sequence[Published],
-        journals: Sequence[Any],
+        strategies: Sequence[Asynchronous],
+        published_models: Sequence[HostPublishedModel],
+        journals: Sequence[Journal],
         change: Change,
         num_steps: Sequence[int],
     ) -> None:
         self.strategies, self.published_models, self.journals = strategies, published_models, journals
         self.change, self.num_steps = change, list(num_steps)
         self.size = len(strategies)
-        self.ranks = [_Rank(shared.values.copy()) for shared in published_models]
+        self.ranks = [_Rank(model.values.copy()) for model in published_models]
         self.channels: dict[tuple[int, int], deque[tuple[tuple[int, ...], NDArray[np.uint8]]]] = {}
         self.sent: Callable[[int, int, int], None] | None = None  # told of each message: from, to, bytes
-        for rank, strategy in enumerate(strategies):
-            strategy.connect(published_models[rank], self._post(rank), journals[rank])
-            strategy.begin(published_models[rank].values)
+        self.participants = [
+            Participant(strategy, model, _Messages(self, rank), journal)
+            for rank, (strategy, model, journal) in enumerate(zip(strategies, published_models, journals, strict=True))
+        ]
+        for participant in self.participants:
+            participant.connect()
 
-    def _post(self, rank: int) -> Callable[[int, Sequence[int], NDArray[Any] | None], None]:
-        def post(to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-            content = np.empty(0, np.uint8) if payload is None else payload.view(np.uint8).copy()
-            self.channels.setdefault((rank, to), deque()).append((tuple(numbers), content))
-            if self.sent is not None:
-                self.sent(rank, to, content.nbytes)
-
-        return post
+    def put_on_the_way(self, source: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
+        """A message that waits to be delivered."""
+        content = np.empty(0, np.uint8) if payload is None else payload.view(np.uint8).copy()
+        self.channels.setdefault((source, to), deque()).append((tuple(numbers), content))
+        if self.sent is not None:
+            self.sent(source, to, content.nbytes)
 
     # Events.
 
@@ -163,7 +162,7 @@ class Simulation:
         state, strategy = self.ranks[rank], self.strategies[rank]
         if state.step == self.num_steps[rank]:
             return not state.left
-        if state.piece == 0 and strategy.may_block:
+        if state.piece == 0 and Hook.BLOCKED in strategy.hooks:
             return not state.posted and not strategy.blocked()
         return True
 
@@ -179,31 +178,26 @@ class Simulation:
         if event.what == "learn":
             self._learn(rank)
         elif event.what == "post":
-            frames = self.ranks[rank].posted.popleft()
-            if frames < 0:
-                self.strategies[rank].leave()
-            else:
-                self.strategies[rank].step_taken(frames)
+            name, arguments = self.ranks[rank].posted.popleft()
+            getattr(self.strategies[rank], name)(*arguments)
         else:
             numbers, payload = self.channels[event.source, rank].popleft()
             self.strategies[rank].receive(event.source, numbers, payload)
 
     def _learn(self, rank: int) -> None:
-        state, shared = self.ranks[rank], self.published_models[rank]
+        state, participant = self.ranks[rank], self.participants[rank]
         if state.step == self.num_steps[rank]:
             state.left = True
-            state.posted.append(-1)
+            participant.leave()
             return
         if state.change is None:
             own, frames = self.change(rank, state.step, state.copy)
-            self.strategies[rank].filter_change(own)
+            participant.filter_change(own)
             state.change = own, frames
-        with shared.lock(state.piece):
-            shared.push_pull(state.piece, state.change[0], state.copy)
-            self.journals[rank].record(STEP, state.piece, state.step)
+        participant.publish_piece(state.piece, state.change[0], state.copy)
         state.piece += 1
-        if state.piece == shared.num_pieces:
-            state.posted.append(state.change[1])
+        if state.piece == participant.model.num_pieces:
+            participant.announce(state.change[1])
             state.step, state.piece, state.change = state.step + 1, 0, None
 
     def check_end(self) -> None:
@@ -220,21 +214,22 @@ class Simulation:
 
     def models(self) -> NDArray[np.float64]:
         """(N, P): the published models."""
-        return np.array([shared.values for shared in self.published_models], np.float64)
+        return np.array([model.values for model in self.published_models], np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the messages under way included; what is in it is not changed later."""
         return {
             "strategies": [strategy.state_dict() for strategy in self.strategies],
-            "published_models": [(shared.values.copy(), list(shared.steps)) for shared in self.published_models],
+            "published_models": [(model.values.copy(), list(model.steps)) for model in self.published_models],
             "ranks": [rank.state() for rank in self.ranks],
             "channels": {pair: tuple(channel) for pair, channel in sorted(self.channels.items()) if channel},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; the journals and the clock go on."""
+        """Go on from a state; the journals and the clock go on as they are."""
         for rank, saved in enumerate(state["ranks"]):
             self.ranks[rank].load(saved)
+            self.participants[rank].step = saved["step"]
             values, steps = state["published_models"][rank]
             self.published_models[rank].values[:] = values
             self.published_models[rank].steps[:] = steps

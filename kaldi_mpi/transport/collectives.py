@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.published import WIRE_TYPES, from_wire, to_wire
+from kaldi_mpi.transport.number_formats import from_wire, quantized
 from kaldi_mpi.transport.point_to_point import PointToPoint
 from kaldi_mpi.transport.thread import Task, Transfer
 from kaldi_mpi.transport.world import split_evenly, sum_in_rank_order
@@ -155,13 +155,6 @@ def sum_float64(p2p: PointToPoint, stream: int, values: NDArray[np.float64]) -> 
         return total
 
     return _by_pieces(p2p, stream, values, lambda part: part, finish, None, PIECE // 2)
-
-
-def quantized(values: NDArray[np.float32], wire: str) -> Numbers:
-    """A new array of `values` as they travel in `wire`."""
-    out = np.empty(values.size, WIRE_TYPES[wire])
-    to_wire(values, out)
-    return out
 
 
 def barrier(p2p: PointToPoint, stream: int) -> Task:

@@ -8,6 +8,7 @@ ones of its sender have been. So the order holds whatever the sizes.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,15 @@ from kaldi_mpi.transport.gpu import device_bytes
 from kaldi_mpi.transport.point_to_point import BACKGROUND, HEADERS, PAYLOADS, PointToPoint
 from kaldi_mpi.transport.thread import CommThread, Lane
 from kaldi_mpi.transport.world import MAX_NUMBERS, Allocate, Handler
+
+
+class Channel(enum.IntEnum):
+    """Who a message is for: each user of messages has a channel of its own."""
+
+    STRATEGY = 1  # exchanges of an asynchronous strategy
+    TICKETS = 2
+    SNAPSHOTS = 3
+
 
 _HEADER = 3 + MAX_NUMBERS  # channel, bytes of payload, count of numbers, numbers
 _MOST_AT_ONCE = 16  # messages taken in before the thread looks at its other work

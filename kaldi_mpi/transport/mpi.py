@@ -23,7 +23,7 @@ from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.transport import guard
 from kaldi_mpi.transport.comm_world import CommWorld
 from kaldi_mpi.transport.point_to_point import HEADERS, NUM_STREAMS
-from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, say_abort
+from kaldi_mpi.transport.status import check_size, say_abort
 from kaldi_mpi.transport.thread import CommThread, Transfer
 
 # A thread that computes in Python holds the interpreter for this long before another thread gets a turn; the
@@ -99,9 +99,8 @@ class MpiWorld(CommWorld):
     needs one: worlds of fewer ranks are made by `split`, and share the thread.
 
     Raises:
-        ConfigError: the run was launched for another number of ranks than MPI reports, which happens when
-            one vendor's mpiexec starts another vendor's library: N runs of one rank each. Or the library
-            cannot be called from a second thread.
+        ConfigError: the run was started for another number of ranks than MPI reports (`status.check_size`), or the
+            library cannot be called from a second thread.
     """
 
     _num_open: ClassVar[int] = 0
@@ -114,14 +113,11 @@ class MpiWorld(CommWorld):
                 "this MPI library does not let another thread communicate (MPI_THREAD_SERIALIZED is needed); "
                 "is MPI4PY_RC_THREADS or mpi4py.rc.thread_level set?"
             )
+        if comm is None:
+            library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip()
+            check_size(os.environ, MPI.COMM_WORLD.Get_size(), library)
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         size = self._comm.Get_size()
-        expected = os.environ.get(NUM_LEARNERS_ENV)
-        if comm is None and expected is not None and int(expected) != size:
-            raise ConfigError(
-                f"mpiexec was asked for {expected} learners but MPI counts {size}: mpiexec and "
-                f"{MPI.Get_library_version().split(',')[0].strip()} do not belong together"
-            )
         rank = MPI.COMM_WORLD.Get_rank()
         thread = CommThread(rank, _completed, polls=True, on_failure=self._end_run)
         p2p = MpiPointToPoint(self._comm, range(size), 0, _Contexts(self._comm))

@@ -1,17 +1,72 @@
-"""What a learner and its launcher tell each other: environment variables, and one small status file a rank."""
+"""What a learner and its starter tell each other: environment variables, and one small status file a rank."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.files import atomic_write
 
 NUM_LEARNERS_ENV = "KALDI_MPI_NUM_LEARNERS"
 STATUS_DIR_ENV = "KALDI_MPI_STATUS_DIR"
 TERMINAL_ENV = "KALDI_MPI_TERMINAL"
+
+
+def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
+    """Stop a learner that is meant to be one of several and finds itself alone.
+
+    That is how it comes out when starter and MPI library do not know each other (plain ``srun``, or another vendor's
+    mpiexec): N trainings of one learner each, which overwrite each other's files.
+
+    Args:
+        environment: of this process.
+        size: of the world, as MPI counts it.
+        library: what MPI library it is, for the message.
+
+    Raises:
+        ConfigError: the environment tells of another number of learners.
+    """
+    expected = environment.get(NUM_LEARNERS_ENV)
+    if expected is not None:
+        if int(expected) != size:
+            raise ConfigError(
+                f"mpiexec was asked for {expected} learners but MPI counts {size}: mpiexec and "
+                f"{library} do not belong together"
+            )
+        return
+    told = _started(environment) if size == 1 else None
+    if told is not None:
+        variable, number = told
+        raise ConfigError(
+            f"{variable}={environment[variable]} says that this is one of {number or 'several'} learners, but "
+            f"{library} counts 1: each would train alone and overwrite the others' files. "
+            f"What works, started once: kaldi-mpi launch -n {number or 'N'} -- kaldi-mpi train ... "
+            f"(or srun --mpi=pmix -n {number or 'N'} kaldi-mpi train ..., where Slurm and this library both have PMIx)"
+        )
+
+
+def _started(environment: Mapping[str, str]) -> tuple[str, int | None] | None:
+    """The variable that tells that several processes were started, and how many if it is known; None for one."""
+
+    def number(name: str) -> int:
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() else 0
+
+    # The starters of MPI come first: where mpiexec has started this process, Slurm's variables are those of the batch
+    # script around it, or of mpiexec's daemons.
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if number(name):
+            return (name, number(name)) if number(name) > 1 else None
+    # A shell of salloc has SLURM_NTASKS too; a task, or a batch script, also has its number.
+    steps = ["SLURM_STEP_NUM_TASKS"] if number("SLURM_STEP_NUM_TASKS") else ["SLURM_NTASKS", "SLURM_NPROCS"]
+    for name in [*(steps if "SLURM_PROCID" in environment else []), "WORLD_SIZE"]:
+        if number(name) > 1:
+            return name, number(name)
+    return ("PMIX_RANK", None) if number("PMIX_RANK") else None  # PMIx tells the rank alone
 
 
 class Status:

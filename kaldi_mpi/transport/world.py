@@ -30,6 +30,33 @@ class Pending(Protocol):
         """Return when it is done; the buffer then holds the result."""
 
 
+class Collective(Protocol):
+    """What a strategy of averaging may ask of the other learners; all make the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This learner's number, from 0."""
+
+    @property
+    def size(self) -> int:
+        """The number of learners, N."""
+
+    def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
+        """Replace a contiguous 1-dim float32 `buffer` by its sum over ranks, taken in rank order in float64.
+
+        The same bits on every rank and in every run, whatever the MPI library and the timing.
+
+        Args:
+            wire: ``float32``, ``float16`` or ``bfloat16``: how the contributions travel. Results are float32.
+        """
+
+    def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> Pending:
+        """`World.mean_into` in the background: what it would make of `source` is put into `into`, of the same size.
+
+        Both are lent until `Pending.wait` returns; `source` stays as it is (unless it is `into` itself).
+        """
+
+
 class Messages(Protocol):
     """Messages between the ranks of one world, carried and answered by the ranks' communication threads.
 
@@ -84,16 +111,8 @@ class Messages(Protocol):
         """
 
 
-class World(Protocol):
+class World(Collective, Protocol):
     """N learners. Collective methods are called by all ranks in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """This learner's number, from 0."""
-
-    @property
-    def size(self) -> int:
-        """The number of learners, N."""
 
     @property
     def messages(self) -> Messages:
@@ -107,15 +126,6 @@ class World(Protocol):
     def bytes_sent(self) -> int:
         """What this rank has sent to others of this world, in collectives and messages."""
 
-    def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
-        """Replace a contiguous 1-dim float32 `buffer` by its sum over ranks, taken in rank order in float64.
-
-        The same bits on every rank and in every run, whatever the MPI library and the timing.
-
-        Args:
-            wire: ``float32``, ``float16`` or ``bfloat16``: how the contributions travel. Results are float32.
-        """
-
     def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> Pending:
         """`sum_` in the background: `buffer` is lent until `Pending.wait` returns. Several complete in order."""
 
@@ -124,12 +134,6 @@ class World(Protocol):
 
         The mean over ranks stays what it was, to float32 rounding; each rank keeps what q lost of its own x_i.
         With ``float32`` all ranks hold the mean afterwards, the same bits. Alone, nothing changes.
-        """
-
-    def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> Pending:
-        """`mean_into` in the background: what it would make of `source` is put into `into`, of the same size.
-
-        Both are lent until `Pending.wait` returns; `source` stays as it is (unless it is `into` itself).
         """
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

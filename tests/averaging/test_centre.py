@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.averaging.asgd import Asgd
 from kaldi_mpi.averaging.centre import Centred
+from kaldi_mpi.averaging.driver import Participant
 from kaldi_mpi.averaging.easgd import Easgd
-from kaldi_mpi.averaging.journal import Event, Journal, Records
-from kaldi_mpi.averaging.published import HostPublishedModel, to_wire
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.journal import Journal, JournalEvent, Records
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.testing.replay_centre import ReplayedCentre, replay_centre
-from kaldi_mpi.testing.simulation import Event as Happening
-from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, explore, run_random
+from kaldi_mpi.testing.simulation import Event, SimulatedRank, Simulation, explore, run_random
 from kaldi_mpi.testing.threads import run_world
-from kaldi_mpi.transport.world import SoloWorld, World
+from kaldi_mpi.transport.number_formats import to_wire
+from kaldi_mpi.transport.world import Collective, SoloWorld, World
 from tests import gossip
 
 Make = Callable[[Collective], Centred]
@@ -66,7 +66,7 @@ def check(world: World, name: str) -> None:
     assert len({model.tobytes() for model in finals}) == 1, "the learners end with different models"
     if world.size == 1:
         assert own.tobytes() == final.tobytes() == gossip.train(SoloWorld(), Asgd(SoloWorld()))[0].tobytes()
-        assert not any(journal["event"] != Event.STEP)
+        assert not any(journal["event"] != JournalEvent.STEP)
         return
     want = replayed(journals, strategy, world.size)
     assert want.steps == [gossip.num_steps(rank) for rank in range(world.size)]
@@ -74,7 +74,7 @@ def check(world: World, name: str) -> None:
     np.testing.assert_allclose(whole_centre(world, strategy), want.centre, rtol=3e-5, atol=3e-6, err_msg=name)
     expected = want.models.mean(0) if name.startswith("ea") else want.centre
     np.testing.assert_allclose(final, expected, rtol=3e-5, atol=3e-6, err_msg=name)
-    ages = np.concatenate([j["age"][j["event"] == Event.CENTRE] for j in journals])
+    ages = np.concatenate([j["age"][j["event"] == JournalEvent.CENTRE] for j in journals])
     assert sorted(ages) == sorted(want.staleness) and len(ages) > 0
     assert max(world.gather(strategy.max_staleness)) == max(want.staleness)
     if isinstance(strategy, Asgd):
@@ -107,14 +107,14 @@ def centre_of(simulation: Simulation) -> NDArray[np.float64]:
     out = np.full(gossip.NUM_PARAMETERS, np.nan)
     for strategy in centred(simulation):
         for piece, values in strategy.centre.items():
-            out[simulation.published_models[0].where[piece]] = values  # type: ignore[attr-defined]
+            out[simulation.published_models[0].where[piece]] = values
     return out
 
 
-def slow(rank: int, factor: float, learning: float = 1.0) -> Callable[[Happening], float]:
+def slow(rank: int, factor: float, learning: float = 1.0) -> Callable[[Event], float]:
     """Weights under which one learner is `factor` times slower than the others, and messages take their time."""
 
-    def weight(event: Happening) -> float:
+    def weight(event: Event) -> float:
         if event.what == "learn":
             return learning / factor if event.rank == rank else learning
         return 0.5
@@ -135,7 +135,7 @@ def test_models_and_centre_keep_their_sum(size: int, server: bool, wire: str) ->
     run_random(run, size, slow(0, 100, learning=0.1))
     noise = gossip.total_after(gossip.starting_models(size), steps) - gossip.starting_models(size).sum(0)
     after = run.models().sum(0) + centre_of(run)
-    assert sum((journal.records()["event"] == Event.CENTRE).sum() for journal in run.journals) > 1000
+    assert sum((journal.records()["event"] == JournalEvent.CENTRE).sum() for journal in run.journals) > 1000
     np.testing.assert_allclose(after, before + noise, atol=1e-6 * np.abs(run.models()).sum())
 
 
@@ -230,23 +230,19 @@ def test_learners_pause_together_and_go_on(make: Make) -> None:
     """As at a checkpoint: all leave, and whoever comes back first is not taken for one that has left."""
 
     def learner(world: World) -> tuple[int, int]:
-        strategy, messages = make(world), world.messages
-        shared = HostPublishedModel(np.full(4, float(world.rank), np.float32), 1)
-        strategy.connect(shared, lambda to, n, payload: messages.send(1, to, n, payload), Journal())
-        messages.on_message(1, strategy.receive)
+        strategy = make(world)
+        model = HostPublishedModel(np.full(4, float(world.rank), np.float32), 1)
+        participant = Participant(strategy, model, world.messages)
+        participant.connect()
         for segment in range(3):
-            messages.post(strategy.stay)
+            participant.rejoin()
             # Who leaves first differs: a clock that stayed behind must not hold the others up later.
             for _ in range(1 + 3 * ((world.rank + segment) % world.size)):
-                for piece in range(shared.num_pieces):
-                    with shared.lock(piece):
-                        shared.push_pull(piece, np.ones(4, np.float32), np.empty(4, np.float32))
-                messages.post(lambda: strategy.step_taken(10))
-                messages.wait(lambda: not strategy.blocked())
-            messages.post(strategy.leave)
-            messages.wait(strategy.quiet)
+                participant.publish(np.ones(4, np.float32), np.empty(4, np.float32), frames=10)
+            participant.leave()
+            participant.settle()
             world.barrier()
-        messages.on_message(1, None)
+        participant.disconnect()
         return strategy.num_averages, strategy._owner_round
 
     results = run_world(3, learner)
@@ -316,20 +312,19 @@ def test_the_centre_is_spread_over_the_learners_or_kept_by_the_server() -> None:
 def test_a_server_of_its_own_ends_with_the_same_final_model() -> None:
     """The final model is the learners' mean, or the centre; a server adds nothing of its own to it."""
 
-    def learner(world: World, make: Make) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        strategy, messages = make(world), world.messages
-        shared = HostPublishedModel(np.full(4, float(world.rank), np.float32))
-        strategy.connect(shared, lambda to, n, payload: messages.send(1, to, n, payload), Journal())
+    def learner(world: World, make: Make) -> NDArray[np.float32]:
+        strategy = make(world)
+        model = HostPublishedModel(np.full(4, float(world.rank), np.float32))
+        Participant(strategy, model, world.messages).connect()
         if not strategy.learns:
             strategy.centre[0][:] = 7
-        final = shared.values.copy()
+        final = model.to_numpy()
         strategy.finish(final)
-        return shared.values, final
+        return final
 
-    for model, final in run_world(3, lambda world: learner(world, lambda w: Easgd(w, dedicated_server=True))):
+    for final in run_world(3, lambda world: learner(world, lambda w: Easgd(w, dedicated_server=True))):
         assert final.tolist() == [0.5] * 4
-        del model
-    for _, final in run_world(3, lambda world: learner(world, lambda w: Asgd(w, dedicated_server=True))):
+    for final in run_world(3, lambda world: learner(world, lambda w: Asgd(w, dedicated_server=True))):
         assert final.tolist() == [7] * 4
 
 
@@ -337,7 +332,7 @@ def test_journals_that_do_not_fit_are_named() -> None:
     run = simulated(Easgd, 2, 2)
     run_random(run, 0)
     journals = [journal.records() for journal in run.journals]
-    where = int(np.flatnonzero(journals[1]["event"] == Event.SNAPSHOT)[0])
+    where = int(np.flatnonzero(journals[1]["event"] == JournalEvent.SNAPSHOT)[0])
     journals[1] = np.delete(journals[1], where)
     with pytest.raises(DataError, match="has no other side"):
         replay_centre(journals, np.zeros(5), lambda rank, step, w: w, 2, alpha=0.45, piece_size=2)

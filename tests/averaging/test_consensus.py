@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kaldi_mpi.averaging.easgd import Easgd
 from kaldi_mpi.averaging.exchange import BUSY_REPLY, REPLY, REQUEST, Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
 from kaldi_mpi.averaging.journal import Journal
-from kaldi_mpi.averaging.names import NAMES, make_strategy
-from kaldi_mpi.averaging.published import HostPublishedModel, Wire
+from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
+from kaldi_mpi.averaging.registry import NAMES, make_strategy
 from kaldi_mpi.averaging.settings import Settings
-from kaldi_mpi.averaging.strategy import Collective
+from kaldi_mpi.averaging.strategy import Asynchronous
 from kaldi_mpi.testing.simulation import (
     Deadlock,
     Event,
-    Rule,
     SimulatedRank,
     Simulation,
     Timed,
@@ -31,6 +31,8 @@ from kaldi_mpi.testing.simulation import (
     fingerprint,
     run_random,
 )
+from kaldi_mpi.transport.number_formats import Wire
+from kaldi_mpi.transport.world import Collective
 from tests.gossip import GOSSIP, noise, simulation, starting_models, still, total_after
 
 EXTRA = {"asgd": Settings(staleness_bound=1), "easgd": Settings(elastic_momentum=0.5)}
@@ -133,7 +135,7 @@ def test_the_mean_is_conserved_with_random_delays_and_one_learner_100_times_slow
     run_random(run, seed, weight)
     error = run.models().mean(0) - total_after(models, steps) / size
     scale = np.sqrt(np.mean(run.models() ** 2))
-    exchanges = sum(strategy.num_averages for strategy in run.strategies)  # type: ignore[attr-defined]
+    exchanges = sum(strategy.num_averages for strategy in run.strategies)
     assert exchanges > 600
     assert np.sqrt(np.mean(error**2)) < 1e-6 * scale
 
@@ -142,7 +144,7 @@ def test_the_mean_is_conserved_through_five_thousand_exchanges() -> None:
     models = starting_models(4, 30)
     run = simulation(Expair, models, [40, 4000, 4000, 4000])
     run_random(run, 0, lambda event: 0.01 if event == Event("learn", 0) else 1.0)
-    exchanges = sum(strategy.num_averages for strategy in run.strategies)  # type: ignore[attr-defined]
+    exchanges = sum(strategy.num_averages for strategy in run.strategies)
     assert exchanges > 5000
     error = run.models().mean(0) - total_after(models, [40, 4000, 4000, 4000]) / 4
     assert np.sqrt(np.mean(error**2) / np.mean(run.models() ** 2)) < 1e-6
@@ -302,7 +304,7 @@ def test_no_order_of_events_ends_in_a_deadlock_or_moves_the_mean(name: str, step
 
 def own_total(run: Simulation, want: NDArray[np.float64]) -> NDArray[np.float64]:
     """What the sum must be: momentum of easgd turns a step u into another that depends on earlier ones alone."""
-    if not isinstance(run.strategies[0], make_easgd_type()):
+    if not isinstance(run.strategies[0], Easgd):
         return want
     total = run.published_models[0].values * 0.0
     models = np.tile(starting_models(1, total.size), (run.size, 1))
@@ -316,24 +318,14 @@ def own_total(run: Simulation, want: NDArray[np.float64]) -> NDArray[np.float64]
     return total
 
 
-def make_easgd_type() -> type:
-    return type(ASYNCHRONOUS["easgd"](SimulatedRank(0, 2)))
-
-
-class NoJournal(Journal):
-    """Explored orders are no one run."""
-
-    def record(self, *args: object, **kwargs: object) -> None: ...
-
-
 def explorable(
-    make: Callable[[Collective], Rule], models: NDArray[np.float32], steps: Sequence[int], piece_size: int
+    make: Callable[[Collective], Asynchronous], models: NDArray[np.float32], steps: Sequence[int], piece_size: int
 ) -> Simulation:
     size = len(models)
     return Simulation(
         [make(SimulatedRank(rank, size)) for rank in range(size)],
         [HostPublishedModel(row, piece_size) for row in models],
-        [NoJournal() for _ in range(size)],
+        [Journal(wanted=False)] * size,  # explored orders are no one run
         noise,
         steps,
     )

@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.exchange import BUSY_REPLY, REPLY, REQUEST
+from kaldi_mpi.averaging import Settings, make_strategy, topology
+from kaldi_mpi.averaging.exchange import BUSY_REPLY, REPLY, REQUEST, Exchanging
 from kaldi_mpi.averaging.expair import Expair
 from kaldi_mpi.averaging.fixed_ring import FixedRing
-from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging.journal import Journal, JournalEvent
 from kaldi_mpi.averaging.published import HostPublishedModel
 from kaldi_mpi.averaging.random_ring import RandomRing
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.testing import simulation as simulated
 from kaldi_mpi.testing.replay import replay
-from kaldi_mpi.testing.simulation import SimulatedRank, Simulation, run_random
+from kaldi_mpi.testing.simulation import Event, SimulatedRank, Simulation, run_random
 from tests.gossip import GOSSIP, noise, simulation, starting_models, still, total_after
 
 
 def step(run: Simulation, rank: int) -> None:
     """A whole step of a learner, with what it posts."""
-    run.do(simulated.Event("learn", rank))
+    run.do(Event("learn", rank))
     while run.ranks[rank].piece:
-        run.do(simulated.Event("learn", rank))
-    run.do(simulated.Event("post", rank))
+        run.do(Event("learn", rank))
+    run.do(Event("post", rank))
 
 
 def deliver(run: Simulation, source: int, to: int) -> None:
-    run.do(simulated.Event("deliver", to, source))
+    run.do(Event("deliver", to, source))
 
 
 def deliver_all(run: Simulation, kinds: tuple[int, ...]) -> None:
@@ -74,26 +74,23 @@ def test_in_lock_step_the_random_ring_is_the_papers_matrix(size: int) -> None:
     run = simulation(lambda world: RandomRing(world, seed=7), models, 6, still)
     rings = []
     for round_number in range(6):
-        rings.append(RandomRing(SimulatedRank(0, size), 7).ring(round_number))
+        rings.append(topology.shuffled_ring(size, round_number, 7))
         for shared, row in zip(run.published_models, models, strict=True):
             shared.values[:] = row
         np.testing.assert_allclose(lockstep_matrix(run, models), circulant(size, rings[-1]), atol=1e-6)
     assert all(sorted(ring) == list(range(size)) for ring in rings)
     if size > 3:
         assert len({tuple(ring) for ring in rings}) > 1
-        assert rings != [RandomRing(SimulatedRank(0, size), 8).ring(k) for k in range(6)]
+        assert rings != [topology.shuffled_ring(size, k, 8) for k in range(6)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 9])
 def test_partners_of_expair_reach_every_distance_and_both_sides(size: int) -> None:
     hops = max(1, (size - 1).bit_length())
     for rank in range(size):
-        expair = Expair(SimulatedRank(rank, size))
-        met = {(expair.partner(number) - rank) % size for number in range(hops)}
-        assert met == {2**k % size for k in range(hops)}
-        assert [expair.partner(number) for number in range(hops, 2 * hops)] == [
-            expair.partner(number) for number in range(hops)
-        ]
+        partners = [topology.exponential(rank, size, number) for number in range(2 * hops)]
+        assert {(partner - rank) % size for partner in partners} == {2**k % size for k in range(hops)}
+        assert partners[hops:] == partners[:hops]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
@@ -104,8 +101,9 @@ def test_all_hops_of_expair_once_are_the_full_mean(size: int) -> None:
     for hop in range(size.bit_length() - 1):
         for rank in range(size):
             if rank // 2**hop % 2 == 0:  # one side of each pair asks
-                while Expair.partner(run.strategies[rank], run.strategies[rank]._number) != rank + 2**hop:  # type: ignore[attr-defined]
-                    run.strategies[rank]._number += 1  # type: ignore[attr-defined]
+                expair = run.strategies[rank]
+                while list(expair.partners(0)) != [rank + 2**hop]:  # type: ignore[attr-defined]
+                    expair._number += 1  # type: ignore[attr-defined]
                 step(run, rank)
                 deliver(run, rank, rank + 2**hop)
                 deliver(run, rank + 2**hop, rank)
@@ -142,9 +140,9 @@ def test_crossing_requests_are_one_exchange(order: tuple[int, int]) -> None:
     assert not any(run.channels.values()), "a crossed request was answered"
     np.testing.assert_allclose(run.models(), np.tile(models.mean(0), (2, 1)), atol=1e-6)
     for rank in (0, 1):
-        events = run.journals[rank].records()
-        assert [Event(e) for e in events["event"]] == [Event.STEP, Event.SNAPSHOT, Event.CROSS]
-        assert run.strategies[rank].quiet() and run.strategies[rank].num_averages == 1  # type: ignore[attr-defined]
+        events = [JournalEvent(event) for event in run.journals[rank].records()["event"]]
+        assert events == [JournalEvent.STEP, JournalEvent.SNAPSHOT, JournalEvent.CROSS]
+        assert run.strategies[rank].quiet() and run.strategies[rank].num_averages == 1
 
 
 def test_local_steps_that_land_in_between_are_kept() -> None:
@@ -161,7 +159,7 @@ def test_local_steps_that_land_in_between_are_kept() -> None:
     deliver(run, 1, 0)  # 1's own request, which is older than its reply
     deliver(run, 1, 0)
     last = run.journals[0].records()[-2]  # the last one starts the exchange that was due
-    assert Event(last["event"]) is Event.MIX and last["age"] == 1 and last["own_steps"] == 1
+    assert JournalEvent(last["event"]) is JournalEvent.MIX and last["age"] == 1 and last["own_steps"] == 1
     run_random(run, 0)
     np.testing.assert_allclose(run.models().sum(0), total_after(models, [3, 3]), atol=1e-5)
 
@@ -191,12 +189,12 @@ def test_a_model_in_pieces_goes_two_at_a_time() -> None:
     assert [numbers[2] for numbers, _ in run.channels[0, 1]] == [1], "the next piece must wait for an answer"
     deliver(run, 1, 0)
     assert [numbers[2] for numbers, _ in run.channels[0, 1]] == [1, 2]
-    assert run.strategies[0].num_averages == 0  # type: ignore[attr-defined]
+    assert run.strategies[0].num_averages == 0
     run_random(run, 5)
     np.testing.assert_allclose(run.models().sum(0), total_after(models, [4] * 3), rtol=1e-6, atol=1e-5)
     sizes = {payload.nbytes for channel in run.channels.values() for _, payload in channel}
     assert not sizes
-    assert all(1 <= strategy.num_averages <= 4 for strategy in run.strategies)  # type: ignore[attr-defined]
+    assert all(1 <= strategy.num_averages <= 4 for strategy in run.strategies)
 
 
 @pytest.mark.parametrize("name", GOSSIP)
@@ -207,10 +205,9 @@ def test_narrow_numbers_conserve_the_mean_to_float32_rounding(name: str, wire: s
     run_random(run, 1)
     want = total_after(models, [60] * 5) / 5
     np.testing.assert_allclose(run.models().mean(0), want, atol=1e-6 * np.abs(run.models()).max())
-    sent = sum(strategy.bytes_sent for strategy in run.strategies)  # type: ignore[attr-defined]
-    copies = [
-        r["piece"][np.isin(r["event"], (Event.SNAPSHOT, Event.ANSWER))] for r in map(Journal.records, run.journals)
-    ]
+    sent = sum(strategy.bytes_sent for strategy in run.strategies)
+    kinds = (JournalEvent.SNAPSHOT, JournalEvent.ANSWER)
+    copies = [r["piece"][np.isin(r["event"], kinds)] for r in map(Journal.records, run.journals)]
     width = 4 if wire == "float32" else 2
     assert sent == width * np.array([16, 16, 8])[np.concatenate(copies)].sum()
 
@@ -225,16 +222,14 @@ def test_one_learner_is_left_alone(name: str) -> None:
     for index in range(7):
         want += noise(0, index, want)[0]
     assert run.models().astype(np.float32).tobytes() == want.tobytes()
-    assert not run.channels and {int(e) for e in run.journals[0].records()["event"]} == {int(Event.STEP)}
+    assert not run.channels and {int(e) for e in run.journals[0].records()["event"]} == {int(JournalEvent.STEP)}
 
 
 @pytest.mark.parametrize("name", GOSSIP)
 def test_exchanges_each_so_many_frames(name: str) -> None:
     """K frames over all of 4 learners, minibatches of 10: an exchange after each third step."""
-    kinds = {"adpsgd-fixed": FixedRing, "expair": Expair, "expair-2": Expair}
-    kind = kinds.get(name, RandomRing)
-    extra = {"seed": 1} if kind is RandomRing else {}
-    strategy = kind(SimulatedRank(0, 4), frames_per_average=4 * 25, **extra)  # type: ignore[operator]
+    strategy = make_strategy(name.removesuffix("-2"), SimulatedRank(0, 4), Settings(frames_per_average=4 * 25, seed=1))
+    assert isinstance(strategy, Exchanging)
     strategy.connect(HostPublishedModel(starting_models(1)[0]), lambda to, numbers, payload: None, Journal())
     started = []
     for _ in range(9):
@@ -247,13 +242,13 @@ def test_exchanges_each_so_many_frames(name: str) -> None:
 
 def test_who_leaves_starts_nothing_and_goes_on_answering() -> None:
     run = simulation(FixedRing, starting_models(2), [1, 5])
-    run.do(simulated.Event("learn", 0))
-    run.do(simulated.Event("learn", 0))
-    run.do(simulated.Event("post", 0))
-    run.do(simulated.Event("post", 0))
+    run.do(Event("learn", 0))
+    run.do(Event("learn", 0))
+    run.do(Event("post", 0))
+    run.do(Event("post", 0))
     assert run.ranks[0].left and not run.strategies[0].quiet()
     run_random(run, 2)
-    answers = [Event(e) for e in run.journals[0].records()["event"]].count(Event.ANSWER)
+    answers = [JournalEvent(e) for e in run.journals[0].records()["event"]].count(JournalEvent.ANSWER)
     assert 1 <= answers <= 5 and run.strategies[0].quiet()
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kaldi_mpi.averaging.journal import Event
+from kaldi_mpi.averaging.journal import JournalEvent
 from kaldi_mpi.testing.replay import replay
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport.world import World
 from tests.conftest import in_ranks
 from tests.gossip import DIM, GOSSIP, NUM_STEPS, PIECE, num_steps, reference_change, start_model, train
 
-KINDS = (Event.SNAPSHOT, Event.ANSWER, Event.MIX, Event.CROSS)
+KINDS = (JournalEvent.SNAPSHOT, JournalEvent.ANSWER, JournalEvent.MIX, JournalEvent.CROSS)
 
 
 def check(world: World, name: str) -> None:
@@ -34,9 +34,9 @@ def check(world: World, name: str) -> None:
     np.testing.assert_allclose(final, replayed.models.mean(0), rtol=3e-5, atol=3e-6)
     assert len({model.tobytes() for model in finals}) == 1, "the learners end with different models"
     counts = {kind: sum(int((j["event"] == kind).sum()) for j in journals) for kind in KINDS}
-    assert counts[Event.SNAPSHOT] == counts[Event.MIX] + counts[Event.CROSS]
-    assert counts[Event.ANSWER] == counts[Event.MIX] and counts[Event.CROSS] % 2 == 0
-    assert (counts[Event.SNAPSHOT] > 0) == (world.size > 1)
+    assert counts[JournalEvent.SNAPSHOT] == counts[JournalEvent.MIX] + counts[JournalEvent.CROSS]
+    assert counts[JournalEvent.ANSWER] == counts[JournalEvent.MIX] and counts[JournalEvent.CROSS] % 2 == 0
+    assert (counts[JournalEvent.SNAPSHOT] > 0) == (world.size > 1)
     if world.size == 1:
         w = start_model()
         change = reference_change(1)
@@ -69,7 +69,7 @@ def test_the_replay_tells_gossip_from_no_gossip() -> None:
     def learner(world: World) -> float:
         own, _, journal = train(world, GOSSIP["expair"](world))
         alone = replay(
-            [j[j["event"] == Event.STEP] for j in world.gather(journal)],
+            [j[j["event"] == JournalEvent.STEP] for j in world.gather(journal)],
             start_model(),
             reference_change(world.size),
             0.5,

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from kaldi_mpi.averaging.names import NAMES
-from kaldi_mpi.averaging.sequence import Phase, parse_sequence
+from kaldi_mpi.averaging.registry import NAMES
+from kaldi_mpi.averaging.sequence import PhaseSpec, parse_sequence
 from kaldi_mpi.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("text", "num_epochs", "phases"),
     [
-        ("allreduce", None, [Phase("allreduce", 8.0)]),
-        ("allreduce", 2.5, [Phase("allreduce", 2.5)]),
-        ("expair:3ep", None, [Phase("expair", 3.0)]),
+        ("allreduce", None, [PhaseSpec("allreduce", 8.0)]),
+        ("allreduce", 2.5, [PhaseSpec("allreduce", 2.5)]),
+        ("expair:3ep", None, [PhaseSpec("expair", 3.0)]),
         (
             "allreduce:1ep,adpsgd-random:14ep,periodic:1ep",
             None,
-            [Phase("allreduce", 1.0), Phase("adpsgd-random", 14.0), Phase("periodic", 1.0)],
+            [PhaseSpec("allreduce", 1.0), PhaseSpec("adpsgd-random", 14.0), PhaseSpec("periodic", 1.0)],
         ),
-        (" allreduce : 0.5 ep , asgd:1.5ep ", 2.0, [Phase("allreduce", 0.5), Phase("asgd", 1.5)]),
-        ("allreduce:0.1ep,easgd:0.2ep", 0.3, [Phase("allreduce", 0.1), Phase("easgd", 0.2)]),
-        ("bmuf:1ep,bmuf:1ep", 2.0, [Phase("bmuf", 1.0), Phase("bmuf", 1.0)]),
+        (" allreduce : 0.5 ep , asgd:1.5ep ", 2.0, [PhaseSpec("allreduce", 0.5), PhaseSpec("asgd", 1.5)]),
+        ("allreduce:0.1ep,easgd:0.2ep", 0.3, [PhaseSpec("allreduce", 0.1), PhaseSpec("easgd", 0.2)]),
+        ("bmuf:1ep,bmuf:1ep", 2.0, [PhaseSpec("bmuf", 1.0), PhaseSpec("bmuf", 1.0)]),
     ],
 )
-def test_phases_are_read(text: str, num_epochs: float | None, phases: list[Phase]) -> None:
+def test_phases_are_read(text: str, num_epochs: float | None, phases: list[PhaseSpec]) -> None:
     assert parse_sequence(text, num_epochs, 8.0, NAMES) == phases
 
 

@@ -12,23 +12,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging import Step, Strategy, make_strategy
+from kaldi_mpi.averaging import (
+    NAMES,
+    Asynchronous,
+    Settings,
+    Synchronous,
+    make_strategy,
+    synchronous_step,
+)
 from kaldi_mpi.averaging.bmuf import Bmuf
 from kaldi_mpi.averaging.delay1 import Delay1
-from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.names import NAMES
 from kaldi_mpi.averaging.periodic import Periodic
-from kaldi_mpi.averaging.settings import OPTIONS, USERS, Settings, check_settings
-from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner.flat import ComponentSlice, FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.testing import reference
+from kaldi_mpi.testing.array_learner import ArrayLearner
 from kaldi_mpi.testing.threads import run_world
-from kaldi_mpi.transport.world import SoloWorld, World
+from kaldi_mpi.transport.world import Collective, SoloWorld, World
 from tests import gossip
+from tests.gossip import DIM, MAX_CHANGE, NUM_STEPS
+from tests.gossip import start_model as start
 
-DIM, NUM_STEPS = 12, 9
-MAX_CHANGE = [(slice(0, 5), 0.05), (slice(5, DIM), 0.02)]
 RATES = [0.002 * 0.9**step for step in range(NUM_STEPS)]
 
 # Cases: a strategy, its settings, and what its reference wants to know of them.
@@ -48,7 +51,7 @@ CASES: list[Case] = [
     ],
     ("adpsgd-delay1", Settings(), {}),
 ]
-REFERENCES = {
+REFERENCES: dict[str, Callable[..., NDArray[np.float64]]] = {
     "allreduce": reference.allreduce,
     "periodic": reference.periodic,
     "bmuf": reference.bmuf,
@@ -64,43 +67,46 @@ def gradient(w: NDArray[np.float64], learner: int, step: int) -> tuple[NDArray[n
     return x.T @ (x @ w - y), frames
 
 
-def start() -> NDArray[np.float64]:
-    return np.random.default_rng(99).standard_normal(DIM)
+class LeastSquaresLearner(ArrayLearner):
+    """A `SteppingLearner` with the training's real optimiser, and a problem small enough to repeat in float64."""
+
+    def __init__(self, momentum: float, limits: bool) -> None:
+        self._flat = gossip.flat_parameters(limits)
+        super().__init__(self._flat.values.numpy())
+        self.gradients = self._flat.gradients.numpy()
+        self.optimiser = KaldiSgd(self._flat, momentum, 0.04 if limits else 0.0)
+        self.frames = 0
+
+    def update(self, base: NDArray[np.float32] | None, together: bool) -> None:
+        if self.frames or together:
+            self.optimiser.step(self.rate, 1, base=None if base is None else torch.from_numpy(base))
+        elif base is not None:
+            self.parameters[:] = base
+
+    def forget_momentum(self) -> None:
+        self.optimiser.forget()
 
 
 class Training:
-    """The learner's step with its real optimiser, around a problem small enough to repeat in float64."""
+    """One rank's part in a synchronous training."""
 
-    def __init__(self, world: World, strategy: Strategy, momentum: float, limits: bool) -> None:
+    def __init__(self, world: World, strategy: Synchronous, momentum: float, limits: bool) -> None:
         self.world, self.strategy = world, strategy
-        flat = FlatParameters.__new__(FlatParameters)
-        flat.values = torch.from_numpy(start().astype(np.float32))
-        flat.gradients = torch.zeros(DIM)
-        flat.components = [
-            ComponentSlice(f"c{i}", where, limit if limits else 0.0, 1.0, 0.0)
-            for i, (where, limit) in enumerate(MAX_CHANGE)
-        ]
-        self.optimiser = KaldiSgd(flat, momentum, 0.04 if limits else 0.0)
-        self.w, self.g = flat.values.numpy(), flat.gradients.numpy()
+        self.learner = LeastSquaresLearner(momentum, limits)
+        self.w = self.learner.parameters
 
     def step(self, index: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """One step; `meanwhile` is called in the middle of it."""
-        world, strategy = self.world, self.strategy
-        own, frames = gradient(self.w.astype(np.float64), world.rank, index)
-        total = sum(gradient(start(), i, index)[1] for i in range(world.size))
-        step = Step(index, frames, total)
-        strategy.start_step(self.w, step)
-        self.g[:] = own
-        meanwhile()
-        self.strategy.combine_gradients(self.g, step)
-        base = self.strategy.base(step)
-        if frames or strategy.moves_together:
-            rate = world.size * RATES[index] * strategy.rate_factor
-            self.optimiser.step(rate, 1, base=None if base is None else torch.from_numpy(base))
-        elif base is not None:
-            self.w[:] = base
-        if self.strategy.note(step) and self.strategy.mix_parameters(self.w):
-            self.optimiser.forget()
+        """One step; `meanwhile` is called when the gradient is there."""
+        learner, size = self.learner, self.world.size
+        own, learner.frames = gradient(self.w.astype(np.float64), self.world.rank, index)
+        learner.rate = size * RATES[index] * self.strategy.rate_factor
+        total = sum(gradient(start(), rank, index)[1] for rank in range(size))
+
+        def compute() -> None:
+            learner.gradients[:] = own
+            meanwhile()
+
+        synchronous_step(self.strategy, learner, compute, learner.frames, total)
 
     def run(self) -> NDArray[np.float32]:
         """All steps; returns the final model."""
@@ -111,15 +117,21 @@ class Training:
         return self.w
 
 
+def synchronous(name: str, world: Collective, settings: Settings | None = None) -> Synchronous:
+    strategy = make_strategy(name, world, settings)
+    assert isinstance(strategy, Synchronous)
+    return strategy
+
+
 def expected(name: str, size: int, momentum: float, limits: bool, more: dict[str, Any]) -> NDArray[np.float64]:
     optimiser = {"momentum": momentum, "max_change": MAX_CHANGE if limits else (), "max_param_change": 0.04 * limits}
-    return REFERENCES[name](start(), gradient, size, RATES, **more, **optimiser)  # type: ignore[operator]
+    return REFERENCES[name](start(), gradient, size, RATES, **more, **optimiser)
 
 
 def check_all(world: World, momentum: float, limits: bool) -> None:
     """All cases over one world."""
     for name, settings, more in CASES:
-        ours = Training(world, make_strategy(name, world, settings), momentum, limits).run()
+        ours = Training(world, synchronous(name, world, settings), momentum, limits).run()
         if world.size == 1 and name != "allreduce":  # whatever it is told: plain SGD
             want = expected("periodic", 1, momentum, limits, {"frames_per_average": 1})
         else:
@@ -146,10 +158,9 @@ def test_the_reference_tells_strategies_apart() -> None:
 
 def test_frequent_averaging_without_momentum_is_allreduce() -> None:
     """Averaging after each step and averaging gradients are one rule where the optimiser is linear in g."""
-    full = lambda w, i, t: gradient(w, i, 2 * t)  # noqa: E731 - steps in which weights are equal need equal sizes
 
     def equal_sizes(w: NDArray[np.float64], learner: int, step: int) -> tuple[NDArray[np.float64], int]:
-        return full(w, learner, step)[0], 5
+        return gradient(w, learner, 2 * step)[0], 5  # steps in which weights are equal need equal sizes
 
     one = reference.allreduce(start(), equal_sizes, 3, RATES)
     other = reference.periodic(start(), equal_sizes, 3, RATES, 1)
@@ -167,15 +178,16 @@ def usual(name: str, **more: Any) -> Settings:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_one_learner_is_plain_sgd_bit_for_bit(name: str, momentum: float) -> None:
     """Whatever its strategy is told, a learner alone trains as without one, to the last bit."""
-    told = {"block_momentum": 0.5, "nesterov": True, "elastic_momentum": 0.5, "elastic_alpha": 0.5}
+    told: dict[str, Any] = {"block_momentum": 0.5, "nesterov": True, "elastic_momentum": 0.5, "elastic_alpha": 0.5}
     strategy = make_strategy(name, SoloWorld(), dataclasses.replace(usual(name), transfer_dtype="bfloat16", **told))
-    if isinstance(strategy, Exchanging):
+    if isinstance(strategy, Asynchronous):
         own, final, _ = gossip.train(SoloWorld(), strategy)
-        plain = gossip.train(SoloWorld(), Exchanging(SoloWorld()))[0]
+        plain = gossip.train(SoloWorld(), Asynchronous(SoloWorld()))[0]
         assert own.tobytes() == final.tobytes() == plain.tobytes()
     else:
+        assert isinstance(strategy, Synchronous)
         ours = Training(SoloWorld(), strategy, momentum, True)
-        plain_sgd = Training(SoloWorld(), Strategy(SoloWorld()), momentum, True)
+        plain_sgd = Training(SoloWorld(), Synchronous(SoloWorld()), momentum, True)
         # In a step without any frames, which no run has, allreduce would still apply the momentum.
         plain_sgd.strategy.moves_together = strategy.moves_together  # type: ignore[misc]
         assert ours.run().tobytes() == plain_sgd.run().tobytes()
@@ -186,21 +198,34 @@ def test_one_learner_is_plain_sgd_bit_for_bit(name: str, momentum: float) -> Non
 # Saving and restoring.
 
 
-def saved_run(world: World, name: str, settings: Settings, at: int, in_mid_step: bool) -> NDArray[np.float32]:
-    """A run whose strategy is thrown away before, or in the middle of, step `at`; a new one goes on from its state."""
-    training = Training(world, make_strategy(name, world, settings), 0.5, True)
-    training.strategy.begin(training.w)
+class Killed(Exception):
+    """The end of a run in the middle of a step."""
 
-    def replace() -> None:
-        state = training.strategy.state_dict()
+
+def saved_run(world: World, name: str, settings: Settings, at: int, in_mid_step: bool) -> NDArray[np.float32]:
+    """A run that ends before, or in the middle of, step `at`; that step is taken with a new strategy, of its state."""
+    training = Training(world, synchronous(name, world, settings), 0.5, True)
+    training.strategy.begin(training.w)
+    state: dict[str, Any] = {}
+
+    def save() -> None:
+        state.update(training.strategy.state_dict())
         training.w += 0  # the state must not share memory with what changes later
-        training.strategy = make_strategy(name, world, settings)
-        training.strategy.load_state_dict(state)
+
+    def die() -> None:
+        save()
+        raise Killed
 
     for index in range(NUM_STEPS):
-        if index == at and not in_mid_step:
-            replace()
-        training.step(index, replace if index == at and in_mid_step else lambda: None)
+        if index == at:
+            if in_mid_step:
+                with pytest.raises(Killed):
+                    training.step(index, die)
+            else:
+                save()
+            training.strategy = synchronous(name, world, settings)
+            training.strategy.load_state_dict(state)
+        training.step(index)
     training.strategy.finish(training.w)
     return training.w
 
@@ -210,7 +235,7 @@ def check_saving(world: World) -> None:
     for wire in ("float32", "bfloat16"):
         for name in ("periodic", "bmuf", "adpsgd-delay1"):
             settings = dataclasses.replace(usual(name), transfer_dtype=wire, nesterov=True)
-            whole = Training(world, make_strategy(name, world, settings), 0.5, True).run().tobytes()
+            whole = Training(world, synchronous(name, world, settings), 0.5, True).run().tobytes()
             for at in (1, 4, 8):
                 for in_mid_step in (False, True):
                     got = saved_run(world, name, settings, at, in_mid_step).tobytes()
@@ -225,124 +250,120 @@ def test_a_strategy_goes_on_from_its_state(size: int) -> None:
 # Single rules.
 
 
-def after_step(strategy: Strategy, w: NDArray[np.float32], step: Step) -> None:
-    """What the learner's loop does after the optimiser."""
-    if strategy.note(step):
-        strategy.mix_parameters(w)
+class Moving(ArrayLearner):
+    """A learner that moves by what it is told, whatever its model is."""
+
+    def __init__(self, world: World, strategy: Synchronous, parameters: NDArray[np.float32]) -> None:
+        super().__init__(parameters, rate=-1.0)
+        self.world, self.strategy = world, strategy
+        self.has_forgotten = False
+
+    def move(self, change: float | NDArray[np.float32], frames: int, global_frames: int) -> None:
+        """One step of all learners."""
+
+        def compute() -> None:
+            self.gradients[:] = change
+
+        synchronous_step(self.strategy, self, compute, frames, global_frames)
+
+    def forget_momentum(self) -> None:
+        self.has_forgotten = True
 
 
 def test_periodic_weighs_by_frames_and_counts_over_all_learners() -> None:
     """A mean weighted by frames, after the first step that completes K frames over all learners."""
 
-    def learner(world: World) -> list[float]:
-        strategy = make_strategy("periodic", world, frames_per_average=100)
-        w = np.full(1, float(world.rank), np.float32)
+    def run(world: World) -> list[float]:
+        strategy = Periodic(world, frames_per_average=100)
+        learner = Moving(world, strategy, np.full(1, float(world.rank), np.float32))
         seen = []
-        for index, frames in enumerate((30, 10)):
-            own = frames * (1 + world.rank)  # 30 and 60, then 10 and 20
-            after_step(strategy, w, Step(index, own, 3 * frames))
-            seen.append(float(w[0]))
+        for frames in (30, 10):
+            learner.move(0.0, frames * (1 + world.rank), 3 * frames)  # 30 and 60, then 10 and 20
+            seen.append(float(learner.parameters[0]))
         return [*seen, strategy.num_averages]
 
-    results = run_world(2, learner)
+    results = run_world(2, run)
     assert results[0][:1] == [0.0] and results[1][:1] == [1.0]  # 90 frames: not yet
     assert results[0][1] == results[1][1] == pytest.approx(80 / 120)
     assert results[0][2] == results[1][2] == 1
 
 
 def test_validation_of_the_mean_leaves_the_learners_alone() -> None:
-    def learner(world: World) -> tuple[float, float]:
-        strategy = make_strategy("periodic", world, frames_per_average=10**9)
-        w = np.full(3, float(world.rank), np.float32)
-        after_step(strategy, w, Step(0, 10 * world.rank, 30))
-        return float(strategy.mean_model(w)[0]), float(w[0])
+    def run(world: World) -> tuple[float, float]:
+        strategy = Periodic(world, frames_per_average=10**9)
+        learner = Moving(world, strategy, np.full(3, float(world.rank), np.float32))
+        learner.move(0.0, 10 * world.rank, 30)
+        return float(strategy.mean_model(learner.parameters)[0]), float(learner.parameters[0])
 
-    assert run_world(3, learner) == [
-        (pytest.approx(5 / 3), 0.0),
-        (pytest.approx(5 / 3), 1.0),
-        (pytest.approx(5 / 3), 2.0),
-    ]
+    means, models = zip(*run_world(3, run), strict=True)
+    assert means == pytest.approx([5 / 3] * 3) and models == (0.0, 1.0, 2.0)
 
 
 def test_block_learning_rate_means_the_same_for_any_number_of_learners() -> None:
     """BMUF divides by N: learners that all move by 1 move the model by zeta, not by N zeta."""
 
-    def learner(world: World) -> float:
-        strategy = Bmuf(world, 1, momentum=0.0, learning_rate=0.25)
-        w = np.zeros(3, np.float32)
-        strategy.begin(w)
-        w += 1
-        strategy.note(Step(0, 5, 5 * world.size))
-        strategy.mix_parameters(w)
-        return float(w[0])
+    def run(world: World) -> float:
+        learner = Moving(world, Bmuf(world, 1, momentum=0.0, learning_rate=0.25), np.zeros(3, np.float32))
+        learner.strategy.begin(learner.parameters)
+        learner.move(1.0, 5, 5 * world.size)
+        return float(learner.parameters[0])
 
-    assert [run_world(size, learner)[0] for size in (2, 3, 5)] == pytest.approx([0.25] * 3)
+    assert [run_world(size, run)[0] for size in (2, 3, 5)] == pytest.approx([0.25] * 3)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
 def test_block_momentum_leaves_the_effective_rate_alone(momentum: float | None) -> None:
     """Under a constant gradient, blocks come to move the model by N times the actual rate's step by one learner."""
 
-    def learner(world: World) -> float:
+    def run(world: World) -> float:
         strategy = Bmuf(world, 1, momentum=momentum, nesterov=True)
-        w = np.zeros(1, np.float32)
-        strategy.begin(w)
-        for index in range(60):
+        learner = Moving(world, strategy, np.zeros(1, np.float32))
+        strategy.begin(learner.parameters)
+        for _ in range(60):
             before = float(strategy._centre[0])
-            w += np.float32(0.01 * strategy.rate_factor)  # by the actual rate: N times the effective one
-            strategy.note(Step(index, 5, 5 * world.size))
-            strategy.mix_parameters(w)
+            learner.move(0.01 * strategy.rate_factor, 5, 5 * world.size)  # the actual rate: N times the effective one
         return float(strategy._centre[0]) - before
 
-    assert run_world(3, learner) == pytest.approx([0.01] * 3, rel=1e-3)
+    assert run_world(3, run) == pytest.approx([0.01] * 3, rel=1e-3)
 
 
 def test_the_optimiser_forgets_where_a_block_ends_unless_told_otherwise() -> None:
-    def learner(world: World) -> list[bool]:
+    def run(world: World) -> list[bool]:
         out = []
         for reset in (True, False):
-            strategy = Bmuf(world, 1, reset_momentum=reset)
-            strategy.begin(np.zeros(2, np.float32))
-            out.append(strategy.mix_parameters(np.zeros(2, np.float32)))
+            learner = Moving(world, Bmuf(world, 1, reset_momentum=reset), np.zeros(2, np.float32))
+            learner.strategy.begin(learner.parameters)
+            learner.move(1.0, 5, 5 * world.size)
+            out.append(learner.has_forgotten)
         return out
 
-    assert run_world(2, learner) == [[True, False]] * 2
-    assert run_world(1, learner) == [[False, False]]
+    assert run_world(2, run) == [[True, False]] * 2
+    assert run_world(1, run) == [[False, False]]
 
 
 def test_delay_by_one_uses_models_without_the_step_that_is_being_taken() -> None:
-    def learner(world: World) -> list[float]:
-        strategy = Delay1(world)
-        w = np.full(2, float(world.rank), np.float32)
-        seen = []
-        for index in range(2):
-            step = Step(index, 5, 10)
-            strategy.start_step(w, step)
-            base = strategy.base(step)
-            assert base is not None
-            w[:] = base
-            seen.append(float(w[0]))
-            w += 10 * (1 + world.rank)  # the optimiser
-        return seen
+    def run(world: World) -> list[float]:
+        learner = Moving(world, Delay1(world), np.full(2, float(world.rank), np.float32))
+        change = 10 * (1 + world.rank)
+        bases = []
+        for _ in range(2):
+            learner.move(change, 5, 10)
+            bases.append(float(learner.parameters[0]) - change)
+        return bases
 
-    assert run_world(2, learner) == [[0.5, 15.5]] * 2  # (0+1)/2; then (10.5+20.5)/2
+    assert run_world(2, run) == [[0.5, 15.5]] * 2  # (0+1)/2; then (10.5+20.5)/2
 
 
 # Narrow types on the way.
 
 
-def spread_and_mean(world: World, strategy: Strategy, frames: int) -> tuple[float, float]:
+def spread_and_mean(world: World, strategy: Synchronous, frames: int) -> tuple[float, float]:
     """How far one averaging moves the (weighted) mean, and how far apart it leaves the models; relative."""
     w = np.random.default_rng(world.rank).standard_normal(1000).astype(np.float32)
     weight = frames / sum(world.gather(frames))
     before = world.sum_float64(weight * w.astype(np.float64))
-    step = Step(0, frames, sum(world.gather(frames)))
     strategy.begin(w)
-    strategy.start_step(w, step)
-    base = strategy.base(step)
-    if base is not None:
-        w[:] = base
-    after_step(strategy, w, step)
+    Moving(world, strategy, w).move(0.0, frames, sum(world.gather(frames)))
     after = world.sum_float64(weight * w.astype(np.float64))
     models = world.gather(w)
     return float(np.abs(after - before).max()), float(max(np.abs(m - models[0]).max() for m in models))
@@ -372,13 +393,12 @@ def test_block_updates_lose_nothing_to_narrow_types(wire: str) -> None:
         strategy = Bmuf(world, 1, momentum=0.0, transfer_dtype=wire)
         w = np.zeros(500, np.float32)
         strategy.begin(w)
+        moving = Moving(world, strategy, w)
         truth = np.zeros(500)
         for index in range(20):
             moves = [np.random.default_rng([r, index]).standard_normal(500) for r in range(world.size)]
             truth += np.mean(moves, axis=0)
-            w += moves[world.rank].astype(np.float32)
-            strategy.note(Step(index, 5, 5 * world.size))
-            strategy.mix_parameters(w)
+            moving.move(moves[world.rank].astype(np.float32), 5, 5 * world.size)
         kept = world.sum_float64(strategy._residue.astype(np.float64)) / world.size
         assert len({m.tobytes() for m in world.gather(w)}) == 1
         return float(np.abs(w + kept - truth).max()), float(np.abs(w - truth).max())
@@ -389,10 +409,9 @@ def test_block_updates_lose_nothing_to_narrow_types(wire: str) -> None:
 
 def test_narrow_gradients_leave_the_models_equal_and_close() -> None:
     def learner(world: World) -> tuple[bytes, float]:
-        exact = Training(world, make_strategy("allreduce", world), 0.5, False).run()
-        narrow = Training(
-            world, make_strategy("allreduce", world, Settings(transfer_dtype="bfloat16")), 0.5, False
-        ).run()
+        exact = Training(world, synchronous("allreduce", world), 0.5, False).run()
+        settings = Settings(transfer_dtype="bfloat16")
+        narrow = Training(world, synchronous("allreduce", world, settings), 0.5, False).run()
         return narrow.tobytes(), float(np.abs(narrow - exact).max())
 
     results = run_world(3, learner)
@@ -406,98 +425,9 @@ def test_bytes_are_counted_as_they_travel() -> None:
     def learner(world: World) -> list[int]:
         sent = []
         for wire in ("float32", "bfloat16"):
-            strategy = make_strategy("allreduce", world, Settings(transfer_dtype=wire))
-            strategy.combine_gradients(np.ones(1000, np.float32), Step(0, 1, 4))
+            strategy = synchronous("allreduce", world, Settings(transfer_dtype=wire))
+            Moving(world, strategy, np.zeros(1000, np.float32)).move(1.0, 1, 4)
             sent.append(strategy.bytes_sent)
         return sent
 
     assert run_world(4, learner) == [[6000, 4500]] * 4
-
-
-# Settings.
-
-
-@pytest.mark.parametrize(
-    ("name", "frames_per_average", "message"),
-    [
-        ("periodic", None, "--strategy periodic needs --frames-per-average"),
-        ("bmuf", None, "--strategy bmuf needs --frames-per-average"),
-        ("periodic", 0, "--frames-per-average 0: must be a number of frames above 0"),
-        ("allreduce", 100, "--frames-per-average: strategy allreduce has no use for it; it is for periodic, bmuf"),
-        ("adpsgd-delay1", 100, "--frames-per-average: strategy adpsgd-delay1 has no use for it"),
-        ("gossip", None, "--strategy gossip: unknown; there are allreduce, periodic, "),
-    ],
-)
-def test_bad_settings_are_named(name: str, frames_per_average: int | None, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_strategy(name, SoloWorld(), frames_per_average=frames_per_average)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("frames_per_average", -3),
-        ("block_momentum", 1.0),
-        ("block_momentum", -0.1),
-        ("block_learning_rate", 0.0),
-        ("elastic_alpha", 0.0),
-        ("elastic_alpha", 1.5),
-        ("elastic_momentum", 1.0),
-        ("staleness_bound", -1),
-        ("exchanges_per_step", 0),
-        ("piece_size", 0),
-        ("transfer_dtype", "float8"),
-        ("super_learner_size", 0),
-    ],
-)
-def test_values_that_cannot_be_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Settings(**{field: value})
-    assert str(caught.value).startswith(f"{OPTIONS[field]} {value}: must be ")
-    assert "\n" not in str(caught.value)
-
-
-def test_settings_without_a_user_are_named() -> None:
-    values = {
-        "block_momentum": 0.5, "block_learning_rate": 2.0, "nesterov": True, "reset_momentum": False,
-        "elastic_alpha": 0.5, "elastic_momentum": 0.5, "staleness_bound": 2, "exchanges_per_step": 2,
-        "piece_size": 100, "super_learner_size": 2, "dedicated_server": True, "frames_per_average": 100,
-    }  # fmt: skip
-    assert set(values) == set(USERS)
-    for field, value in values.items():
-        for name in NAMES:
-            frames = 100 if name in ("periodic", "bmuf") else None
-            settings = Settings(**({"frames_per_average": frames} | {field: value}))
-            if name in USERS[field]:
-                check_settings([name], settings)
-            else:
-                with pytest.raises(ConfigError, match=f"{OPTIONS[field]}: strategy {name} has no use for it"):
-                    check_settings([name], settings)
-
-
-def test_settings_need_a_user_in_one_phase_only() -> None:
-    settings = Settings(frames_per_average=100)
-    check_settings(["allreduce", "periodic"], settings)
-    with pytest.raises(ConfigError, match="strategy allreduce, adpsgd-delay1 have no use for it"):
-        check_settings(["allreduce", "adpsgd-delay1"], settings)
-    assert make_strategy("allreduce", SoloWorld(), settings).name == "allreduce"
-
-
-def test_every_name_makes_its_strategy_with_its_settings() -> None:
-    settings = Settings(
-        frames_per_average=40, block_momentum=0.4, block_learning_rate=2.0, nesterov=True, reset_momentum=False,
-        elastic_alpha=0.3, elastic_momentum=0.2, staleness_bound=3, exchanges_per_step=2, seed=5,
-        transfer_dtype="float16",
-    )  # fmt: skip
-    made = {name: vars(make_strategy(name, SoloWorld(), settings)) for name in NAMES}
-    assert all(make_strategy(name, SoloWorld(), settings).name == name for name in NAMES)
-    assert all(made[name]["transfer_dtype"] == "float16" for name in ("allreduce", "periodic", "bmuf", "adpsgd-delay1"))
-    assert all(
-        made[name]["frames_per_average"] == 40
-        for name in ("periodic", "bmuf", "easgd", "asgd", "adpsgd-fixed", "adpsgd-random", "expair")
-    )
-    wanted = {"momentum": 0.4, "learning_rate": 2.0, "nesterov": True, "reset_momentum": False}
-    assert made["bmuf"].items() >= wanted.items()
-    assert made["easgd"].items() >= {"weight": 0.3, "momentum": 0.2}.items()
-    assert made["asgd"]["staleness_bound"] == 3 and made["adpsgd-random"]["seed"] == 5
-    assert made["expair"]["exchanges_per_step"] == 2

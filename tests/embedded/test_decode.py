@@ -23,7 +23,8 @@ from kaldi_mpi.embedded.score import score
 from kaldi_mpi.embedded.scorers import ChunkOptions, in_chunks, load_scorer
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.symbols import SymbolTable
-from kaldi_mpi.nnet3 import read_am, read_transition_model, to_torch
+from kaldi_mpi.formats.transition import read_transition_model
+from kaldi_mpi.nnet3 import read_am, to_torch
 from tests.paths import REPO, golden, kaldi_root
 from tests.toy_hmm import toy_system
 
@@ -145,7 +146,7 @@ def test_command_line(tmp_path: Path) -> None:
     shutil.copytree(system / "mono", tmp_path / "mono", ignore=shutil.ignore_patterns("graph", "decode"))
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "kaldi_mpi.embedded.decode", *map(str, arguments)]
+        command = [sys.executable, "-m", "kaldi_mpi", "decode", *map(str, arguments)]
         return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
 
     done = run(system / "mono" / "graph", system / "test", tmp_path / "mono" / "decode")
@@ -153,7 +154,7 @@ def test_command_line(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     data = DataDir(system / "test")
     assert sum(line.split()[0] in data.text for line in lines) == 12
-    assert lines[1].startswith("LOG (decode[")
+    assert lines[1].startswith("LOG (kaldi-mpi-decode[")
     assert f"Log-like per frame for utterance {data.utterances[0]} is " in lines[1]
     assert "Done 12 utterances, failed for 0" in lines[-2]
     assert "Overall log-likelihood per frame is " in lines[-1]
@@ -161,7 +162,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = run(system / "mono" / "graph", system / "test", tmp_path / "decode")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("ERROR (decode[") and f"{tmp_path}/final.mdl: cannot read" in done.stderr
+    assert done.stderr.startswith("ERROR (kaldi-mpi-decode[") and f"{tmp_path}/final.mdl: cannot read" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_models_of_no_kind(tmp_path: Path, nnet_dir: Path) -> None:
 
 
 def test_log_likelihoods_for_other_decoders(nnet_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kaldi_mpi.embedded.loglikes", str(nnet_dir / "final.mdl")]
+    command = [sys.executable, "-m", "tests.embedded.loglikes", str(nnet_dir / "final.mdl")]
     command += [str(nnet_dir / "data"), f"ark:{tmp_path}/loglikes.ark"]
     subprocess.run(command, cwd=REPO, check=True, capture_output=True)
     written = matrices(f"ark:{tmp_path}/loglikes.ark")
@@ -297,7 +298,7 @@ def test_kaldi_decodes_the_same_with_our_system(tmp_path: Path) -> None:
 
 @pytest.mark.kaldi
 def test_latgen_faster_mapped_takes_our_log_likelihoods(nnet_dir: Path, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m kaldi_mpi.embedded.loglikes {nnet_dir}/final.mdl {nnet_dir}/data ark:-"
+    command = f"{sys.executable} -m tests.embedded.loglikes {nnet_dir}/final.mdl {nnet_dir}/data ark:-"
     output = in_kaldi(
         tmp_path,
         f"PYTHONPATH={REPO} {command} | latgen-faster-mapped --acoustic-scale=0.1 --beam=15 --lattice-beam=8 "

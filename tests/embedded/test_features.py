@@ -14,19 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kaldi_mpi.embedded.cmvn import cmvn_stats, make_cmvn
+from kaldi_mpi.embedded.cmvn import SpeakerCmvn, apply_cmvn, cmvn_stats, make_cmvn, read_cmvn_opts, speaker_cmvn
 from kaldi_mpi.embedded.datadir import DataDir
-from kaldi_mpi.embedded.feature_io import (
-    SpeakerCmvn,
-    add_deltas,
-    apply_cmvn,
-    read_double_matrix,
-    read_features,
-)
-from kaldi_mpi.embedded.features import compute_mfcc, make_mfcc, split_jobs
-from kaldi_mpi.embedded.mfcc_config import MfccConfig
+from kaldi_mpi.embedded.features import add_deltas, read_double_matrix, read_features
+from kaldi_mpi.embedded.jobs import split_jobs
+from kaldi_mpi.embedded.mfcc import MfccConfig, compute_mfcc, make_mfcc
 from kaldi_mpi.embedded.wave import read_utterances, read_wave
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, format_cmvn_opts, parse_cmvn_opts
+from kaldi_mpi.loader import Corpus
 from tests.paths import REPO, golden, kaldi_root
 from tests.speech import digit_strings, tone, tone_dir
 
@@ -119,7 +115,7 @@ def test_another_sampling_rate_is_refused_or_resampled_as_configured() -> None:
 def test_files_of_a_data_directory(tmp_path: Path) -> None:
     data_dir = tone_dir(tmp_path)
     for jobs in (1, 3):
-        make_mfcc(data_dir, CONFIGS[1], jobs=jobs, mfcc_dir=tmp_path / f"mfcc{jobs}")
+        make_mfcc(data_dir, CONFIGS[1], nj=jobs, mfcc_dir=tmp_path / f"mfcc{jobs}")
         make_cmvn(data_dir, cmvn_dir=tmp_path / f"mfcc{jobs}")
         data = DataDir(data_dir)
         data.validate(feats=True)
@@ -144,26 +140,26 @@ def test_a_failing_command_stops_the_extraction(tmp_path: Path) -> None:
     scp[2] = "spk1-02 echo no such tape >&2; false |"
     (data_dir / "wav.scp").write_text("\n".join(scp) + "\n")
     with pytest.raises(DataError) as caught:
-        make_mfcc(data_dir, CONFIGS[0], jobs=2)
+        make_mfcc(data_dir, CONFIGS[0], nj=2)
     assert str(caught.value) == (
         f"{data_dir}/wav.scp, key spk1-02: the command failed with status 1: echo no such tape >&2; false: no such tape"
     )
     assert not (data_dir / "feats.scp").exists()
     assert "key spk1-02" in (data_dir / "log" / "make_mfcc_data.2.log").read_text()
     with pytest.raises(ConfigError, match="--nj 9: there are 4 utterances to share out"):
-        make_mfcc(data_dir, CONFIGS[0], jobs=9)
+        make_mfcc(data_dir, CONFIGS[0], nj=9)
 
 
 def test_an_archive_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     data_dir = tone_dir(tmp_path)
     (data_dir / "data").write_text("in the way\n")
     with pytest.raises(DataError, match="data/data: cannot make the directory: File exists"):
-        make_mfcc(data_dir, CONFIGS[0], jobs=1)
+        make_mfcc(data_dir, CONFIGS[0], nj=1)
     # A limit on the size of files fails as a full disk does.
     script = (
-        "import resource, sys; from kaldi_mpi.embedded.features import make_mfcc\n"
+        "import resource, sys; from kaldi_mpi.embedded.mfcc import make_mfcc\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
-        "make_mfcc(sys.argv[1], sys.argv[2], jobs=1, mfcc_dir=sys.argv[3])\n"
+        "make_mfcc(sys.argv[1], sys.argv[2], nj=1, mfcc_dir=sys.argv[3])\n"
     )
     command = [sys.executable, "-c", script, str(data_dir), str(CONFIGS[0]), str(tmp_path / "mfcc")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
@@ -218,22 +214,61 @@ def test_cmvn_normalises() -> None:
     utterances = [rng.normal(5, 3, size=(n, 6)).astype(np.float32) for n in (30, 50)]
     stats = cmvn_stats(utterances)
     assert stats.shape == (2, 7) and stats[0, 6] == 80 and stats[1, 6] == 0
-    normalised = np.concatenate([apply_cmvn(feats, stats, norm_vars=True) for feats in utterances])
+    normalised = np.concatenate([apply_cmvn(feats, stats, CmvnOptions(norm_vars=True)) for feats in utterances])
     np.testing.assert_allclose(normalised.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(normalised.std(axis=0), 1, atol=1e-5)
-    centred = np.concatenate([apply_cmvn(feats, stats) for feats in utterances])
+    centred = np.concatenate([apply_cmvn(feats, stats, CmvnOptions()) for feats in utterances])
     np.testing.assert_allclose(centred.mean(axis=0), 0, atol=1e-5)
-    assert apply_cmvn(utterances[0], stats, norm_means=False) is utterances[0]
+    assert apply_cmvn(utterances[0], stats, CmvnOptions(norm_means=False)) is utterances[0]
 
 
 def test_cmvn_refuses_what_does_not_fit() -> None:
     feats, stats = np.zeros((4, 6), np.float32), np.zeros((2, 7))
     with pytest.raises(DataError, match="key u: CMVN statistics of too few frames"):
-        apply_cmvn(feats, stats, key="u")
+        apply_cmvn(feats, stats, CmvnOptions(), key="u")
     with pytest.raises(DataError, match=r"CMVN statistics of shape \(2, 6\) for features of dimension 6"):
-        apply_cmvn(feats, stats[:, 1:])
+        apply_cmvn(feats, stats[:, 1:], CmvnOptions())
     with pytest.raises(DataError, match="features of dimension 5 after some of 6"):
         cmvn_stats([feats, feats[:, 1:]])
+    with pytest.raises(ConfigError, match="--skip-dims has 6, and the features have columns 0 to 5"):
+        apply_cmvn(feats, stats, CmvnOptions(skip_dims=(2, 6)))
+    with pytest.raises(DataError, match="variances cannot be normalised without the means"):
+        apply_cmvn(feats, stats, CmvnOptions(norm_means=False, norm_vars=True))
+
+
+def test_cmvn_options_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "cmvn_opts"
+    assert read_cmvn_opts(path, CmvnOptions(norm_means=False)) == CmvnOptions(norm_means=False)
+    path.write_text("\n")
+    assert read_cmvn_opts(path, CmvnOptions(norm_means=False)) == CmvnOptions()
+    for options in (CmvnOptions(), CmvnOptions(norm_vars=True, skip_dims=(13, 14))):
+        path.write_text(f"{format_cmvn_opts(options)}\n")
+        assert read_cmvn_opts(path, CmvnOptions(norm_means=False)) == options
+    assert path.read_text() == "--norm-means=true --norm-vars=true --skip-dims=13:14\n"
+    path.write_text("--norm-means=maybe\n")
+    with pytest.raises(ConfigError, match="cmvn_opts: --norm-means: expected true or false, got 'maybe'"):
+        read_cmvn_opts(path, CmvnOptions())
+
+
+@pytest.mark.parametrize("norm_vars", [False, True])
+def test_cmvn_is_the_loaders(tmp_path: Path, norm_vars: bool) -> None:
+    """A model that was trained with --skip-dims is decoded with it: both sides normalise alike."""
+    data_dir = tone_dir(tmp_path)
+    make_mfcc(data_dir, CONFIGS[0], nj=1)
+    make_cmvn(data_dir)
+    data, options = DataDir(data_dir), CmvnOptions(norm_vars=norm_vars, skip_dims=(0, 11))
+    raw = dict(read_features(data.file("feats.scp")))
+    labels = {key: np.zeros(len(feats), np.int32) for key, feats in raw.items()}
+    corpus = Corpus.open(
+        data.file("feats.scp"), labels, cmvn_scp=data.file("cmvn.scp"), utt2spk=data.utt2spk, **options._asdict()
+    )
+    (tmp_path / "cmvn_opts").write_text(format_cmvn_opts(options))
+    normalise = speaker_cmvn(data, read_cmvn_opts(tmp_path / "cmvn_opts", CmvnOptions()))
+    for key, feats in raw.items():
+        got = normalise(key, feats)
+        np.testing.assert_allclose(got, corpus.features(key), rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(got[:, [0, 11]], feats[:, [0, 11]])
+        assert np.abs(got[:, 1] - feats[:, 1]).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["fm", "c2", "c3", "c5"])
@@ -250,7 +285,7 @@ def test_reads_what_kaldi_wrote(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_reading_errors_name_file_and_key(tmp_path: Path) -> None:
     data_dir = tone_dir(tmp_path)
-    make_mfcc(data_dir, CONFIGS[0], jobs=1)
+    make_mfcc(data_dir, CONFIGS[0], nj=1)
     make_cmvn(data_dir)
     scp = data_dir / "feats.scp"
     with pytest.raises(DataError, match=r"feats.scp, key other: no features for the utterance"):
@@ -263,7 +298,7 @@ def test_reading_errors_name_file_and_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"feats.scp, key spk0-00: no such file: .*raw_mfcc_data.1.ark"):
         list(read_features(scp))
     with pytest.raises(DataError, match=r"cmvn.scp, key spk9: no CMVN statistics for the speaker"):
-        SpeakerCmvn(data_dir / "cmvn.scp", {"u": "spk9"})("u", np.zeros((3, 13), np.float32))
+        SpeakerCmvn(data_dir / "cmvn.scp", {"u": "spk9"}, CmvnOptions())("u", np.zeros((3, 13), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +307,7 @@ def kaldi_digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
     bins = kaldi_root() / "src" / "featbin"
     folder = tmp_path_factory.mktemp("kaldi")
     data = digit_strings(folder, train=6, test=3) / "train"
-    make_mfcc(data, CONFIGS[0], jobs=1)
+    make_mfcc(data, CONFIGS[0], nj=1)
     make_cmvn(data)
     yield data, os.environ | {"PATH": f"{bins}:{os.environ['PATH']}", "LC_ALL": "C"}
 
@@ -353,12 +388,12 @@ def test_equal_to_kaldis_cmvn_and_deltas(kaldi_digits: tuple[Path, dict[str, str
             if line.split()[0] == speaker
         )
         np.testing.assert_allclose(read_double_matrix(place), theirs, rtol=1e-12)
-    for options, norm_vars in (("", False), ("--norm-vars=true", True)):
+    for options in ("", "--norm-vars=true", "--norm-vars=true --skip-dims=0:11"):
         command = (
             f"apply-cmvn {options} --utt2spk=ark:{data}/utt2spk scp:{data}/cmvn.scp scp:{data}/feats.scp ark:- |"
             " add-deltas ark:-"
         )
         theirs_by_key = run_kaldi(command, environment, tmp_path / "d")
-        cmvn = SpeakerCmvn(data / "cmvn.scp", ours.utt2spk, norm_vars=norm_vars)
+        cmvn = SpeakerCmvn(data / "cmvn.scp", ours.utt2spk, parse_cmvn_opts(options))
         for key, feats in read_features(data / "feats.scp"):
             np.testing.assert_allclose(add_deltas(cmvn(key, feats)), theirs_by_key[key], atol=1e-4)

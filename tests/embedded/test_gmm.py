@@ -17,12 +17,10 @@ from kaldi_mpi.embedded import wheels
 from kaldi_mpi.embedded.align import align_data
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.gmm import Gmms, GmmStatistics
-from kaldi_mpi.embedded.gmm_features import CmvnOptions
 from kaldi_mpi.embedded.gmm_model import read_gmm_model, read_hmm, write_gmm_model
 from kaldi_mpi.embedded.hmm import Hmm, tid_to_pdf
+from kaldi_mpi.embedded.jobs import WorkerPool, split_by_speaker
 from kaldi_mpi.embedded.mono import MonoOptions, train_mono
-from kaldi_mpi.embedded.processes import WorkerPool
-from kaldi_mpi.embedded.split import split_by_speaker
 from kaldi_mpi.errors import DataError, KaldiMpiError
 from kaldi_mpi.formats.symbols import SymbolTable
 from tests.paths import golden, kaldi_root
@@ -69,9 +67,8 @@ def test_likelihoods_and_statistics_are_the_wheels() -> None:
     assert likelihoods.shape == (200, 3)
     expected = [[am.log_likelihood(pdf, row) for pdf in range(3)] for row in feats]  # type: ignore[attr-defined]
     np.testing.assert_allclose(likelihoods, expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_array_equal(
-        gmms.select(np.array([2, 0], dtype=np.int32)).log_likelihoods(feats), likelihoods[:, [2, 0]]
-    )
+    some = gmms.select(np.array([2, 0], dtype=np.int32)).log_likelihoods(feats)
+    np.testing.assert_allclose(some, likelihoods[:, [2, 0]], rtol=1e-6)  # BLAS may take other sums for fewer columns
 
     statistics = gmms.accumulate(feats, pdfs)
     accumulators = khg.AccumAmDiagGmm()
@@ -260,15 +257,6 @@ def test_nothing_can_be_aligned(tmp_path: Path) -> None:
     (data / "text").write_text("".join(f"{key}{' LABEL' * 200}\n" for key in keys))
     with pytest.raises(DataError, match="no utterance could be aligned; do the transcripts belong"):
         train_mono(data, system / "lang", tmp_path / "mono", OPTIONS)
-
-
-def test_cmvn_options() -> None:
-    assert CmvnOptions.parse("\n", file="cmvn_opts") == CmvnOptions(True, False)
-    assert CmvnOptions.parse("--norm-means=false --norm-vars=false", file="f") == CmvnOptions(False, False)
-    with pytest.raises(DataError, match="cmvn_opts: cannot use the CMVN option --norm-means=maybe"):
-        CmvnOptions.parse("--norm-means=maybe", file="cmvn_opts")
-    with pytest.raises(DataError, match="cannot use the CMVN option --skip-dims=1"):
-        CmvnOptions.parse("--skip-dims=1", file="cmvn_opts")
 
 
 class Worker:

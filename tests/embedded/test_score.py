@@ -15,11 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.embedded.best_path import best_paths
-from kaldi_mpi.embedded.best_wer import best_wer
-from kaldi_mpi.embedded.best_wer import main as print_best_wer
 from kaldi_mpi.embedded.fst import vector_header
 from kaldi_mpi.embedded.lattice import Lattice, read_lattices
-from kaldi_mpi.embedded.score import ErrorCounter, ErrorCounts, ScoreOptions, score
+from kaldi_mpi.embedded.score import ErrorCounter, ErrorCounts, ScoreOptions, best_wer, best_wer_main, score
 from kaldi_mpi.errors import ConfigError, DataError
 from tests.paths import golden, kaldi_root
 
@@ -39,10 +37,9 @@ def lattices(draw: st.DrawFn) -> Lattice:
     cost = st.integers(-40, 40).map(lambda n: n / 4)  # sums are exact, so that ties are ties
     rows = [(draw(st.integers(0, 3)) if b < count else 0, draw(cost), draw(cost)) for _, b in arcs]
     words, graph, acoustic = zip(*rows, strict=True)
-    return Lattice(
-        order[0], count, *(np.array(column, dtype=np.int32) for column in zip(*arcs, strict=True)),
-        np.array(words, dtype=np.int32), np.array(graph, dtype=np.float32), np.array(acoustic, dtype=np.float32),
-    )  # fmt: skip
+    source, target, word = (np.array(column, dtype=np.int32) for column in (*zip(*arcs, strict=True), words))
+    costs = (np.array(column, dtype=np.float32) for column in (graph, acoustic))
+    return Lattice(order[0], count, source, target, word, *costs)
 
 
 def all_paths(lattice: Lattice) -> list[list[int]]:
@@ -64,7 +61,7 @@ def test_best_paths_are_the_cheapest_of_all(some: list[Lattice]) -> None:
     for lattice, answer in zip(some, answers, strict=True):
         paths = all_paths(lattice)
         for setting, (scale, penalty) in enumerate(zip(SCALES, PENALTIES, strict=True)):
-            costs = {}
+            costs: dict[tuple[int, ...], float] = {}
             for path in paths:
                 words = tuple(int(w) for w in lattice.word[path] if w)
                 cost = (
@@ -84,10 +81,10 @@ def test_many_lattices_are_swept_in_groups(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_lattices_without_complete_path() -> None:
-    ints = [np.array(values, dtype=np.int32) for values in ([0, 1], [1, 0], [1, 2])]
+    source, target, word = (np.array(values, dtype=np.int32) for values in ([0, 1], [1, 0], [1, 2]))
     costs = np.zeros(2, dtype=np.float32)
     with pytest.raises(DataError, match="a cycle or no complete path"):
-        best_paths([Lattice(0, 2, *ints, costs, costs)], SCALES, PENALTIES)
+        best_paths([Lattice(0, 2, source, target, word, costs, costs)], SCALES, PENALTIES)
 
 
 def test_kaldis_lattices() -> None:
@@ -164,7 +161,7 @@ def test_files_of_scoring(scored: Path, capsys: pytest.CaptureFixture[str]) -> N
     expected = f"%WER 25.00 [ 1 / 4, 0 ins, 1 del, 0 sub ] [PARTIAL] {decode}/wer_7_0.0"
     assert line == expected
     assert (decode / "scoring_kaldi" / "best_wer").read_text() == expected + "\n"
-    print_best_wer([str(decode)])
+    best_wer_main([str(decode)])
     assert capsys.readouterr().out.startswith("%WER 25.00 [ 1 / 4, 0 ins, 1 del, 0 sub ]")
 
 
@@ -209,7 +206,7 @@ def test_bad_input_of_scoring(scored: Path) -> None:
     with pytest.raises(DataError, match=r"decode: it has no lat\.\*\.gz: was it decoded\?"):
         score(scored / "data", scored / "graph", decode)
     with pytest.raises(DataError, match=r"decode: it has no wer_\* files: was it scored\?"):
-        print_best_wer([str(decode)])
+        best_wer_main([str(decode)])
     (decode / "wer_1_0").write_text("nothing\n")
     with pytest.raises(DataError, match="no wer_"):
         best_wer([decode / "wer_1_0"])

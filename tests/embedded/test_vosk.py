@@ -15,14 +15,14 @@ import pytest
 from kaldi_mpi.embedded.best_path import best_paths
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.decode import DecodeOptions, Decoder, decode_to_lattices
-from kaldi_mpi.embedded.feature_io import read_features
-from kaldi_mpi.embedded.features import make_mfcc
+from kaldi_mpi.embedded.features import read_features
 from kaldi_mpi.embedded.lattice import read_lattices
+from kaldi_mpi.embedded.mfcc import make_mfcc
 from kaldi_mpi.embedded.scorers import load_scorer
-from kaldi_mpi.embedded.vosk_decode import GRAPH_SCALE
-from kaldi_mpi.embedded.vosk_dir import write_vosk_dir
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.formats.symbols import SymbolTable
+from tests.embedded.vosk_decode import GRAPH_SCALE
+from tests.embedded.vosk_dir import write_vosk_dir
 from tests.paths import REPO, golden
 from tests.recipe import Recipe
 from tests.speech import digit_strings
@@ -35,7 +35,7 @@ needs_vosk = pytest.mark.skipif(importlib.util.find_spec("vosk") is None, reason
 
 def vosk_words(vosk_dir: Path, data: Path, utterances: list[str]) -> dict[str, list[str]]:
     """What Vosk recognises, in a process of its own."""
-    command = [sys.executable, "-m", "kaldi_mpi.embedded.vosk_decode", str(vosk_dir), str(data), *utterances]
+    command = [sys.executable, "-m", "tests.embedded.vosk_decode", str(vosk_dir), str(data), *utterances]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     answers: dict[str, list[str]] = json.loads(done.stdout)
@@ -97,7 +97,7 @@ def test_models_that_vosk_cannot_run(tmp_path: Path) -> None:
 
 @needs_vosk
 def test_errors_of_the_program(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kaldi_mpi.embedded.vosk_decode", str(tmp_path / "none"), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.embedded.vosk_decode", str(tmp_path / "none"), str(tmp_path)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert f"{tmp_path}/none: Vosk cannot load the model" in done.stderr.splitlines()[-1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.embedded.datadir import DataDir
-from kaldi_mpi.embedded.wave import decode_wave, encode_wave, read_utterances, read_wave, resample, write_wave
+from kaldi_mpi.embedded.wave import Wave, encode_wave, read_utterances, read_wave, resample
 from kaldi_mpi.errors import DataError
 from kaldi_mpi.log import logger
 from tests.speech import tone, tone_dir
@@ -34,15 +34,26 @@ def riff(
     return (b"RIFF" if order == "<" else b"RIFX") + struct.pack(order + "I", len(body)) + body
 
 
+def read(path: Path, data: bytes) -> Wave:
+    """What `read_wave` makes of a file of these bytes; it must make the same of a command's output."""
+    path.write_bytes(data)
+    wave = read_wave(str(path), key="utt")
+    np.testing.assert_array_equal(read_wave(f"cat '{path}' |").samples, wave.samples)
+    return wave
+
+
+@settings(max_examples=30)
 @given(st.lists(st.integers(-32768, 32767), min_size=1, max_size=50), st.sampled_from([8000, 16000, 44100]))
-def test_what_is_encoded_is_decoded(values: list[int], rate: int) -> None:
+def test_what_is_encoded_is_decoded(tmp_path_factory: pytest.TempPathFactory, values: list[int], rate: int) -> None:
     samples = np.array(values, dtype=np.int16)
-    wave = decode_wave(encode_wave(samples, rate))
+    path = tmp_path_factory.mktemp("wave") / "a.wav"
+    path.write_bytes(encode_wave(samples, rate))
+    wave = read_wave(str(path))
     assert wave.rate == rate and wave.samples.dtype == np.int16
     np.testing.assert_array_equal(wave.samples, samples[None, :])
 
 
-def test_variants_of_riff() -> None:
+def test_variants_of_riff(tmp_path: Path) -> None:
     little, big = SAMPLES.astype("<i2").tobytes(), SAMPLES.astype(">i2").tobytes()
     for data in (
         riff(little),
@@ -52,8 +63,8 @@ def test_variants_of_riff() -> None:
         riff(little, size=0x7FFFF000),
         riff(little, size=0),
     ):
-        np.testing.assert_array_equal(decode_wave(data).samples, SAMPLES[None, :])
-    stereo = decode_wave(riff(little, channels=2))
+        np.testing.assert_array_equal(read(tmp_path / "a.wav", data).samples, SAMPLES[None, :])
+    stereo = read(tmp_path / "a.wav", riff(little, channels=2))
     np.testing.assert_array_equal(stereo.channel(1), SAMPLES[1::2])
     with pytest.raises(DataError, match="the audio has 2 channels; choose one"):
         stereo.channel(-1)
@@ -65,34 +76,62 @@ def test_variants_of_riff() -> None:
     ("data", "message"),
     [
         (b"", "no audio at all"),
-        (b"NIST_1A\n   1024\n", "not a RIFF WAVE file"),
-        (riff(SAMPLES.tobytes(), bits=8), "only 16-bit linear PCM is read, this is format 1, 8 bits"),
-        (riff(SAMPLES.tobytes(), form=7), "only 16-bit linear PCM is read, this is format 7"),
-        (riff(b""), "the audio has no samples"),
-        (riff(SAMPLES.tobytes())[:30], "the audio ends in the middle of its header"),
+        (b"NIST_1A\n   1024\n", "not a RIFF WAVE file of 16-bit linear PCM: expected RIFF or RIFX, got NIST"),
+        (riff(SAMPLES.tobytes(), bits=8), "not a RIFF .* 16-bit linear PCM: unsupported bits_per_sample = 8"),
+        (riff(SAMPLES.tobytes(), form=7), "not a RIFF .* PCM: can read only PCM data, format id in file is: 7"),
+        (riff(b""), "not a RIFF .*: empty file"),
+        (riff(SAMPLES.tobytes())[:30], "not a RIFF .*: unexpected end of file"),
     ],
 )
-def test_unusable_audio_is_refused(data: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=f"a.wav, key utt.*: {message}"):
-        decode_wave(data, file="a.wav", key="utt")
+def test_unusable_audio_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.wav, key utt.*: {message}"):
+        read_wave(f"{tmp_path}/a.wav", scp="wav.scp", key="utt")
+    with pytest.raises(DataError, match=rf"^wav\.scp, key utt.*: {message}"):
+        read_wave(f"cat {tmp_path}/a.wav |", scp="wav.scp", key="utt")
 
 
 def test_truncated_audio_is_used_with_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level("WARNING", logger="kaldi_mpi"):
-        wave = decode_wave(riff(SAMPLES.tobytes(), size=100), file="a.wav", key="utt")
+        wave = read(tmp_path / "a.wav", riff(SAMPLES.tobytes(), size=100))
     np.testing.assert_array_equal(wave.samples, SAMPLES[None, :])
     assert "a.wav, key utt: the header announces 100 bytes of samples, there are 12" in caplog.text
 
 
 def test_entries_are_paths_places_in_archives_and_commands(tmp_path: Path) -> None:
     path = tmp_path / "a b.wav"
-    write_wave(path, SAMPLES, 8000)
+    path.write_bytes(encode_wave(SAMPLES, 8000))
     (tmp_path / "wav.ark").write_bytes(b"key " + path.read_bytes())
     for entry in (str(path), f"{tmp_path}/wav.ark:4", f"cat '{path}' |", f"cat '{path}' | tee /dev/null |"):
         np.testing.assert_array_equal(read_wave(entry).samples, SAMPLES[None, :])
+    with pytest.raises(DataError, match=r"wav\.ark:999, key u, byte offset 0: no audio at all"):
+        read_wave(f"{tmp_path}/wav.ark:999", key="u")
+
+
+def test_an_archive_of_audio_is_read_once_and_not_once_an_utterance(tmp_path: Path) -> None:
+    """Each utterance's bytes are read and not the rest of the archive: 200 utterances would be a hundred times it."""
+    data_dir = tone_dir(tmp_path, utterances=4)
+    samples = tone(1.0, 440)
+    wave, keys = encode_wave(samples, 8000), [f"spk0-{number:03d}" for number in range(200)]
+    archive = tmp_path / "wav.ark"
+    archive.write_bytes(b"".join(key.encode() + b" " + wave for key in keys))
+    size, item = archive.stat().st_size, len(keys[0]) + 1
+    places = {key: f"{archive}:{number * (item + len(wave)) + item}" for number, key in enumerate(keys)}
+    (data_dir / "wav.scp").write_text("".join(f"{key} {place}\n" for key, place in places.items()))
+    data = DataDir(data_dir)
+    assert len(data.wav_scp) == 200
+
+    def bytes_read() -> int:
+        """By all of this process's calls of read()."""
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    before = bytes_read()
+    for _, read_samples, _ in read_utterances(data, keys):
+        np.testing.assert_array_equal(read_samples, samples)
+    assert 0.9 * size < bytes_read() - before < 1.1 * size
 
 
 def test_a_failing_command_is_named_with_its_status_and_its_words() -> None:

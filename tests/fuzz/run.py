@@ -28,7 +28,7 @@ BUILD = ROOT / "build" / "fuzz"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 FLAGS = ["-std=c11", "-ffp-contract=off", "-Wall", "-Wextra", "-Icsrc", *SANITIZE]
 # Parts with threads are for ThreadSanitizer (tests/sanitize.py).
-WITHOUT = {"ring.c", "store.c", "plan.c", "thread.c"}
+WITHOUT = {"queue.c", "cache.c", "plan.c", "thread.c"}
 
 
 @dataclass(frozen=True)

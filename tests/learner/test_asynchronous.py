@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kaldi_mpi.averaging.journal import Event, read_journal
-from kaldi_mpi.averaging.names import NAMES
+from kaldi_mpi.averaging import NAMES
+from kaldi_mpi.averaging.journal import JournalEvent, read_journal
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.run import train as train_here
 from kaldi_mpi.transport.world import SoloWorld
@@ -48,9 +48,9 @@ def test_every_frame_is_trained_on_once_an_epoch(toy: Toy, strategy: str, num_le
     assert np.isfinite(parameters(folder)).all()
     assert "traceback" not in log.lower()
     journals = [read_journal(folder / "journal" / f"learner.{rank}") for rank in range(num_learners)]
-    steps = [int((j["event"] == Event.STEP).sum()) for j in journals]
+    steps = [int((j["event"] == JournalEvent.STEP).sum()) for j in journals]
     assert sum(steps) == 2 * 20, "minibatches of two epochs"
-    assert all((np.diff(j["own_steps"][j["event"] == Event.STEP]) == 1).all() for j in journals)
+    assert all((np.diff(j["own_steps"][j["event"] == JournalEvent.STEP]) == 1).all() for j in journals)
 
 
 def test_one_learner_is_plain_sgd_under_every_strategy(toy: Toy) -> None:
@@ -100,7 +100,7 @@ def test_a_dedicated_server_learns_nothing(toy: Toy, strategy: str) -> None:
     assert summary["num_learners"] == 2
     assert sum(own_frames(summary)) == 2 * 2091
     served = read_journal(folder / "journal" / "learner.2")
-    assert Event.CENTRE in served["event"] and Event.STEP not in served["event"]
+    assert JournalEvent.CENTRE in served["event"] and JournalEvent.STEP not in served["event"]
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])

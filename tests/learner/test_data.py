@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import dataclasses
 import itertools
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -20,19 +22,28 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.learner import setup
-from kaldi_mpi.learner.batches import Batch, Feed, page_locked
+from kaldi_mpi.learner.batches import Batch, DeviceBatches, page_locked
+from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.export import write_cmvn_opts
-from kaldi_mpi.learner.loop import Learner
 from kaldi_mpi.learner.objective import label_scores, log_likelihood, right_weight
 from kaldi_mpi.learner.options import TrainOptions, in_chunks, parse
-from kaldi_mpi.learner.plan import TicketMap
-from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.run import train
-from kaldi_mpi.loader import Chunking, ChunkShape, Corpus, Minibatch, MinibatchRule, parse_cmvn_opts
+from kaldi_mpi.learner.schedule import TicketMap
+from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.loader import (
+    Chunking,
+    ChunkShape,
+    Corpus,
+    Minibatch,
+    MinibatchRule,
+    parse_cmvn_opts,
+    read_alignments,
+    to_pdfs,
+)
 from kaldi_mpi.nnet3 import read_am, to_torch
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport.world import SoloWorld
+from tests.learner.opened import open_data, transitions_of
 from tests.toy import FEAT_DIM, XCONFIG, Toy, make_toy
 
 IVECTOR_DIM, FRAMES = 3, 2091
@@ -83,9 +94,9 @@ def test_every_frame_is_trained_on_once_an_epoch(
     """Two widths, another context at the beginning of utterances, i-vectors, and a rule of minibatch sizes."""
     seen: collections.Counter[tuple[bytes, int]] = collections.Counter()
     shapes: set[tuple[ChunkShape, int]] = set()
-    lock, compute = threading.Lock(), Learner.compute_gradients
+    lock, compute = threading.Lock(), LearnerStep.compute_gradients
 
-    def record(self: Learner, batch: Batch) -> None:
+    def record(self: LearnerStep, batch: Batch) -> None:
         assert batch.ivectors is not None and batch.ivectors.shape == (len(batch.feats), IVECTOR_DIM)
         assert batch.feats.shape[1:] == (batch.shape.rows, FEAT_DIM)
         centre = batch.feats[:, -batch.first :][:, : batch.shape.width].numpy()
@@ -95,7 +106,7 @@ def test_every_frame_is_trained_on_once_an_epoch(
             shapes.add((batch.shape, len(labels)))
         compute(self, batch)
 
-    monkeypatch.setattr(Learner, "compute_gradients", record)
+    monkeypatch.setattr(LearnerStep, "compute_gradients", record)
     folder = experiment(toy, f"{strategy}-{learners}")
     options = parse(
         toy.options(folder, f"--strategy={strategy}", f"--feat.online-ivector-dir={toy.work}/ivectors", *SEVERAL)
@@ -103,8 +114,7 @@ def test_every_frame_is_trained_on_once_an_epoch(
     run_world(learners, lambda world: train(options, world))
 
     held_out = (folder / "valid_uttlist").read_text().split()
-    labels, _ = setup.load_labels(options)
-    data = setup.open_data(options, labels, SoloWorld())
+    data, _ = open_data(options)
     corpus: Any = data.train
     frames = (
         (frame.tobytes(), int(label))
@@ -180,9 +190,9 @@ def test_bad_utterances_are_left_out_if_that_is_allowed(
 
 
 def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = Learner.compute_gradients
+    compute = LearnerStep.compute_gradients
 
-    def die(self: Learner, batch: Batch) -> None:
+    def die(self: LearnerStep, batch: Batch) -> None:
         if batch.step == 37:
             raise InterruptedError
         compute(self, batch)
@@ -195,12 +205,34 @@ def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatc
 
     for name in ("undisturbed", "disturbed"):
         experiment(toy, name)
-    monkeypatch.setattr(Learner, "compute_gradients", die)
+    monkeypatch.setattr(LearnerStep, "compute_gradients", die)
     with pytest.raises(InterruptedError):
         run("disturbed")
-    monkeypatch.setattr(Learner, "compute_gradients", compute)
+    monkeypatch.setattr(LearnerStep, "compute_gradients", compute)
     assert json.loads((toy.work / "disturbed" / "checkpoint" / "current.json").read_text())["step"] > 20
     assert run("disturbed") == run("undisturbed")
+
+
+def test_each_file_is_read_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are three parts, of which the diagnostic one lies in another."""
+    options = parse(toy.options(toy.experiment("once")))
+    opened: collections.Counter[str] = collections.Counter()
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(path: Any, *args: Any, **kwargs: Any) -> Any:
+            opened[Path(path).name if isinstance(path, str | Path) else ""] += 1
+            return original(path, *args, **kwargs)
+
+        return spy
+
+    for module, name in ((builtins, "open"), (os, "open")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    data, _ = open_data(options)
+    assert {name: opened[name] for name in ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz")} == dict.fromkeys(
+        ("feats.scp", "cmvn.scp", "utt2spk", "ali.1.gz"), 1
+    )
+    train, valid, diagnostic = (set(part.utterances) for part in (data.train, data.valid, data.diagnostic))  # type: ignore[attr-defined]
+    assert diagnostic < train and not valid & train and len(train | valid) == 60
 
 
 # Objective and accuracy.
@@ -212,7 +244,7 @@ def random_batch(weights: bool, targets: int) -> tuple[torch.Tensor, Batch]:
     pdfs = np.stack([rng.permutation(5)[:targets] for _ in range(24)]).reshape(shape)
     labels = np.where(rng.random(shape) < 0.3, -1, pdfs)
     given = np.where(labels >= 0, rng.random(shape), 7.0).astype(np.float32)
-    batch = Batch(
+    batch = Minibatch(
         feats=torch.zeros(4, 9, 2), labels=torch.from_numpy(labels),
         weights=torch.from_numpy(given) if weights else None, ivectors=None, shape=ChunkShape(6, 2, 1),
         frames=24, global_frames=24, weight=0.0, epoch=0, step=0,
@@ -328,7 +360,7 @@ class OneBuffer:
         self.count, self.error, self.step, self.closed = count, error, 0, False
         self.feats, self.labels = np.zeros((4, 9, 2), np.float32), np.zeros((4, 6), np.int64)
 
-    def __next__(self) -> Minibatch:
+    def __next__(self) -> Minibatch[NDArray[Any]]:
         if self.step == self.count:
             if self.error is not None:
                 raise self.error
@@ -338,7 +370,7 @@ class OneBuffer:
         self.step += 1
         size = 2 + self.step % 3
         return Minibatch(
-            self.feats[:size], self.labels[:size], 6 * size, 24, 0, self.step - 1, ChunkShape(6, 2, 1),
+            self.feats[:size], self.labels[:size], 6 * size, 24, 6.0 * size, 0, self.step - 1, ChunkShape(6, 2, 1),
             weights=np.full((size, 6), self.step, np.float32) if self.step > 4 else None,
         )  # fmt: skip
 
@@ -349,7 +381,7 @@ class OneBuffer:
 def computed_on(streams: LateStreams, count: int) -> list[tuple[int, int, float, float]]:
     """Step, chunks, mean feature and mean weight that the steps of a late learner see."""
     got: list[tuple[int, int, float, float]] = []
-    with Feed(OneBuffer(count), streams) as feed:  # type: ignore[arg-type]
+    with DeviceBatches(OneBuffer(count), streams) as feed:  # type: ignore[arg-type]
         for batch in feed:
 
             def use(b: Batch = batch) -> None:
@@ -372,34 +404,34 @@ def test_copies_wait_for_steps_and_buffers_for_copies() -> None:
 
 def test_errors_of_the_reader_come_out_of_the_feed() -> None:
     reader = OneBuffer(2, DataError("broken", file="a.ark"))
-    with Feed(reader, LateStreams()) as feed:  # type: ignore[arg-type]
+    with DeviceBatches(reader, LateStreams()) as feed:  # type: ignore[arg-type]
         assert [next(feed).step, next(feed).step] == [0, 1]
         for _ in range(2):
             with pytest.raises(DataError, match=r"a\.ark: broken"):
                 next(feed)
     assert reader.closed
-    with Feed(OneBuffer(0), LateStreams()) as feed:  # type: ignore[arg-type]
+    with DeviceBatches(OneBuffer(0), LateStreams()) as feed:  # type: ignore[arg-type]
         assert list(feed) == [] and list(feed) == []
 
 
 def test_a_feed_is_closed_while_its_thread_waits_for_room() -> None:
-    feed = Feed(OneBuffer(50), LateStreams())  # type: ignore[arg-type]
+    feed = DeviceBatches(OneBuffer(50), LateStreams())  # type: ignore[arg-type]
     next(feed)
     feed.close()
     feed.close()
 
 
-def toy_reading(toy: Toy, chunking: ChunkShape | Chunking, rule: str) -> tuple[Any, Reading]:
-    options = parse(toy.options(toy.work / "none", f"--feat.online-ivector-dir={toy.work}/ivectors"))
-    labels, _ = setup.load_labels(options)
-    from kaldi_mpi.loader import Corpus
+def toy_dataset(toy: Toy, chunking: ChunkShape | Chunking, rule: str) -> Dataset:
+    """All utterances of the toy, to train on."""
+    how = (f"--feat.online-ivector-dir={toy.work}/ivectors", f"--trainer.rnn.num-chunk-per-minibatch={rule}")
+    options = parse(toy.options(toy.work / "none", *how, "--trainer.srand=3"))
+    labels = dict(read_alignments(toy.ali_dir))
+    pdfs = to_pdfs(labels, transitions_of(options).tid_to_pdf)
+    corpus = Corpus.open(toy.feat_dir / "feats.scp", pdfs, online_ivector_dir=toy.work / "ivectors")
+    return Dataset(corpus, corpus, corpus, chunking, options.data)
 
-    assert labels is not None
-    corpus = Corpus.open(toy.feat_dir / "feats.scp", labels.pairs(), online_ivector_dir=toy.work / "ivectors")
-    return corpus, Reading(chunking, MinibatchRule.parse(rule), seed=3)
 
-
-def batches(feed: Feed) -> list[list[torch.Tensor | None]]:
+def batches(feed: DeviceBatches) -> list[list[torch.Tensor | None]]:
     with feed:
         return [
             [None if t is None else t.to("cpu", copy=True) for t in (b.feats, b.labels, b.weights, b.ivectors)]
@@ -415,28 +447,28 @@ def assert_same_batches(one: list[list[torch.Tensor | None]], two: list[list[tor
 
 
 def test_page_locked_buffers_hold_the_same_minibatches(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus, reading = toy_reading(toy, Chunking((10, 7), 6, 3, left_initial=2), "16=6/19=4")
+    data = toy_dataset(toy, Chunking((10, 7), 6, 3, left_initial=2), "16=6/19=4")
     cpu = torch.device("cpu")
-    plain = batches(reading.feed(corpus, cpu, rank=1, size=2, num_epochs=1))
+    plain = batches(data.batches(data.train, cpu, rank=1, size=2, num_epochs=1))
     streams = LateStreams()
-    monkeypatch.setattr("kaldi_mpi.learner.reading.streams_of", lambda _: streams)
+    monkeypatch.setattr("kaldi_mpi.learner.dataset.streams_of", lambda _: streams)
     copied = []
-    with reading.feed(corpus, cpu, rank=1, size=2, num_epochs=1) as feed:
+    with data.batches(data.train, cpu, rank=1, size=2, num_epochs=1) as feed:
         for batch in feed:
             streams.computed().synchronize()
             copied.append(
                 [None if t is None else t.clone() for t in (batch.feats, batch.labels, batch.weights, batch.ivectors)]
             )
     assert_same_batches(plain, copied)
-    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the ring's buffers
+    assert streams.num_pinned == 4 * 3  # features, labels and i-vectors of each of the reader's buffers
     assert page_locked(streams)(5, np.int64).dtype == np.int64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_copies_are_the_same_minibatches(toy: Toy) -> None:
-    corpus, reading = toy_reading(toy, Chunking((10, 7), 6, 3, left_initial=2), "16=6/19=4")
+    data = toy_dataset(toy, Chunking((10, 7), 6, 3, left_initial=2), "16=6/19=4")
     plain, copied = (
-        batches(reading.feed(corpus, torch.device(name), rank=0, size=1, num_epochs=2)) for name in ("cpu", "cuda")
+        batches(data.batches(data.train, torch.device(name), rank=0, size=1, num_epochs=2)) for name in ("cpu", "cuda")
     )
     assert_same_batches(plain, copied)
 
@@ -446,8 +478,8 @@ def test_cuda_copies_are_the_same_minibatches(toy: Toy) -> None:
 
 @pytest.mark.parametrize(("units", "rule"), [(1, "5"), (3, "5"), (3, "16=2/19=7"), (4, "16=1/19=40"), (2, "500")])
 def test_tickets_of_several_shapes_end_the_epoch_with_the_steps(toy: Toy, units: int, rule: str) -> None:
-    corpus, reading = toy_reading(toy, Chunking((10, 7, 4), 6, 3, left_initial=2), rule)
-    steps, tickets = (reading.plan(corpus, size).steps_per_epoch for size in (units, 1))
+    data = toy_dataset(toy, Chunking((10, 7, 4), 6, 3, left_initial=2), rule)
+    steps, tickets = (data.plan(size).steps_per_epoch for size in (units, 1))
     where = TicketMap(units, steps, tickets)
     numbers = [where.ticket(step) for step in range(2 * steps + 1)]
     assert (numbers[0], numbers[steps], numbers[-1]) == (0, tickets, 2 * tickets)
@@ -461,24 +493,27 @@ def test_tickets_of_several_shapes_end_the_epoch_with_the_steps(toy: Toy, units:
 def test_options_of_a_recurrent_network() -> None:
     base = ["--feat-dir=f", "--ali-dir=a", "--dir=d"]
     options = parse(base)
-    assert (options.chunk_widths, options.chunk_left_context, options.minibatch) == ((20,), 40, "100")
-    assert (options.momentum, options.samples_per_iter, options.loader_memory) == (0.5, 20000, 128)
+    assert (options.data.chunk_widths, options.data.chunk_left_context) == ((20,), 40)
+    assert options.data.minibatch == MinibatchRule.of(100)
+    assert (options.momentum, options.samples_per_iter, options.data.memory) == (0.5, 20000, 128 * 2**20)
     more = ["--egs.chunk-width=150,110,90", "--trainer.rnn.num-chunk-per-minibatch=128=64:128,256/256=32,64"]
     options = parse([*base, *more, "--egs.chunk-right-context-final=0", "--feat.online-ivector-dir="])
-    assert (options.chunk_widths, options.minibatch) == ((150, 110, 90), "128=64:128,256/256=32,64")
-    assert (options.chunk_left_context_initial, options.chunk_right_context_final) == (-1, 0)
-    assert options.online_ivector_dir is None
-    assert parse(["--egs.dir=e", "--ali-dir=a", "--dir=d"]).feat_dir is None
+    assert options.data.chunk_widths == (150, 110, 90)
+    assert options.data.minibatch == MinibatchRule(((128, 256), (256, 64)))
+    assert (options.data.chunk_left_context_initial, options.data.chunk_right_context_final) == (-1, 0)
+    assert options.data.online_ivector_dir is None
+    assert parse(["--egs.dir=e", "--ali-dir=a", "--dir=d"]).data.feat_dir is None
 
 
 def test_options_of_a_feed_forward_network() -> None:
     base = ["--feat-dir=f", "--ali-dir=a", "--dir=d", "--egs.frames-per-eg=8"]
     options = parse(base)
-    assert (options.chunk_widths, options.chunk_left_context, options.minibatch) == ((8,), 0, "64")
+    assert (options.data.chunk_widths, options.data.chunk_left_context) == ((8,), 0)
+    assert options.data.minibatch == MinibatchRule.of(64)
     assert (options.momentum, options.samples_per_iter) == (0.0, 50000)
     options = parse([*base, "--trainer.optimization.minibatch-size=256,128", "--trainer.samples-per-iter=80"])
-    assert (options.minibatch, options.samples_per_iter) == ("32,16", 10)
-    assert in_chunks("21=64:128,256/40=4", 8) == "28=8:16,32/47=1"
+    assert (options.data.minibatch, options.samples_per_iter) == (MinibatchRule.of(32), 10)
+    assert in_chunks(MinibatchRule.parse("21=64:128,256/40=4"), 8) == MinibatchRule(((28, 32), (47, 1)))
 
 
 @pytest.mark.parametrize(
@@ -505,10 +540,9 @@ def test_bad_options_are_named(option: str, says: str) -> None:
 def test_normalisation_reaches_the_features_and_the_model_directory(toy: Toy, given: str, means: bool) -> None:
     folder = toy.experiment(f"cmvn.{means}")
     options = parse(toy.options(folder, f"--feat.cmvn-opts={given}"))
-    labels, _ = setup.load_labels(options)
 
     def features_of(how: TrainOptions) -> NDArray[np.float32]:
-        train = setup.open_data(how, labels, SoloWorld()).train
+        train = open_data(how)[0].train
         assert isinstance(train, Corpus)
         return np.concatenate([train.features(key) for key in train.utterances])
 
@@ -516,6 +550,6 @@ def test_normalisation_reaches_the_features_and_the_model_directory(toy: Toy, gi
     raw = features_of(parse(toy.options(folder, "--feat.cmvn-opts=--norm-means=false")))
     np.testing.assert_array_equal(features[:, 0], raw[:, 0])  # skipped, or nothing is done
     assert (not np.allclose(features[:, 1:], raw[:, 1:])) == means
-    write_cmvn_opts(options)
+    write_cmvn_opts(folder, options.data.cmvn)
     again = parse_cmvn_opts((folder / "cmvn_opts").read_text())
-    assert again == options.cmvn
+    assert again == options.data.cmvn

@@ -6,15 +6,15 @@ On CPU tensors, which mpi4py takes by the same protocol as those of a device.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kaldi_mpi.averaging import make_strategy
-from kaldi_mpi.averaging.exchange import Exchanging
-from kaldi_mpi.averaging.journal import Event, Journal
+from kaldi_mpi.averaging import Asynchronous, Participant, make_strategy
+from kaldi_mpi.averaging.journal import Journal, JournalEvent
 from kaldi_mpi.averaging.published_device import DevicePublishedModel
 from tests.conftest import in_ranks
 
@@ -23,40 +23,41 @@ DIM, STEPS = 5000, 12
 
 @in_ranks(3)
 @pytest.mark.parametrize(("name", "wire"), [("adpsgd-random", "float32"), ("expair", "bfloat16")])
-def test_tensors_travel_without_a_copy_in_main_memory(num_ranks: int, name: str, wire: str) -> None:
+def test_tensors_travel_without_a_copy_in_main_memory(
+    num_ranks: int, name: str, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kaldi_mpi.transport.mpi import MpiWorld
 
     world = MpiWorld()
-    messages, rng = world.messages, np.random.default_rng([world.rank, 5])
+    rng = np.random.default_rng([world.rank, 5])
     start = torch.from_numpy(rng.standard_normal(DIM).astype(np.float32))
-    shared, journal = DevicePublishedModel(start, 700, wire, direct=True), Journal()
+    published, journal = DevicePublishedModel(start, 700, wire, direct=True), Journal()
     strategy = make_strategy(name, world)
-    assert isinstance(strategy, Exchanging)
+    assert isinstance(strategy, Asynchronous)
     arrived: list[type] = []
+    receive = strategy.receive
 
-    def receive(source: int, numbers: tuple[int, ...], payload: Any) -> None:
+    def watched(source: int, numbers: Sequence[int], payload: Any) -> None:
         arrived.append(type(payload))
-        strategy.receive(source, numbers, payload)
+        receive(source, numbers, payload)
 
-    strategy.connect(shared, lambda to, numbers, payload: messages.send(1, to, numbers, payload), journal)
-    messages.on_message(1, receive, shared.allocate)
+    monkeypatch.setattr(strategy, "receive", watched)
+    participant = Participant(strategy, published, world.messages, journal)
+    participant.connect()
     world.barrier()
     total, copy = start.double(), torch.zeros(DIM)
     for _ in range(STEPS):
         change = torch.from_numpy(rng.standard_normal(DIM).astype(np.float32))
         total += change.double()
-        for piece in range(shared.num_pieces):
-            with shared.lock(piece):
-                shared.push_pull(piece, change, copy)
-        messages.post(lambda: strategy.step_taken(1))
+        participant.publish(change, copy, 1)
         time.sleep(0.005 * (1 + 3 * (world.rank == 1)))
-    messages.post(strategy.leave)
-    messages.wait(strategy.quiet)
+    participant.leave()
+    participant.settle()
     world.barrier()
     events = journal.records()["event"]
-    assert np.isin(events, (Event.MIX, Event.CROSS, Event.ANSWER)).sum() > 10
+    assert np.isin(events, (JournalEvent.MIX, JournalEvent.CROSS, JournalEvent.ANSWER)).sum() > 10
     assert set(arrived) == {torch.Tensor}
-    mean = world.sum_float64(shared.to_numpy().astype(np.float64)) / world.size
+    mean = world.sum_float64(published.to_numpy().astype(np.float64)) / world.size
     want = world.sum_float64(total.numpy()) / world.size
     np.testing.assert_allclose(mean, want, rtol=0, atol=2e-6 * np.abs(want).max())
     world.close()

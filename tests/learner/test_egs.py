@@ -18,20 +18,20 @@ import pytest
 import torch
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.learner import setup
 from kaldi_mpi.learner.batches import Batch
-from kaldi_mpi.learner.evaluate import Pass, compute_prob, lda_statistics, mean_posterior
-from kaldi_mpi.learner.loop import Learner
+from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.options import parse
-from kaldi_mpi.learner.reading import Reading
 from kaldi_mpi.learner.run import train
-from kaldi_mpi.loader import Chunking, MinibatchRule
+from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.learner.validate import Pass, compute_prob, lda_statistics, mean_posterior
+from kaldi_mpi.loader import Chunking
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.models import build_model, parse_xconfig
 from kaldi_mpi.nnet3 import read_am, to_torch
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport.world import SoloWorld
 from tests.egs_data import Chunk, chunk_example, float_matrix, merged_example, write_egs
+from tests.learner.opened import open_all, open_data
 from tests.paths import kaldi_root
 from tests.toy import NUM_PDFS, Toy, make_toy
 
@@ -53,11 +53,11 @@ class Egs:
         return [*kept, f"--egs.dir={self.egs}", *CUT, *more]
 
 
-def cut(reading: Reading, source: Any, soften: bool) -> Iterator[Chunk]:
+def cut(data: Dataset, source: Any, soften: bool) -> Iterator[Chunk]:
     """The chunks of a source; softened, some frames have two labels and some a weight below 1."""
     rng = np.random.default_rng(1)
-    with reading.feed(source, CPU, rank=0, size=1, shuffle=False, num_epochs=1) as feed:
-        for batch in feed:
+    with data.batches(source, CPU, rank=0, size=1, shuffle=False, num_epochs=1) as batches:
+        for batch in batches:
             for feats, labels in zip(batch.feats.numpy().copy(), batch.labels.tolist(), strict=True):
                 pairs = [[] if label < 0 else [(label, 1.0)] for label in labels]
                 if soften:
@@ -87,19 +87,16 @@ def write(path: Path, chunks: Iterable[Chunk], merged: int = 1) -> None:
 
 
 def make_egs(toy: Toy, name: str, soften: bool = False) -> Egs:
-    options = parse(toy.options(toy.work / "none", *CUT))
-    labels, _ = setup.load_labels(options)
-    (toy.work / "none").mkdir(exist_ok=True)
-    data = setup.open_data(options, labels, SoloWorld())
+    data, _ = open_data(parse(toy.options(toy.experiment(f"cut-{name}"), *CUT)))
+    assert data.chunking == CHUNKS
     folder = toy.work / name
     (folder / "info").mkdir(parents=True)
-    reading = Reading(CHUNKS, MinibatchRule.of(16), seed=0)
-    chunks = list(cut(reading, data.train, soften))
+    chunks = list(cut(data, data.train, soften))
     half = len(chunks) // 2
     write(folder / "egs.1.ark", chunks[:half])
     write(folder / "egs.2.ark", chunks[half:], merged=3)
-    write(folder / "valid_diagnostic.egs", cut(reading, data.valid, soften))
-    write(folder / "train_diagnostic.egs", cut(reading, data.diagnostic, soften), merged=4)
+    write(folder / "valid_diagnostic.egs", cut(data, data.valid, soften))
+    write(folder / "train_diagnostic.egs", cut(data, data.diagnostic, soften), merged=4)
     info = {
         "num_archives": 2, "feat_dim": 6, "ivector_dim": 0, "left_context": 6, "right_context": 3,
         "left_context_initial": -1, "right_context_final": -1, "frames_per_eg": "10,7",
@@ -128,18 +125,14 @@ def soft(toy: Toy) -> Egs:
 def test_examples_score_as_the_features_that_they_were_cut_from(hard: Egs) -> None:
     toy = hard.toy
     options = parse(toy.options(toy.experiment("scores"), *CUT))
-    labels, transitions = setup.load_labels(options)
-    world = SoloWorld()
-    data = setup.open_data(options, labels, world)
-    model = setup.make_model(options, data, transitions.num_pdfs, world, CPU)
+    data, network = open_all(options)
+    model = network.model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    examples = setup.open_data(parse(hard.options(Path(options.dir))), {}, world)
+    examples, _ = open_data(parse(hard.options(Path(options.dir))))
     assert examples.train.num_units > 100 and examples.train.total_frames == data.train.total_frames
-    of_features, of_examples = (
-        Pass(Reading(chunking, MinibatchRule.of(12), seed=0), world, CPU) for chunking in (CHUNKS, None)
-    )
+    of_features, of_examples = (Pass(part, SoloWorld(), CPU) for part in (data, examples))
     for name in ("train", "valid", "diagnostic"):
         one = compute_prob(model, getattr(data, name), of_features)
         two = compute_prob(model, getattr(examples, name), of_examples)
@@ -162,16 +155,16 @@ def test_every_example_is_trained_on_once_an_epoch(
     soft: Egs, strategy: str, learners: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: collections.Counter[bytes] = collections.Counter()
-    lock, compute = threading.Lock(), Learner.compute_gradients
+    lock, compute = threading.Lock(), LearnerStep.compute_gradients
 
-    def record(self: Learner, batch: Batch) -> None:
+    def record(self: LearnerStep, batch: Batch) -> None:
         assert batch.weights is not None and batch.labels.shape == batch.weights.shape == (*batch.labels.shape[:2], 2)
         with lock:
             parts = zip(batch.feats.numpy(), batch.labels.numpy(), batch.weights.numpy(), strict=True)
             seen.update(b"".join(part.tobytes() for part in chunk) for chunk in parts)
         compute(self, batch)
 
-    monkeypatch.setattr(Learner, "compute_gradients", record)
+    monkeypatch.setattr(LearnerStep, "compute_gradients", record)
     folder = soft.toy.experiment(f"{strategy}-{learners}")
     options = parse(soft.options(folder, f"--strategy={strategy}"))
     run_world(learners, lambda world: train(options, world))
@@ -250,10 +243,11 @@ def test_a_network_of_examples_needs_no_features(hard: Egs) -> None:
     """The xconfig is the only thing that says how the network is; it is built as for features."""
     folder = hard.toy.experiment("no-features")
     options = parse(hard.options(folder))
-    assert options.feat_dir is None
-    data = setup.open_data(options, {}, SoloWorld())
+    assert options.data.feat_dir is None
+    data, network = open_data(options)
     assert (folder / "egs.index").exists()
-    model = setup.make_model(options, data, NUM_PDFS, SoloWorld(), CPU)
+    network.estimate_transforms(data, SoloWorld(), 10**6)
+    model = network.model
     config = parse_xconfig(options.xconfig)
     transform = {str(folder / "configs" / "lda.mat"): np.zeros((18, 19), np.float32)}
     same = build_model(config, seed=0, transforms=transform)

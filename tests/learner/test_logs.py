@@ -94,7 +94,7 @@ def test_watching_a_command(tmp_path: Path) -> None:
     path = tmp_path / "progress.json"
     path.write_text("of an older run")
     result = subprocess.run(
-        [sys.executable, "-m", "kaldi_mpi.learner.watch", str(path), "--", "sh", "-c", "echo said; exit 7"],
+        [sys.executable, "-m", "kaldi_mpi", "progress", str(path), "--", "sh", "-c", "echo said; exit 7"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (7, "said\n", "")

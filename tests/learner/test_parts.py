@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.averaging.published import HostPublishedModel
-from kaldi_mpi.averaging.published_device import DevicePublishedModel, HostPublished
+from kaldi_mpi.averaging.published_device import DevicePublishedModel
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import faults
-from kaldi_mpi.learner.plan import Plan, TicketMap
+from kaldi_mpi.learner.schedule import Plan, TicketMap
 from kaldi_mpi.learner.tickets import TicketClient, TicketServer
 
 
@@ -27,7 +27,7 @@ class FakeNet:
     def __init__(self, size: int) -> None:
         self.queue: deque[tuple[int, int, tuple[int, ...]]] = deque()
         self.handlers: list[Any] = [None] * size
-        self.messages = [FakeLinks(self, rank, size) for rank in range(size)]
+        self.messages = [FakeMessages(self, rank, size) for rank in range(size)]
 
     def deliver_all(self) -> None:
         while self.queue:
@@ -35,7 +35,7 @@ class FakeNet:
             self.handlers[to](source, numbers, None)
 
 
-class FakeLinks:
+class FakeMessages:
     """One rank's."""
 
     def __init__(self, net: FakeNet, rank: int, size: int) -> None:
@@ -109,12 +109,12 @@ def test_a_slow_learner_holds_nobody_up(slow: int) -> None:
 
 
 def test_disturbances_are_read() -> None:
-    found = faults.parse("device:20ms, slow:100x@rank2,jitter:30%,pause:5s@rank1@step50,kill@rank3@step7")
+    found = faults.parse_faults("device:20ms, slow:100x@rank2,jitter:30%,pause:5s@rank1@step50,kill@rank3@step7")
     assert [(d.kind, d.amount, d.rank, d.step) for d in found] == [
         ("device", 0.02, None, None), ("slow", 100.0, 2, None), ("jitter", 0.3, None, None),
         ("pause", 5.0, 1, 50), ("kill", 0.0, 3, 7),
     ]  # fmt: skip
-    assert faults.parse("") == []
+    assert faults.parse_faults("") == []
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_disturbances_are_read() -> None:
 )
 def test_bad_disturbances_are_named(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match="--inject") as error:
-        faults.parse(text)
+        faults.parse_faults(text)
     assert says.removeprefix("slow: ") in str(error.value)
 
 
@@ -139,7 +139,10 @@ def test_a_step_takes_the_time_that_was_asked_for() -> None:
     slept: list[float] = []
     now = [0.0]
     injector = faults.Injector(
-        faults.parse("device:20ms,slow:10x@rank1,pause:3s@rank1@step1,slow:2x@rank0"), 1, slept.append, lambda: now[0]
+        faults.parse_faults("device:20ms,slow:10x@rank1,pause:3s@rank1@step1,slow:2x@rank0"),
+        1,
+        slept.append,
+        lambda: now[0],
     )
     for computing in (0.005, 0.01):
         injector.begin()
@@ -153,7 +156,7 @@ def test_a_published_model_is_the_same_wherever_it_lives(wire: str) -> None:
     """The code for GPUs, on CPU tensors, against NumPy's, bit for bit."""
     rng = np.random.default_rng(0)
     start = rng.standard_normal(1000).astype(np.float32)
-    host, device = HostPublished(start, 300, wire), DevicePublishedModel(torch.from_numpy(start), 300, wire)
+    host, device = HostPublishedModel(start, 300, wire), DevicePublishedModel(torch.from_numpy(start), 300, wire)
     other = HostPublishedModel(rng.standard_normal(1000).astype(np.float32), 300, wire)
     change = torch.from_numpy(rng.standard_normal(1000).astype(np.float32))
     copies = [torch.zeros(1000), torch.zeros(1000)]

@@ -27,7 +27,7 @@ def parameters(folder: Path) -> np.ndarray:
     from kaldi_mpi.learner.flat import FlatParameters
     from kaldi_mpi.nnet3 import read_am, to_torch
 
-    return FlatParameters(to_torch(read_am(folder / "final.mdl").nnet)).to_numpy()
+    return FlatParameters.of_model(to_torch(read_am(folder / "final.mdl").nnet)).to_numpy()
 
 
 PERIODIC = ("--strategy=periodic", "--frames-per-average=500")
@@ -37,12 +37,11 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
     """The whole machinery in one rank gives the parameters that a loop without MPI, strategy or learner gives."""
     import torch
 
-    from kaldi_mpi.learner import setup
     from kaldi_mpi.learner.flat import FlatParameters
     from kaldi_mpi.learner.optimiser import KaldiSgd
     from kaldi_mpi.learner.options import parse
-    from kaldi_mpi.loader import MinibatchReader
-    from kaldi_mpi.transport.world import SoloWorld
+    from kaldi_mpi.loader import ChunkShape, MinibatchReader
+    from tests.learner.opened import open_all
 
     one = trained(toy, "solo-allreduce", 1)
     other = trained(toy, "solo-periodic", 1, *PERIODIC)
@@ -50,11 +49,10 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
 
     torch.set_num_threads(1)
     options = parse(toy.options(toy.experiment("plain")))
-    labels, transitions = setup.load_labels(options)
-    data = setup.open_data(options, labels, SoloWorld())
-    model = setup.make_model(options, data, transitions.num_pdfs, SoloWorld(), torch.device("cpu"))
-    shape = setup.chunk_shape(options, model)
-    flat = FlatParameters(model)
+    data, network = open_all(options)
+    model, shape = network.model, data.chunking
+    assert isinstance(shape, ChunkShape)
+    flat = FlatParameters.of_model(model)
     start = flat.to_numpy()
     optimiser = KaldiSgd(flat, 0.5, 2.0)
     frames, total = 0, 2 * data.train.total_frames

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.scp import read_table
 from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
-from kaldi_mpi.loader.cmvn import read_norms
+from kaldi_mpi.loader.transforms import read_norms
 from tests.loader.test_formats import read_text_matrices
 from tests.loader_data import Written, compressed_matrix, full_matrix, write_archive, write_corpus
 from tests.paths import golden, kaldi_root
@@ -133,6 +134,28 @@ def test_utterance_without_a_speaker(written: Written, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Corpus.open(written.scp, written.labels, cmvn_scp=scp, utt2spk=tmp_path / "utt2spk", norm_means=True)
     assert str(caught.value) == f"{tmp_path}/utt2spk, key u001: the utterance has no speaker"
+
+
+def test_tables_that_have_been_read_already(written: Written, tmp_path: Path) -> None:
+    """They are as good as their files, and errors name these."""
+    scp, _ = write_stats(tmp_path, written)
+    (tmp_path / "utt2spk").write_text("".join(f"{u} {s}\n" for u, s in SPEAKERS.items()))
+    files = (written.scp, scp, tmp_path / "utt2spk")
+    feats, cmvn, utt2spk = map(read_table, files)
+    expected = Corpus.open(files[0], written.labels, cmvn_scp=files[1], utt2spk=files[2], norm_means=True)
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    corpus = Corpus.open(feats, written.labels, cmvn_scp=cmvn, utt2spk=utt2spk, norm_means=True)
+    for key in written.feats:
+        np.testing.assert_array_equal(corpus.features(key), expected.features(key))
+    utt2spk.pop("u001")
+    with pytest.raises(DataError, match=f"^{files[2]}, key u001: the utterance has no speaker$"):
+        Corpus.open(feats, written.labels, cmvn_scp=cmvn, utt2spk=utt2spk, norm_means=True)
+    with pytest.raises(DataError, match=f"^{files[0]}, key nobody: the utterance is not in this file$"):
+        Corpus.open(feats, written.labels, utterances=["nobody"])
+    feats["u001"] = "-"
+    with pytest.raises(DataError, match=f"^{files[0]}, key u001: '-' is standard input"):
+        Corpus.open(feats, written.labels)
 
 
 def test_options_that_contradict_each_other(written: Written, tmp_path: Path) -> None:

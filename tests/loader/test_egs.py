@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.loader import example as example_module
-from kaldi_mpi.loader.example import Example, NnetIo, SparseRows, read_examples
 from kaldi_mpi.loader.examples import Examples
+from kaldi_mpi.testing import examples as example_module
+from kaldi_mpi.testing.examples import Example, NnetIo, SparseRows, read_examples
 from tests.egs_data import (
     chunk_example,
     encode_indexes,

@@ -14,10 +14,10 @@ import pytest
 
 import kaldi_mpi.loader.examples as module
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader.chunking import ChunkShape
-from kaldi_mpi.loader.example import SparseRows, read_examples
+from kaldi_mpi.loader.chunks import ChunkShape
 from kaldi_mpi.loader.examples import ExampleChunk, Examples
-from kaldi_mpi.loader.source import Source
+from kaldi_mpi.loader.plan import Source
+from kaldi_mpi.testing.examples import SparseRows, read_examples
 from tests.egs_data import (
     Chunk,
     chunk_example,

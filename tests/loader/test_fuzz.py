@@ -9,6 +9,7 @@ import pytest
 
 from tests.fuzz.run import Compiler, build, command_of, find_compiler, run
 from tests.fuzz.seeds import TARGETS, write
+from tests.paths import REPO
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,10 @@ def test_a_failure_is_found_and_its_input_kept(built: tuple[Compiler, Path], tmp
         "    return 0;\n"
         "}\n"
     )
-    here = Path(__file__).parent / "fuzz"
+    here = REPO / "tests" / "fuzz"
     sources = [str(tmp_path / "bad.c"), str(here / "driver.c")]
     program, artifact, seed = tmp_path / "bad", tmp_path / "crash", tmp_path / "seed"
-    command = [compiler.command, "-std=c11", "-g", "-fsanitize=address", f"-I{here}", f"-I{here.parents[1] / 'csrc'}"]
+    command = [compiler.command, "-std=c11", "-g", "-fsanitize=address", f"-I{here}", f"-I{REPO / 'csrc'}"]
     subprocess.run([*command, *sources, "-o", str(program)], check=True)
     seed.write_bytes(b"0123456789")
     done = subprocess.run(

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
+from kaldi_mpi.loader import ChunkShape, Corpus, Labels, MinibatchReader
 from kaldi_mpi.loader.posteriors import Posterior
 from tests.loader_data import full_matrix, write_archive, write_corpus
 
@@ -113,6 +113,40 @@ def test_streamed_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         Corpus.open(written.scp, iter([*pairs, pairs[0]]))
     with pytest.raises(DataError, match="no utterance is left: 4 have no labels and 0 are bad"):
         Corpus.open(written.scp, iter([]))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_corpora_share_labels_that_are_read_once(soft: bool, tmp_path: Path) -> None:
+    written = write_corpus(tmp_path, [5, 4, 6, 3], dim=2)
+    own = {key: posterior([[(int(v), 0.5), (9, 0.5)] for v in y]) if soft else y for key, y in written.labels.items()}
+    pairs = [*reversed(own.items()), ("nobody", np.zeros(0, int))]
+    labels = Labels.read(iter(pairs), wanted=own)
+    assert (list(labels), len(labels), "nobody" in labels) == (list(reversed(own)), 4, False)
+    alone = Corpus.open(written.scp, own)
+    for utterances in (["u002", "u000"], ["u001"], ["u000", "u001", "u002", "u003"]):
+        corpus = Corpus.open(written.scp, labels, utterances=utterances)
+        assert (corpus.utterances, corpus.has_weights, corpus.num_targets) == (utterances, soft, 1 + soft)
+        for key in utterances:
+            np.testing.assert_array_equal(corpus.labels(key), alone.labels(key))
+            np.testing.assert_array_equal(corpus.weights(key), alone.weights(key))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="key u003: labels of this utterance come twice"):
+        Labels.read([*pairs[:4], pairs[0]])
+
+
+def test_shared_labels_are_not_copied(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path, [5, 4], dim=2)
+    labels = Labels.read(written.labels.items())
+    one, two = labels.of(["u000"]).ids, labels.of(["u001", "u000"]).ids
+    assert np.shares_memory(one, two) and one.dtype == np.uint16 and len(one) == 9
+
+
+def test_shared_labels_that_do_not_fit_the_features(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path, [5, 4, 3], dim=2)
+    labels = Labels.read((key, np.zeros(4, int)) for key in ("u000", "u001"))
+    with pytest.raises(DataError, match="key u000: the alignment has 4 frames and the features have 5"):
+        Corpus.open(written.scp, labels)
+    corpus = Corpus.open(written.scp, labels, skip_bad=1)
+    assert (corpus.utterances, corpus.num_bad, corpus.num_without_labels) == (["u001"], 1, 1)
 
 
 @pytest.mark.parametrize(

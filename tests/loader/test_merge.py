@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kaldi_mpi.loader import Examples, Minibatch, MinibatchReader, MinibatchRule
-from kaldi_mpi.loader.example import Example, SparseRows, read_examples
+from kaldi_mpi.testing.examples import Example, SparseRows, read_examples
 from tests.egs_data import chunk_example, merged_example, random_chunk, write_egs
 from tests.paths import kaldi_root
 

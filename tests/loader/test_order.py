@@ -117,7 +117,7 @@ def test_order_depends_on_neither_threads_nor_depth_nor_where_one_starts(
     shape = ChunkShape(4, 2, 1)
     plain = list(copies(MinibatchReader(corpus, shape, 3, seed=5, num_epochs=3)))
     reader = MinibatchReader(corpus, shape, 3, seed=5, num_epochs=3, threads=threads, depth=depth, first_step=first)
-    frames = [reader.frames_of_step(step) for step in range(3 * reader.steps_per_epoch)]
+    frames = [reader.plan.frames_of_step(step) for step in range(3 * reader.steps_per_epoch)]
     assert frames == [m.global_frames for m in plain]
     others = list(copies(reader))
     assert len(others) == max(0, len(plain) - first)
@@ -146,7 +146,7 @@ def test_chunks_and_labels_of_an_uneven_utterance(folder: Path) -> None:
     """The example of the documentation: 10 frames in chunks of 4, and 3 frames in one."""
     _, corpus = open_corpus(folder, [10, 3])
     with MinibatchReader(corpus, ChunkShape(4, 0, 0), 9, seed=0, shuffle=False) as reader:
-        assert reader.num_chunks == 4
+        assert reader.plan.num_chunks == 4
         assert next(reader).labels.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [-1, -1, 8, 9], [10, 11, 12, -1]]
 
 

@@ -1,4 +1,4 @@
-"""Pools, several shapes, minibatch rules, and places to go on from: every labelled frame exactly once, in any case."""
+"""Pools, several shapes, minibatch rules, positions to go on from: every labelled frame exactly once, in any case."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.loader import Chunking, ChunkPlan, ChunkShape, Corpus, Minibatch, MinibatchReader, MinibatchRule, Place
+from kaldi_mpi.loader import (
+    Chunking,
+    ChunkPlan,
+    ChunkShape,
+    Corpus,
+    Minibatch,
+    MinibatchReader,
+    MinibatchRule,
+    Position,
+)
 from tests.loader_data import Written, write_corpus
 
 SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,8 +107,6 @@ def test_each_frame_once_an_epoch_whatever_the_shapes_and_pools(
         assert {m.step for m in at_step} == {step}
         assert plan.frames_of_step(step) == first.global_frames == sum(m.frames for m in at_step)
         assert plan.chunks_of_step(step) == sum(len(m.labels) for m in at_step)
-        assert plan.shape_of_step(step) == first.shape
-        assert plan.epoch_of_step(step) == first.epoch
         for m in at_step:
             assert m.shape == first.shape
             assert len(m.labels) <= rule.largest(m.shape.rows)
@@ -117,35 +124,37 @@ def test_going_on_with_another_number_of_ranks(
 ) -> None:
     """Several stretches, each with its own N and minibatch; the last goes to the end of the second epoch."""
     _, corpus = open_corpus(folder, lengths)
-    place: Place | None = None
+    position: Position | None = None
     seen: list[Minibatch] = []
     for number, (size, chunks, steps) in enumerate(sizes):
-        plan = ChunkPlan(corpus, chunking, chunks, size=size, seed=seed, memory=memory, start=place)
+        plan = ChunkPlan(corpus, chunking, chunks, size=size, seed=seed, memory=memory, start=position)
         last = number == len(sizes) - 1
         for rank in range(size):
             reader = MinibatchReader(
-                corpus, chunking, chunks, seed=seed, rank=rank, size=size, num_epochs=2, memory=memory, start=place
+                corpus, chunking, chunks, seed=seed, rank=rank, size=size, num_epochs=2, memory=memory, start=position
             )
             seen += [m for m in copies(reader) if last or m.step < steps]
         here = min(steps, plan.end_of_epochs(2))
-        assert plan.place(0) == place or place is None or place.epoch < plan.place(0).epoch
-        place = plan.place(here)
-        assert 0 <= place.epoch <= 2
+        assert plan.position(0) == position or position is None or position.epoch < plan.position(0).epoch
+        position = plan.position(here)
+        assert 0 <= position.epoch <= 2
     assert labels_of([m for m in seen if m.epoch == 0]) == once(lengths)
     assert labels_of([m for m in seen if m.epoch == 1]) == once(lengths)
 
 
 @SETTINGS
 @given(lengths=LENGTHS, chunking=CHUNKINGS, memory=MEMORY, first=st.integers(0, 20), threads=st.integers(1, 4))
-def test_a_place_goes_on_with_the_same_minibatches(
+def test_a_position_goes_on_with_the_same_minibatches(
     folder: Path, lengths: list[int], chunking: Chunking, memory: int, first: int, threads: int
 ) -> None:
     _, corpus = open_corpus(folder, lengths)
     whole = list(copies(MinibatchReader(corpus, chunking, 3, seed=4, num_epochs=3, memory=memory)))
     first = min(first, len(whole))
-    place = ChunkPlan(corpus, chunking, 3, size=1, seed=4, memory=memory).place(first)
+    position = ChunkPlan(corpus, chunking, 3, size=1, seed=4, memory=memory).position(first)
     rest = list(
-        copies(MinibatchReader(corpus, chunking, 3, seed=4, num_epochs=3, memory=memory, start=place, threads=threads))
+        copies(
+            MinibatchReader(corpus, chunking, 3, seed=4, num_epochs=3, memory=memory, start=position, threads=threads)
+        )
     )
     assert len(rest) == len(whole) - first
     for a, b in zip(whole[first:], rest, strict=True):
@@ -154,15 +163,15 @@ def test_a_place_goes_on_with_the_same_minibatches(
         np.testing.assert_array_equal(a.labels, b.labels)
 
 
-def test_a_place_in_another_order_is_refused(folder: Path) -> None:
+def test_a_position_in_another_order_is_refused(folder: Path) -> None:
     _, corpus = open_corpus(folder, [20, 30])
-    place = ChunkPlan(corpus, ChunkShape(4, 0, 0), 2, size=1, seed=1).place(3)
-    assert place.epoch == 0 and place.taken == (6,)
+    position = ChunkPlan(corpus, ChunkShape(4, 0, 0), 2, size=1, seed=1).position(3)
+    assert position.epoch == 0 and position.taken == (6,)
     for change in ({"seed": 2}, {"shuffle": False}, {"memory": 100}):
         with pytest.raises(ConfigError, match="another order of the data"):
-            ChunkPlan(corpus, ChunkShape(4, 0, 0), 2, **{"size": 1, "seed": 1, **change, "start": place})  # type: ignore[arg-type]
+            ChunkPlan(corpus, ChunkShape(4, 0, 0), 2, **{"size": 1, "seed": 1, **change, "start": position})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="another order of the data"):
-        ChunkPlan(corpus, ChunkShape(5, 0, 0), 2, size=1, seed=1, start=place)
+        ChunkPlan(corpus, ChunkShape(5, 0, 0), 2, size=1, seed=1, start=position)
 
 
 def test_pools_mix_what_fits_into_memory_and_are_drawn_anew(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
+from kaldi_mpi.loader import ChunkPlan, ChunkShape, Corpus, Minibatch, MinibatchReader
 from tests.loader_data import write_corpus
 from tests.paths import REPO
 
@@ -73,7 +73,7 @@ def test_buffers_that_do_not_fit(corpus: Corpus, buffer: tuple[np.ndarray, np.nd
         ({"rank": 2, "size": 2}, "rank is 2, and must be at least 0 and below 2"),
         ({"size": 0}, "number of ranks is 0"),
         ({"threads": 0}, "number of reader threads is 0"),
-        ({"depth": 0}, "depth of the reader's ring is 0"),
+        ({"depth": 0}, "depth of the reader's queue is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"first_step": -1}, "first step is -1"),
         ({"buffers": []}, "number of buffers is 0"),
@@ -82,6 +82,32 @@ def test_buffers_that_do_not_fit(corpus: Corpus, buffer: tuple[np.ndarray, np.nd
 def test_arguments_out_of_range(corpus: Corpus, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MinibatchReader(corpus, SHAPE, 5, **{"seed": 0, **options})  # type: ignore[arg-type]
+
+
+def test_readers_share_a_plan(corpus: Corpus) -> None:
+    plan = ChunkPlan(corpus, SHAPE, 3, size=2, seed=1)
+    own, shared = (
+        [MinibatchReader(corpus, SHAPE, 3, seed=1, rank=rank, size=2, num_epochs=2, plan=p) for rank in range(2)]
+        for p in (None, plan)
+    )
+    assert all(reader.plan is plan for reader in shared)
+    for one, two in zip(own, shared, strict=True):
+        with one, two:
+            assert [m.labels.tolist() for m in one] == [m.labels.tolist() for m in two]
+    for other in ({"seed": 2}, {"size": 1}, {"shuffle": False}, {"memory": 1000}):
+        with pytest.raises(ConfigError, match="the plan is of another source, or was made with other arguments"):
+            MinibatchReader(corpus, SHAPE, 3, **{"seed": 1, "size": 2, "plan": plan, **other})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the plan is of another source"):
+        MinibatchReader(corpus, SHAPE, 4, seed=1, size=2, plan=plan)
+
+
+def test_a_minibatch_with_other_arrays(corpus: Corpus) -> None:
+    with MinibatchReader(corpus, SHAPE, 5, seed=0) as reader:
+        minibatch = next(reader)
+        lists: Minibatch[list[object]] = minibatch.map(lambda name, array: [name, array.shape])
+        assert lists.feats == ["feats", minibatch.feats.shape]
+        assert (lists.weights, lists.ivectors, lists.first) == (None, None, -2)
+        assert (lists.step, lists.frames, lists.weight) == (minibatch.step, minibatch.frames, float(minibatch.frames))
 
 
 def test_shapes_out_of_range() -> None:

@@ -16,12 +16,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.formats.rspecifier import Rspecifier, parse_rspecifier
-from kaldi_mpi.formats.scp import Location, columns_in_range, parse_location, rows_in_range
+from kaldi_mpi.formats.scp import (
+    Location,
+    Rspecifier,
+    columns_in_range,
+    parse_location,
+    parse_rspecifier,
+    rows_in_range,
+)
 from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader
-from kaldi_mpi.loader.archives import Archives
-from kaldi_mpi.loader.native import ffi
-from kaldi_mpi.loader.spool import Spool
+from kaldi_mpi.loader.native import Archives, ffi
+from kaldi_mpi.loader.scratch import ScratchFile
 from kaldi_mpi.loader.tables import Table, locate
 from tests.loader_data import KINDS, full_matrix, random_matrix, write_archive
 
@@ -100,7 +105,7 @@ def write_kinds(folder: Path) -> tuple[Path, Matrices]:
 
 def test_every_kind_of_value_gives_the_same_matrix(tmp_path: Path) -> None:
     scp, expected = write_kinds(tmp_path)
-    got = read_all(scp, spool_dir=tmp_path)
+    got = read_all(scp, scratch_dir=tmp_path)
     assert list(got) == list(expected)
     for key, values in expected.items():
         np.testing.assert_array_equal(got[key], values, err_msg=key)
@@ -108,7 +113,7 @@ def test_every_kind_of_value_gives_the_same_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_minibatches_do_not_depend_on_where_features_come_from(shuffle: bool, tmp_path: Path) -> None:
-    """In place, spooled and cut, in one corpus; the spool outlives what opened it."""
+    """In place, copied and cut, in one corpus; the scratch file outlives what opened it."""
     scp, expected = write_kinds(tmp_path)
     narrow = {key: m for key, m in expected.items() if m.shape[1] == 5}
     plain = write_archive(
@@ -143,7 +148,7 @@ def test_a_command_is_run_once_for_all_its_ranges_and_not_for_keys_that_nobody_w
     assert (tmp_path / "log").read_text() == "run\n"
 
 
-def test_spooled_bytes_are_those_that_came(tmp_path: Path) -> None:
+def test_copied_bytes_are_those_that_came(tmp_path: Path) -> None:
     """Compressed matrices stay compressed."""
     data, _ = random_matrix(np.random.default_rng(0), "CM", 50, 40)
     (tmp_path / "m").write_bytes(data)
@@ -274,28 +279,28 @@ def test_bad_keys_can_be_left_out(tmp_path: Path) -> None:
     assert list(read_all(f"scp,p:{tmp_path}/feats.scp")) == ["c"]
 
 
-def test_no_space_for_the_spool(tmp_path: Path) -> None:
+def test_no_space_for_the_scratch_file(tmp_path: Path) -> None:
     """A device that is always full, and a directory that is none."""
-    spool = Spool(tmp_path)
+    scratch = ScratchFile(tmp_path)
     full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, spool._fd)
+    os.dup2(full, scratch._fd)
     os.close(full)
-    said = message(lambda: spool.add([b"12345"], 5, file="cmd |", key="utt", offset=0))
-    spool.close()
+    said = message(lambda: scratch.add([b"12345"], 5, file="cmd |", key="utt", offset=0))
+    scratch.close()
     assert said.startswith(f"cmd |, key utt: cannot write to the temporary file in {tmp_path}, which is for 5 bytes")
     assert "No space left on device" in said
     (tmp_path / "feats.scp").write_text("a true |\n")
-    said = message(lambda: read_all(tmp_path / "feats.scp", spool_dir=tmp_path / "nowhere"))
+    said = message(lambda: read_all(tmp_path / "feats.scp", scratch_dir=tmp_path / "nowhere"))
     assert said.startswith(f"{tmp_path}/nowhere: cannot make the temporary file")
 
 
-def test_the_spool_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_scratch_file_leaves_nothing_behind(tmp_path: Path) -> None:
     scp, _ = write_kinds(tmp_path)
-    spool_dir = tmp_path / "spool"
-    spool_dir.mkdir()
+    scratch_dir = tmp_path / "scratch"
+    scratch_dir.mkdir()
     archives = Archives()
-    table = locate(scp, archives, spool_dir=spool_dir)
-    assert list(spool_dir.iterdir()) == []
+    table = locate(scp, archives, scratch_dir=scratch_dir)
+    assert list(scratch_dir.iterdir()) == []
     assert decoded(table, archives)
     before = len(os.listdir("/proc/self/fd"))
     del archives

@@ -10,16 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.formats.cmvn_options import CmvnOptions, format_cmvn_opts, parse_cmvn_opts
 from kaldi_mpi.loader import Chunking, ChunkShape, Corpus, MinibatchReader
-from kaldi_mpi.loader.cmvn import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.transforms import (
     DeltaOptions,
     SpliceOptions,
     delta_scales,
     parse_delta_opts,
     parse_splice_opts,
-    read_opts,
 )
 from tests.loader_data import KINDS, Written, full_matrix, random_matrix, write_archive, write_corpus
 from tests.paths import kaldi_root
@@ -222,7 +221,7 @@ def test_transforms_that_cannot_be(arguments: dict[str, object], message: str, t
         Corpus.open(written.scp, written.labels, **arguments)  # type: ignore[arg-type]
 
 
-def test_options_in_kaldis_files(tmp_path: Path) -> None:
+def test_options_in_kaldis_files() -> None:
     assert parse_delta_opts("") == DeltaOptions(2, 2, 0)
     assert parse_delta_opts("--delta-order=1 --delta-window=3 --truncate=13\n") == DeltaOptions(1, 3, 13)
     assert parse_splice_opts("") == SpliceOptions(4, 4)
@@ -231,10 +230,20 @@ def test_options_in_kaldis_files(tmp_path: Path) -> None:
     text = "--norm-means=true --norm-vars --reverse=false --skip-dims=13:14:15\n"
     assert parse_cmvn_opts(text) == CmvnOptions(True, True, (13, 14, 15))
     assert parse_cmvn_opts("--norm-means=false --skip-dims=") == CmvnOptions(False, False, ())
-    (tmp_path / "cmvn_opts").write_text("--norm-means=false --norm-vars=false\n")
-    assert parse_cmvn_opts(read_opts(tmp_path / "cmvn_opts")) == CmvnOptions(False, False, ())
-    with pytest.raises(DataError, match="cannot read: No such file"):
-        read_opts(tmp_path / "delta_opts")
+    assert parse_cmvn_opts("--norm-means=false --norm-vars=false\n") == CmvnOptions(False, False, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (CmvnOptions(), "--norm-means=true --norm-vars=false"),
+        (CmvnOptions(False, False, ()), "--norm-means=false --norm-vars=false"),
+        (CmvnOptions(True, True, (13, 14)), "--norm-means=true --norm-vars=true --skip-dims=13:14"),
+    ],
+)
+def test_cmvn_options_are_written_as_they_are_read(options: CmvnOptions, text: str) -> None:
+    assert format_cmvn_opts(options) == text
+    assert parse_cmvn_opts(text) == options
 
 
 @pytest.mark.parametrize(

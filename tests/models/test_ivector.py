@@ -14,15 +14,17 @@ import torch
 from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.scorers import ChunkOptions, load_scorer
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig_text
-from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, read_transition_model, to_torch, write_am, write_nnet
+from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
 
 DIM, IVECTOR_DIM = 40, 7
 RECIPE = f"""
 input dim={IVECTOR_DIM} name=ivector
 input dim={DIM} name=input
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2,ReplaceIndex(ivector, t, 0)) affine-transform-file=conf/lda.mat
+fixed-affine-layer name=lda delay=5 input=Append(-2,-1,0,1,2,ReplaceIndex(ivector, t, 0)) \
+affine-transform-file=conf/lda.mat
 fast-lstmp-layer name=lstm1 cell-dim=16 recurrent-projection-dim=6 non-recurrent-projection-dim=5 delay=-1 decay-time=20
 fast-lstm-layer name=lstm2 cell-dim=8 delay=-3
 output-layer name=output output-delay=5 dim=112 max-change=1.5 param-stddev=0.1 bias-stddev=0.1
@@ -155,7 +157,7 @@ def test_expansion_is_that_of_kaldi(tmp_path: Path) -> None:
     script = recipe / "steps" / "nnet3" / "xconfig_to_configs.py"
     if not script.exists():
         pytest.skip("this Kaldi has no recipes")
-    (tmp_path / "net.xconfig").write_text(RECIPE.replace("conf/lda.mat", "configs/lda.mat delay=5"))
+    (tmp_path / "net.xconfig").write_text(RECIPE.replace("conf/lda.mat", "configs/lda.mat"))
     environment = {**os.environ, "PATH": f"{kaldi_root()}/src/nnet3bin:{recipe}/utils:{os.environ['PATH']}"}
     command = [
         sys.executable,

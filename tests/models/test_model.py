@@ -24,7 +24,7 @@ from kaldi_mpi.models.graph import Graph
 
 LSTM = """
 input dim=6 name=input
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=conf/lda.mat
+fixed-affine-layer name=lda delay=5 input=Append(-2,-1,0,1,2) affine-transform-file=conf/lda.mat
 fast-lstm-layer name=lstm1 cell-dim=8 delay=-1 decay-time=20
 fast-lstmp-layer name=lstm2 cell-dim=8 recurrent-projection-dim=3 non-recurrent-projection-dim=2 delay=-3
 output-layer name=output dim=7 output-delay=5 max-change=1.2 param-stddev=0.3
@@ -229,6 +229,32 @@ def test_missing_transforms(tmp_path: Path) -> None:
     assert missing_transforms(config) == []
     with pytest.raises(ConfigError, match="input of dimension 30 for a component of 20"):
         build_model(config, seed=1, transforms={f"{tmp_path}/lda.mat": np.zeros((30, 21))})
+
+
+def test_a_transform_put_in_later_gives_the_model_built_with_it() -> None:
+    config = parse_xconfig_text(LSTM)
+    ((component, path),) = transform_files(config)
+    stand_in = np.eye(30, 31, dtype=np.float32)
+    matrix = np.random.default_rng(3).normal(size=(30, 31))
+    model = build_model(config, seed=4, transforms={path: stand_in})
+    wanted = build_model(config, seed=4, transforms={path: matrix})
+    before = wanted.state_dict().keys(), [values.data_ptr() for values in model.state_dict().values()]
+    model.set_transform(component, matrix)
+    assert before == (model.state_dict().keys(), [values.data_ptr() for values in model.state_dict().values()])
+    for name, values in model.state_dict().items():
+        assert values.numpy().tobytes() == wanted.state_dict()[name].numpy().tobytes(), name
+    assert not any(torch.equal(buffer, torch.from_numpy(stand_in[:, :-1])) for buffer in model.buffers())
+    x = feats(2, 40, 6)
+    assert model(x, -20, 5).detach().numpy().tobytes() == wanted(x, -20, 5).detach().numpy().tobytes()
+
+
+def test_transforms_that_do_not_fit() -> None:
+    model = model_of(LSTM)
+    with pytest.raises(ConfigError, match=r"network\.xconfig: the transform of lda has shape \(30, 21\), .*\(30, 31\)"):
+        model.set_transform("lda", np.zeros((30, 21)))
+    for name in ("output.affine", "no-such"):
+        with pytest.raises(KeyError, match=name):
+            model.set_transform(name, np.zeros((30, 31)))
 
 
 def config_of(*lines: str) -> Config:

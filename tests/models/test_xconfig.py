@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,8 @@ import pytest
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models import parse_xconfig, parse_xconfig_text
 from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
+from kaldi_mpi.models.graph import computable_in_order, contexts
+from tests.paths import REPO, kaldi_root
 
 INPUT = "input dim=40 name=input\n"
 
@@ -131,6 +137,77 @@ def test_output_delay_and_nested_append() -> None:
     lines = parse_xconfig_text(text).node_lines()
     assert lines[-3] == "component-node name=output.affine component=output.affine input=Append(f.m, Offset(b.m, 1))"
     assert lines[-1] == "output-node name=output input=Offset(output.log-softmax, 3) objective=linear"
+
+
+LDA = "fixed-affine-layer name=lda {}input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat\n"
+LSTM = "fast-lstm-layer name=l cell-dim=4 delay=-1\noutput-layer name=output dim=9 output-delay={}\n"
+
+
+def test_a_label_delay_must_stand_in_the_fixed_affine_layer_too() -> None:
+    """As xconfig_to_configs.py has it; there it changes no line of the network."""
+    with pytest.raises(ConfigError, match=r"x:2: delay: the input takes 2 frames .* only 0 and 5, .*: add delay=3$"):
+        parse_xconfig_text(INPUT + LDA.format("") + LSTM.format(3), "x")
+    with pytest.raises(ConfigError, match=r"x:2: delay: .* only 4 and 0, which Kaldi refuses; .*: add delay=-2$"):
+        parse_xconfig_text(INPUT + LDA.format("") + LSTM.format(-2), "x")
+    with pytest.raises(ConfigError, match=r"takes 0 frames to the left and 6 to the right, .*: add delay=3$"):
+        parse_xconfig_text(INPUT + LDA.format("delay=4 ") + LSTM.format(3), "x")
+    given = parse_xconfig_text(INPUT + LDA.format("delay=3 ") + LSTM.format(3))
+    free = parse_xconfig_text(INPUT + LDA.format("write-init-config=false ") + LSTM.format(3))
+    assert given.node_lines() == free.node_lines()
+    parse_xconfig_text(INPUT + LDA.format("") + LSTM.format(0))
+
+
+def test_contexts_are_the_models() -> None:
+    from kaldi_mpi.models import build_model
+
+    texts = (
+        "fast-lstm-layer name=l cell-dim=4 delay=-1\noutput-layer name=output dim=9 output-delay=3\n",
+        "relu-layer name=a dim=6 input=Append(-3,0,2)\noutput-layer name=output dim=3 output-delay=-4\n",
+        "fast-lstmp-layer name=f cell-dim=8 delay=-3 input=Append(-1,0)\nfast-lstm-layer name=b cell-dim=8 delay=3\n"
+        "output-layer name=output dim=3 input=Append(f@2, b)\n",
+    )
+    for text in texts:
+        config = parse_xconfig_text(INPUT + text)
+        model = build_model(config, seed=0)
+        assert contexts(partial(computable_in_order, config.nodes)) == (model.left_context, model.right_context)
+
+
+def recipes_xconfig(folder: Path) -> Path:
+    """The network of the digits recipe, as its script writes it."""
+    script = (REPO / "egs/digits/s5/local/train_lstm.sh").read_text()
+    text = script.split('network.xconfig" <<EOF\n')[1].split("EOF\n")[0]
+    path = folder / "network.xconfig"
+    path.write_text(text.replace("$num_targets", "67").replace("$dir", "exp/lstm"))
+    return path
+
+
+def test_the_recipes_network_is_accepted(tmp_path: Path) -> None:
+    lines = parse_xconfig(recipes_xconfig(tmp_path)).node_lines()
+    assert lines[0] == "input-node name=input dim=40" and not any("delayed" in line for line in lines)
+
+
+@pytest.mark.kaldi
+@pytest.mark.parametrize("delay", ["delay=3 ", ""])
+def test_kaldi_accepts_and_refuses_what_we_do(tmp_path: Path, delay: str) -> None:
+    recipe = kaldi_root() / "egs" / "wsj" / "s5"
+    xconfig = recipes_xconfig(tmp_path)
+    assert xconfig.read_text().count("delay=3 ") == 2  # "output-delay=3 " is the other
+    xconfig.write_text(xconfig.read_text().replace(" delay=3 ", f" {delay}"))
+    done = subprocess.run(
+        [
+            *[sys.executable, str(recipe / "steps" / "nnet3" / "xconfig_to_configs.py")],
+            *["--xconfig-file", str(xconfig), "--config-dir", str(tmp_path / "configs")],
+        ],
+        env=os.environ | {"PATH": f"{kaldi_root()}/src/nnet3bin:{recipe}/utils:{os.environ['PATH']}"},
+        cwd=recipe, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    if delay:
+        assert done.returncode == 0, done.stderr
+        parse_xconfig(xconfig)
+    else:
+        assert done.returncode != 0 and "Please use delay=$label_delay" in done.stderr
+        with pytest.raises(ConfigError, match="add delay=3"):
+            parse_xconfig(xconfig)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -15,19 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import DataError
-from kaldi_mpi.formats.tokens import Writer
-from kaldi_mpi.formats.transition import HmmState, write_transitions
-from kaldi_mpi.nnet3 import (
+from kaldi_mpi.formats.tokens import Writer, read_matrix, write_matrix
+from kaldi_mpi.formats.transition import (
+    HmmState,
     TransitionModel,
     parse_transition_model,
-    read_am,
-    read_matrix,
-    read_nnet,
     read_transition_model,
-    to_torch,
-    write_am,
-    write_matrix,
+    write_transitions,
 )
+from kaldi_mpi.nnet3 import read_am, read_nnet, to_torch, write_am
 from kaldi_mpi.nnet3.am import AmNnet
 from kaldi_mpi.nnet3.network import Nnet
 from tests.paths import REPO, golden

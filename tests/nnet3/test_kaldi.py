@@ -11,25 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.formats.transition import read_transition_model
 from kaldi_mpi.models import AcousticModel, LdaStats, build_model, parse_xconfig_text
-from kaldi_mpi.nnet3 import (
-    from_torch,
-    make_am,
-    read_matrix,
-    read_nnet,
-    read_transition_model,
-    to_torch,
-    write_am,
-    write_matrix,
-    write_nnet,
-)
+from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from tests.paths import golden, kaldi_root
 
 pytestmark = pytest.mark.kaldi
 
 NETWORK = """
 input dim=40 name=input
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat
+fixed-affine-layer name=lda delay=2 input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat
 relu-renorm-layer name=r1 dim=24
 fast-lstm-layer name=lstm1 cell-dim=16 delay=-1 decay-time=20
 fast-lstmp-layer name=lstm2 cell-dim=16 recurrent-projection-dim=6 non-recurrent-projection-dim=5 delay=-3

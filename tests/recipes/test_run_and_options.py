@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kaldi_mpi.embedded.datadir import DataDir
-from kaldi_mpi.embedded.feature_io import read_features
+from kaldi_mpi.embedded.features import read_features
 from tests.paths import REPO, kaldi_root
 from tests.speech import digit_strings, tone_dir
 
@@ -219,6 +219,7 @@ def run_recipe(recipe: Path, *arguments: str, kaldi: str | None = None) -> subpr
 def test_path_sh_runs_under_plain_sh_and_twice(recipe: Path) -> None:
     # Kaldi's Perl scripts source it with the system's sh.
     environment = {name: value for name, value in os.environ.items() if name != "KALDI_ROOT"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
     script = ". ./path.sh && . ./path.sh && command -v run.py && echo $PATH"
     done = subprocess.run(
         ["sh", "-eu", "-c", script], cwd=recipe, env=environment, capture_output=True, text=True, check=False
@@ -228,6 +229,15 @@ def test_path_sh_runs_under_plain_sh_and_twice(recipe: Path) -> None:
     assert done.returncode == 0 and program == f"{steps}/run.py" and path.split(":").count(steps) == 1
     done = run_recipe(recipe, kaldi="/nowhere/kaldi")
     assert done.returncode == 1 and "KALDI_ROOT=/nowhere/kaldi is no Kaldi" in done.stderr
+
+
+def test_path_sh_says_where_kaldi_mpi_comes_from(recipe: Path) -> None:
+    script = ". ./path.sh || exit 9"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=recipe, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 9 and done.stderr.startswith("path.sh: no kaldi-mpi on PATH: run make in ")
+    assert done.stderr.count("\n") == 1
 
 
 def check_features(recipe: Path) -> None:

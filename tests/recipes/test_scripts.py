@@ -78,7 +78,7 @@ def test_decoding_what_is_not_there(s5: Path) -> None:
     (s5 / "empty").mkdir()
     done = run(s5, "local/score.sh --cmd run.py empty empty empty")
     assert done.returncode == 1
-    assert "ERROR (score" in done.stderr and "not a Kaldi data directory" in done.stderr
+    assert "ERROR (kaldi-mpi-score" in done.stderr and "not a Kaldi data directory" in done.stderr
 
 
 def test_failing_jobs_show_their_error(s5: Path) -> None:

@@ -41,7 +41,7 @@ FOREVER = "messages.wait(lambda: False)"
 
 def command(main: str, handler: str = "pass", num_learners: int = 3) -> list[str]:
     return [
-        *[sys.executable, "-m", "kaldi_mpi.launch", "-n", str(num_learners), "--"],
+        *[sys.executable, "-m", "kaldi_mpi", "launch", "-n", str(num_learners), "--"],
         *[sys.executable, "-c", PROGRAM.format(main=main, handler=handler)],
     ]
 

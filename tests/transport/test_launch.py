@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kaldi_mpi import cli, launch
+from kaldi_mpi import launch
 from kaldi_mpi.errors import ConfigError
 from tests.paths import REPO
 from tests.toy import environment
@@ -32,7 +32,7 @@ MPI.COMM_WORLD.Barrier()
 {program}
 """
     return run(
-        sys.executable, "-m", "kaldi_mpi.launch", "-n", str(num_learners), "--", sys.executable, "-c", text,
+        sys.executable, "-m", "kaldi_mpi", "launch", "-n", str(num_learners), "--", sys.executable, "-c", text,
         cwd=cwd,
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_the_learner_at_fault_is_named(tmp_path: Path, program: str, message: st
 
 
 def test_a_command_that_leaves_early_without_a_word(tmp_path: Path) -> None:
-    result = run(sys.executable, "-m", "kaldi_mpi.launch", "-n", "2", "--", "true", cwd=tmp_path)
+    result = run(sys.executable, "-m", "kaldi_mpi", "launch", "-n", "2", "--", "true", cwd=tmp_path)
     assert result.returncode == 1
     assert "learner rank 0, 1 did not start" in result.stderr
 
@@ -100,24 +100,8 @@ def test_the_users_own_settings_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--num-learners", "0"], ["--num-learners", "-2"]])
 def test_launcher_wants_a_learner(tmp_path: Path, words: list[str]) -> None:
-    result = run(sys.executable, "-m", "kaldi_mpi.launch", *words, "--", "true", cwd=tmp_path)
+    result = run(sys.executable, "-m", "kaldi_mpi", "launch", *words, "--", "true", cwd=tmp_path)
     assert result.returncode == 1 and "at least 1 is needed" in result.stderr
-
-
-def test_the_console_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    listed = capsys.readouterr().out
-    for name in ("train", "launch", "decode", "score", "features"):
-        assert f"  {name} " in listed
-    assert cli.main([]) == 1 and cli.main(["fly"]) == 1
-    assert "no command 'fly'" in capsys.readouterr().err
-    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip()
-
-
-@pytest.mark.parametrize("name", list(cli._COMMANDS))
-def test_every_command_exists_and_explains_itself(name: str, tmp_path: Path) -> None:
-    result = run(sys.executable, "-m", "kaldi_mpi.cli", name, "--help", cwd=tmp_path)
-    assert result.returncode == 0 and "usage" in result.stdout.lower(), result.stderr
 
 
 class TestTrainSh:
@@ -171,4 +155,5 @@ class TestTrainSh:
         )  # fmt: skip
         assert result.returncode == 1
         assert "training failed; the reason, from exp/log/train.log" in result.stderr
-        assert "no-data: no such directory (given by --feat-dir)" in result.stderr
+        assert result.stderr.splitlines()[-1].endswith("no-data: no such directory (given by --feat-dir)")
+        assert "Errorcode" not in result.stderr and "MPI_A" not in result.stderr

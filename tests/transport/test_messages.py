@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging.published import from_wire
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport import collectives, thread
+from kaldi_mpi.transport.number_formats import from_wire
 from kaldi_mpi.transport.thread import BrokenWorldError
 from kaldi_mpi.transport.world import SoloWorld, World, sum_in_rank_order
 from tests.conftest import in_ranks

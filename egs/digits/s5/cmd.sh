@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # How jobs are run. On this machine: run.pl of Kaldi, or run.py, which takes its place without Kaldi.
 # On a cluster with Kaldi: queue.pl or slurm.pl with options, for example "queue.pl --mem 4G".
 

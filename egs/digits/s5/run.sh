@@ -63,5 +63,5 @@ if [ "$stage" -le 5 ] && [ "$stop_stage" -ge 5 ]; then
   decode.sh --nj "$nj" --cmd "$decode_cmd" exp/$gmm/graph data/test exp/$gmm/decode_test
   decode.sh --nj "$nj" --cmd "$decode_cmd" exp/$gmm/graph data/test_hires exp/lstm/decode_test
   echo "$0: word error rates, lattices in the same directories:"
-  python3 -m kaldi_mpi.embedded.best_wer exp/$gmm/decode_test exp/lstm/decode_test
+  kaldi-mpi best-wer exp/$gmm/decode_test exp/lstm/decode_test
 fi

@@ -16,17 +16,17 @@ set -eu -o pipefail
 if [ $# -ne 0 ]; then echo "$help_message" >&2; exit 1; fi
 
 for part in train test; do
-  python3 -m kaldi_mpi.embedded.datadir copy data/$part data/${part}_hires
+  kaldi-mpi copy-data-dir data/$part data/${part}_hires
   for kind in "" _hires; do
     data=data/$part$kind config=conf/mfcc$kind.conf log=exp/make_mfcc/$part$kind
     if [ -n "${KALDI_ROOT:-}" ]; then
       steps/make_mfcc.sh --nj "$nj" --cmd "$cmd" --mfcc-config $config $data $log mfcc
       steps/compute_cmvn_stats.sh $data $log mfcc
     else
-      python3 -m kaldi_mpi.embedded.features --nj "$nj" --mfcc-config $config $data $log mfcc
-      python3 -m kaldi_mpi.embedded.cmvn $data $log mfcc
+      kaldi-mpi make-mfcc --nj "$nj" --mfcc-config $config $data $log mfcc
+      kaldi-mpi compute-cmvn-stats $data $log mfcc
     fi
     # Kaldi's scripts leave out audio they cannot read; this names it.
-    python3 -m kaldi_mpi.embedded.datadir validate --feats $data
+    kaldi-mpi validate-data-dir --feats $data
   done
 done

@@ -26,11 +26,11 @@ fi
 if [ -z "$train" ]; then
   corpus=data/local/synth
   mkdir -p $corpus
-  python3 -m kaldi_mpi.embedded.synth --nj "$nj" --seed "$seed" --hours "$hours" \
+  local/synth.py --nj "$nj" --seed "$seed" --hours "$hours" \
     --test-hours "$test_hours" $corpus
   train=$corpus/train
   test=$corpus/test
 fi
 
-python3 -m kaldi_mpi.embedded.datadir copy "$train" data/train
-python3 -m kaldi_mpi.embedded.datadir copy "$test" data/test
+kaldi-mpi copy-data-dir "$train" data/train
+kaldi-mpi copy-data-dir "$test" data/test

@@ -20,7 +20,7 @@ if [ $# -ne 3 ]; then echo "$help_message" >&2; exit 1; fi
 
 log=$3/scoring_kaldi/log/score.log
 # shellcheck disable=SC2086 # $cmd may carry options
-$cmd "$log" python3 -m kaldi_mpi.embedded.score --min-lmwt "$min_lmwt" --max-lmwt "$max_lmwt" \
+$cmd "$log" kaldi-mpi score --min-lmwt "$min_lmwt" --max-lmwt "$max_lmwt" \
   --word-ins-penalty "$word_ins_penalty" "$1" "$2" "$3" || {
   grep -a '^ERROR' "$log" >&2 || tail -n 5 "$log" >&2
   exit 1

@@ -44,12 +44,12 @@ run() { # LOG COMMAND...
   }
 }
 
-python3 -m kaldi_mpi.embedded.lang --arpa data/local/lm/digits.arpa data/local/dict '<UNK>' \
+kaldi-mpi prepare-lang --arpa data/local/lm/digits.arpa data/local/dict '<UNK>' \
   data/local/lang data/lang
 run exp/mono/log/train.log \
-  python3 -m kaldi_mpi.embedded.mono --nj "$nj" --totgauss "$totgauss" data/train data/lang exp/mono
+  kaldi-mpi train-mono --nj "$nj" --totgauss "$totgauss" data/train data/lang exp/mono
 run exp/mono_ali/log/align.log \
-  python3 -m kaldi_mpi.embedded.align --nj "$nj" data/train data/lang exp/mono exp/mono_ali
+  kaldi-mpi align-si --nj "$nj" data/train data/lang exp/mono exp/mono_ali
 run exp/mono/log/mkgraph.log \
-  python3 -m kaldi_mpi.embedded.graph data/lang exp/mono exp/mono/graph
+  kaldi-mpi mkgraph data/lang exp/mono exp/mono/graph
 grep -a -h -o 'done [0-9]*, retried.*' exp/mono_ali/log/align.log

@@ -36,7 +36,7 @@ for file in "$data/feats.scp" "$ali/final.mdl" "$ali/tree" "$ali/num_jobs"; do
   if [ ! -f "$file" ]; then echo "$0: no such file $file" >&2; exit 1; fi
 done
 
-num_targets=$(python3 -m kaldi_mpi.nnet3.info "$ali/final.mdl" | awk '$1 == "num-pdfs" {print $2}')
+num_targets=$(kaldi-mpi model-info "$ali/final.mdl" | awk '$1 == "num-pdfs" {print $2}')
 mkdir -p "$dir/configs"
 # An LDA of an older run belongs to older data.
 rm -f "$dir/configs/lda.mat"
@@ -45,8 +45,9 @@ if [ -n "$xconfig" ]; then
 else
   cat > "$dir/configs/network.xconfig" <<EOF
 input dim=40 name=input
-# The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training.
-fixed-affine-layer name=lda input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
+# The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training. The label
+# delay stands in both lines, as Kaldi's xconfig_to_configs.py wants it.
+fixed-affine-layer name=lda delay=3 input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
 fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-1
 fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-1
 output-layer name=output output-delay=3 dim=$num_targets max-change=1.5
@@ -60,6 +61,7 @@ if [ -n "$mpiexec_opts" ]; then options+=("--mpiexec-opts=$mpiexec_opts"); fi
 per_learner=$((chunks_per_minibatch / num_learners))
 if [ "$per_learner" -lt 1 ]; then per_learner=1; fi
 
+# shellcheck disable=SC2086 # several options in one string
 train.sh --num-learners "$num_learners" --cmd "$cmd" --strategy "$strategy" \
   ${options[@]+"${options[@]}"} \
   --feat.cmvn-opts="--norm-means=false --norm-vars=false" \

@@ -1,0 +1,241 @@
+"""The data of a training: utterances with alignments, or an existing egs directory; how they are cut and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.files import atomic_write
+from kaldi_mpi.formats.scp import read_table
+from kaldi_mpi.learner.batches import DeviceBatches, page_locked, streams_of
+from kaldi_mpi.learner.options import DataOptions
+from kaldi_mpi.loader import (
+    Chunking,
+    ChunkPlan,
+    ChunkShape,
+    Corpus,
+    Examples,
+    Labels,
+    MinibatchReader,
+    PdfAlignments,
+    Source,
+    new_buffers,
+)
+from kaldi_mpi.log import logger
+from kaldi_mpi.transport.world import World
+
+# Of the utterances, at most this share is held out, whatever --num-utts-subset says.
+_LARGEST_HELD_OUT_SHARE = 0.1
+
+# A pass in the data's own order gains nothing from more memory than reading ahead needs.
+_UNSHUFFLED_MEMORY = 16 * 2**20
+
+
+# What get_egs.sh sets aside for nnet3-compute-prob: of held-out utterances, and of the training's.
+DIAGNOSTIC_EGS = ("valid_diagnostic.egs", "train_diagnostic.egs")
+
+
+class Context(NamedTuple):
+    """Rows of features that a network needs beside a labelled frame."""
+
+    left: int
+    right: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The utterances, or examples, of a training. Make one with `Dataset.open`.
+
+    Attributes:
+        train: trained on; valid: held out; diagnostic: some of `train`, to compare with `valid`.
+        chunking: how features are cut; None: examples, which have their own shapes.
+        options: the same on all ranks.
+    """
+
+    train: Source
+    valid: Source
+    diagnostic: Source
+    chunking: ChunkShape | Chunking | None
+    options: DataOptions
+
+    @classmethod
+    def open(cls, options: DataOptions, tid_to_pdf: NDArray[np.int32], context: Context, world: World) -> Dataset:
+        """Open the examples, or split the aligned utterances by the seed and open each part.
+
+        Args:
+            tid_to_pdf: pdf-ids of the transition-ids of the alignments (`TransitionModel.tid_to_pdf`).
+            context: of the network.
+
+        Raises:
+            DataError: features and alignments do not fit each other, too few utterances are left, or an archive
+                is malformed.
+            ConfigError: there are more learners than utterances to train on.
+        """
+        if options.egs_dir is not None:
+            return cls(*_open_egs(options, options.egs_dir, world), None, options)
+        parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), world)
+        return cls(*parts, chunk_shape(options, context), options)
+
+    def plan(self, size: int) -> ChunkPlan:
+        """The steps of training on `train` with `size` ranks."""
+        options = self.options
+        return ChunkPlan(
+            self.train, self.chunking, options.minibatch, size=size, seed=options.seed, memory=options.memory
+        )
+
+    def usual_minibatch(self, plan: ChunkPlan) -> int:
+        """Chunks of a learner's minibatch of the principal width; of examples, of the shape that most of them have."""
+        shape_of = getattr(self.train, "shape_of", None)
+        usual = 0 if shape_of is None else int(np.bincount(shape_of).argmax())
+        return self.options.minibatch.largest(plan.shapes[usual].rows)
+
+    def batches(
+        self,
+        source: Source,
+        device: torch.device,
+        *,
+        rank: int,
+        size: int,
+        seed: int | None = None,
+        shuffle: bool = True,
+        first_step: int = 0,
+        num_epochs: int | None = None,
+        on_request: bool = False,
+        depth: int = 4,
+        plan: ChunkPlan | None = None,
+    ) -> DeviceBatches:
+        """Minibatches of `source`, one of the parts, on `device`; see `MinibatchReader` for the arguments.
+
+        Raises:
+            DataError: memory or threads cannot be had.
+        """
+        options, streams = self.options, streams_of(device)
+        buffers = None
+        if streams is not None:
+            buffers = new_buffers(source, self.chunking, options.minibatch, depth, page_locked(streams))
+        reader = MinibatchReader(
+            source,
+            self.chunking,
+            options.minibatch,
+            seed=options.seed if seed is None else seed,
+            rank=rank,
+            size=size,
+            threads=options.loader_threads,
+            depth=depth,
+            shuffle=shuffle,
+            first_step=first_step,
+            num_epochs=num_epochs,
+            on_request=on_request,
+            buffers=buffers,
+            memory=options.memory if shuffle else min(options.memory, _UNSHUFFLED_MEMORY),
+            skip_bad=max(0, options.skip_bad_utterances - getattr(source, "num_bad", 0)),
+            plan=plan,
+        )
+        return DeviceBatches(reader, streams)
+
+
+def extra_context(options: DataOptions, context: Context) -> tuple[int, int]:
+    """Rows before and after a chunk: what was asked for and what the network itself needs."""
+    return options.chunk_left_context + context.left, options.chunk_right_context + context.right
+
+
+def outer_context(options: DataOptions, context: Context) -> tuple[int | None, int | None]:
+    """The same before an utterance's first chunk and after its last; None: as elsewhere."""
+    initial, final = options.chunk_left_context_initial, options.chunk_right_context_final
+    return (
+        None if initial < 0 else initial + context.left,
+        None if final < 0 else final + context.right,
+    )
+
+
+def chunk_shape(options: DataOptions, context: Context) -> ChunkShape | Chunking:
+    """Chunks with the extra context asked for beyond what the network itself needs, as nnet3's egs have."""
+    left, right = extra_context(options, context)
+    initial, final = outer_context(options, context)
+    if len(options.chunk_widths) == 1 and initial in (None, left) and final in (None, right):
+        return ChunkShape(options.chunk_widths[0], left, right)
+    return Chunking(options.chunk_widths, left, right, left_initial=initial, right_final=final)
+
+
+def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World) -> tuple[Corpus, Corpus, Corpus]:
+    """The aligned utterances, split by the seed; rank 0 writes down which ones are held out.
+
+    Each file is read once. The parts share the labels, which take two bytes a frame: the alignments, all of them at a
+    time, would take more memory than all else.
+    """
+    assert options.feat_dir is not None  # the options' parser sees to it
+    feat_dir = Path(options.feat_dir)
+    scp = read_table(feat_dir / "feats.scp")
+    labels = Labels.read(alignments.pairs(wanted=scp))
+    keys = sorted(labels)
+    if len(keys) < 2:
+        raise DataError(
+            f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=scp.name
+        )
+    rng = np.random.default_rng([options.seed, 0x76616C])  # 'val': apart from every other use of the seed
+    held_out = max(1, min(options.num_utts_subset, int(len(keys) * _LARGEST_HELD_OUT_SHARE)))
+    order = [keys[i] for i in rng.permutation(len(keys))]
+    valid, train = sorted(order[:held_out]), sorted(order[held_out:])
+    diagnostic = sorted(order[held_out : 2 * held_out])
+    if world.size > len(train):
+        raise ConfigError(
+            f"{world.size} learners, but only {len(train)} utterances to train on in {feat_dir} "
+            f"({held_out} held out): start at most {len(train)} learners"
+        )
+    cmvn = options.cmvn.norm_means or options.cmvn.norm_vars
+    cmvn_scp, utt2spk = (read_table(feat_dir / name) if cmvn else None for name in ("cmvn.scp", "utt2spk"))
+
+    def corpus(utterances: list[str]) -> Corpus:
+        return Corpus.open(
+            scp,
+            labels,
+            utterances=utterances,
+            cmvn_scp=cmvn_scp,
+            utt2spk=utt2spk,
+            **options.cmvn._asdict(),
+            online_ivector_dir=options.online_ivector_dir,
+            skip_bad=options.skip_bad_utterances,
+        )
+
+    parts = corpus(train), corpus(valid), corpus(diagnostic)
+    if world.rank == 0:
+        for name, part in (("valid_uttlist", valid), ("train_subset_uttlist", diagnostic)):
+            with atomic_write(Path(options.dir) / name, "w") as stream:
+                stream.writelines(f"{key}\n" for key in part)
+        logger.info(
+            "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
+            len(train), parts[0].total_frames, len(valid), parts[1].total_frames, len(scp) - len(keys),
+        )  # fmt: skip
+    return parts
+
+
+def _open_egs(options: DataOptions, folder: str, world: World) -> tuple[Examples, Examples, Examples]:
+    """Rank 0 makes the index of the examples, by one pass over them, for all ranks and for later runs."""
+    index, skip_bad = Path(options.dir) / "egs.index", options.skip_bad_utterances
+    if world.rank == 0:
+        train = Examples.open(folder, index_cache=index, threads=options.loader_threads + 1, skip_bad=skip_bad)
+    world.barrier()
+    if world.rank != 0:
+        train = Examples.open(folder, index_cache=index, skip_bad=skip_bad)
+    valid, diagnostic = (Examples.open(Path(folder) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
+    if world.size > train.num_units:
+        raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {folder}")
+    for part, name in ((valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1])):
+        ours, theirs = (part.feat_dim, part.ivector_dim), (train.feat_dim, train.ivector_dim)
+        if ours != theirs:
+            raise DataError(
+                f"features and i-vectors have dimensions {ours}, and in the other archives {theirs}",
+                file=str(Path(folder) / name),
+            )
+    if world.rank == 0:
+        logger.info(
+            "training on %d examples, %d frames, in %d archives of %s; %d examples, %d frames held out",
+            train.num_units, train.total_frames, len(train.paths), folder, valid.num_units, valid.total_frames,
+        )  # fmt: skip
+    return train, valid, diagnostic

@@ -1,0 +1,117 @@
+"""The recipe's network: from its xconfig to a model whose transforms are estimated from the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.learner.dataset import Context, Dataset
+from kaldi_mpi.learner.validate import Pass, lda_statistics
+from kaldi_mpi.loader import Examples
+from kaldi_mpi.log import logger
+from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
+from kaldi_mpi.models.config import ComponentNode, InputNode
+from kaldi_mpi.transport.world import World
+
+
+class Network:
+    """The model that an xconfig describes, built once, on the CPU.
+
+    Attributes:
+        model: its transforms that no file has yet (``lda.mat``) are stand-ins until `estimate_transforms`.
+        missing: these: (component, path).
+
+    Args:
+        xconfig: the file.
+        seed: of the parameters at the start.
+        world: rank 0 says for all which transforms there are.
+
+    Raises:
+        ConfigError: the xconfig is malformed.
+        DataError: a transform cannot be read.
+    """
+
+    def __init__(self, xconfig: str, seed: int, world: World) -> None:
+        self._xconfig = xconfig
+        config = parse_xconfig(xconfig)
+        self.missing: list[tuple[str, str]] = world.broadcast(missing_transforms(config))
+        transforms = {
+            path: _stand_in(config, component) if (component, path) in self.missing else read_matrix(path)
+            for component, path in transform_files(config)
+        }
+        self.model: AcousticModel = build_model(config, seed=seed, transforms=transforms)
+
+    @property
+    def context(self) -> Context:
+        """Rows that the network needs beside a labelled frame."""
+        return Context(self.model.left_context, self.model.right_context)
+
+    def check_output(self, num_pdfs: int) -> None:
+        """Raises ConfigError if the output does not have the tree's pdf-ids."""
+        if self.model.output_dim != num_pdfs:
+            raise ConfigError(
+                f"{self._xconfig}: the output has dim={self.model.output_dim}, but the tree has {num_pdfs} pdf-ids"
+            )
+
+    def check_input(self, feat_dim: int, ivector_dim: int, ivectors_can_be_given: bool) -> None:
+        """Raises ConfigError if the inputs do not have the dimensions of the data.
+
+        Args:
+            ivectors_can_be_given: whether an option that was not given would bring i-vectors.
+        """
+        model = self.model
+        if model.input_dim != feat_dim:
+            raise ConfigError(f"{self._xconfig}: the input has dim={model.input_dim}, but the features have {feat_dim}")
+        if model.ivector_dim != ivector_dim:
+            have = f"i-vectors of {ivector_dim}" if ivector_dim else "none"
+            wanted = f"an i-vector of dim={model.ivector_dim}" if model.ivector_dim else "no i-vector"
+            hint = " (--feat.online-ivector-dir gives them)" if ivectors_can_be_given else ""
+            raise ConfigError(f"{self._xconfig}: the network takes {wanted}, but the data have {have}{hint}")
+
+    def check_data(self, dataset: Dataset, num_pdfs: int) -> None:
+        """Raises ConfigError if the network does not fit the data, or examples do not fit the tree."""
+        options, train = dataset.options, dataset.train
+        self.check_input(
+            train.feat_dim, train.ivector_dim, options.egs_dir is None and options.online_ivector_dir is None
+        )
+        if isinstance(train, Examples) and train.num_pdfs != num_pdfs:
+            raise ConfigError(
+                f"the examples in {options.egs_dir} have {train.num_pdfs} pdf-ids, but the tree has {num_pdfs}"
+            )
+
+    def estimate_transforms(self, dataset: Dataset, world: World, max_chunks: int) -> None:
+        """Estimate the missing transforms, on all learners together, over about `max_chunks` chunks.
+
+        They are written to the paths that the xconfig names, where a later run finds them again.
+        """
+        how = Pass(dataset, world, torch.device("cpu"))
+        for component, path in self.missing:
+            stats = lda_statistics(self.model, component, dataset.train, how, max_chunks, dataset.options.seed)
+            if world.rank == 0:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_matrix(path, stats.estimate())
+                logger.info("estimated %s from %d frames", path, stats.counts.sum())
+            world.barrier()
+        for component, path in self.missing:
+            self.model.set_transform(component, read_matrix(path))
+        self.missing = []
+
+
+def _stand_in(config: Config, component: str) -> NDArray[np.float32]:
+    """An identity of the right size for a transform that is not known yet, (dim, dim + 1)."""
+    dims = {node.name: node.dim for node in config.nodes if isinstance(node, InputNode)}
+    node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
+    try:
+        dim = node.input.dim(dims.__getitem__)
+    except KeyError as above:
+        # Its statistics would depend on layers that are still to be trained.
+        raise ConfigError(
+            f"{config.source}: layer {component} takes {above} as its input; "
+            "a fixed-affine-layer can only transform the network's input"
+        ) from None
+    return np.eye(dim, dim + 1, dtype=np.float32)

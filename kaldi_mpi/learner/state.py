@@ -1,0 +1,50 @@
+"""What a learner keeps from the first minibatch to the last: its model, its optimiser, how far it has come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from kaldi_mpi.averaging import Strategy
+from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.optimiser import KaldiSgd
+from kaldi_mpi.models import AcousticModel
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """One rank's; in a checkpoint, with it a new run goes on bit for bit.
+
+    Attributes:
+        model: the same on all ranks at the start; on this learner's device.
+        flat: its parameters and gradients.
+        optimiser: what makes a change of gradients.
+        strategies: of the training's phases, in order.
+        step: the next global step to take.
+        frames: trained on, over all learners.
+    """
+
+    model: AcousticModel
+    flat: FlatParameters
+    optimiser: KaldiSgd
+    strategies: Sequence[Strategy]
+    step: int = 0
+    frames: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, between two steps."""
+        return {
+            "step": self.step,
+            "frames": self.frames,
+            "parameters": self.flat.values.cpu().clone(),
+            "optimiser": self.optimiser.state_dict(),
+            "strategies": [strategy.state_dict() for strategy in self.strategies],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.frames = state["step"], state["frames"]
+        self.flat.load(state["parameters"].numpy())
+        self.optimiser.load_state_dict(state["optimiser"])
+        for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
+            strategy.load_state_dict(saved)

@@ -1,0 +1,141 @@
+"""One learner's part in a step: the gradient of its minibatch, and the optimiser's change of the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.faults import Injector
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import log_likelihood
+from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
+from kaldi_mpi.learner.state import TrainingState
+
+
+@dataclasses.dataclass(frozen=True)
+class DerivativeTimes:
+    """Times, relative to a chunk's first and last label, outside which there are no derivatives.
+
+    As ``train_rnn.py`` derives nnet3-train's ``--optimization.min-deriv-time`` and ``max-deriv-time-relative`` from
+    ``--trainer.deriv-truncate-margin``.
+    """
+
+    first: int | None = None
+    last_relative: int | None = None
+
+    @classmethod
+    def of_margin(cls, margin: int, left_context: int, right_context: int) -> DerivativeTimes:
+        """Those of a network with these contexts."""
+        return cls(-(margin + left_context), margin + right_context)
+
+    def last(self, width: int) -> int | None:
+        """The last time with derivatives in a chunk of `width` labelled frames."""
+        return None if self.last_relative is None else width - 1 + self.last_relative
+
+
+class LearnerStep:
+    """Computes gradients and applies them; `averaging.SteppingLearner` for synchronous strategies.
+
+    Args:
+        state: model, flat buffers, optimiser.
+        rate: the learning rate.
+        num_learners: N.
+        derivatives: of chunks.
+        log: is told each minibatch's objective.
+        injector: disturbances on purpose.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        rate: ExponentialRate,
+        num_learners: int,
+        derivatives: DerivativeTimes,
+        log: TrainingLog,
+        injector: Injector,
+    ) -> None:
+        self.state, self.rate, self._log = state, rate, log
+        self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
+        self._rate_factor = 1.0
+        self._super_learner: SuperLearner | None = None
+        self._batch: Batch | None = None
+        self._global_chunks = 0
+
+    def begin_phase(self, rate_factor: float, super_learner: SuperLearner | None) -> None:
+        """From now on steps are those of a phase: its strategy's factor of the rate, and this rank's super-learner."""
+        self._rate_factor, self._super_learner = rate_factor, super_learner
+
+    def compute_gradients(self, batch: Batch) -> None:
+        """Fill the flat gradients: of the loss summed over the minibatch's frames (zero if it has none).
+
+        In a super-learner they become the mean over its learners.
+        """
+        flat = self.state.flat
+        flat.gradients.zero_()
+        if batch.frames:
+            width = batch.shape.width
+            output = self.state.model(
+                batch.feats,
+                batch.first,
+                width,
+                ivectors=batch.ivectors,
+                min_deriv_time=self._derivatives.first,
+                max_deriv_time=self._derivatives.last(width),
+            )
+            objective = log_likelihood(output, batch)
+            (-objective).backward()
+            self._log.add_objective(objective.item(), batch.weight, batch.frames)
+
+    def compute(self, batch: Batch) -> None:
+        """`compute_gradients` with the disturbances around it, and the sum over a super-learner after it."""
+        self._injector.begin()
+        self.compute_gradients(batch)
+        self._injector.end()
+        if self._super_learner is not None:
+            self._super_learner.mean_(self.state.flat.gradients)
+
+    def change(self, frames: int, chunks: float, into: torch.Tensor) -> None:
+        """Put the optimiser's change into `into`, (P,) float32; the parameters stay.
+
+        Args:
+            frames: trained on so far, over all learners: they decide the rate.
+            chunks: of this learner's minibatch.
+        """
+        rate = self.rate.actual(frames, self._num_learners) * self._rate_factor
+        self.state.optimiser.step(rate, chunks / self._num_learners, into)
+
+    # As a `SteppingLearner`.
+
+    def begin(self, batch: Batch, global_chunks: int) -> None:
+        """The next step's minibatch, and how many chunks the step has over all learners."""
+        self._batch, self._global_chunks = batch, global_chunks
+
+    def read_parameters(self, look: Callable[[NDArray[np.float32]], None]) -> None:
+        self.state.flat.read(self.state.flat.values, look)
+
+    def mix_gradients(self, rule: Callable[[NDArray[np.float32]], None]) -> None:
+        self.state.flat.mix(self.state.flat.gradients, rule)
+
+    def mix_parameters(self, rule: Callable[[NDArray[np.float32]], bool]) -> bool:
+        return self.state.flat.mix(self.state.flat.values, rule)
+
+    def update(self, base: NDArray[np.float32] | None, together: bool) -> None:
+        """See `SteppingLearner.update`; the learners of a super-learner always move together."""
+        state, batch = self.state, self._batch
+        assert batch is not None, "begin() has not been called"
+        moved = None if base is None else state.flat.on_device(base)
+        together = together or self._super_learner is not None
+        if batch.frames or together:
+            chunks = self._global_chunks if together else len(batch.labels)
+            rate = self.rate.actual(state.frames, self._num_learners) * self._rate_factor
+            state.optimiser.step(rate, chunks / self._num_learners, base=moved)
+        elif moved is not None:
+            state.flat.values.copy_(moved)
+
+    def forget_momentum(self) -> None:
+        self.state.optimiser.forget()

@@ -1,0 +1,227 @@
+"""Passes over data that do not train: validation (at once, or in the background), priors, LDA statistics.
+
+Each learner takes its share of the chunks, and the sums are added over learners in rank order, so that the
+figures do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.dataset import Dataset
+from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.logs import Score, TrainingLog
+from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
+from kaldi_mpi.loader import Source
+from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.models.lda import LdaStats
+from kaldi_mpi.transport.world import SoloWorld, World
+
+# LDA statistics are taken of features rounded to this. Their squares and sums are then exact in float64 (up to
+# values of 256 and 2**25 frames, where all weights are 1), so that the transform has the same bits for any number of
+# learners; without it, directions in which classes do not differ, and which rounding alone decides, would come out
+# at random.
+_LDA_QUANTUM = 2.0**-6
+
+
+@dataclasses.dataclass(frozen=True)
+class IterationEnd:
+    """Where all learners stand between two steps and an iteration ends.
+
+    Attributes:
+        mean: (P,) float32, the model to validate.
+        spread: the learners' models' mean squared distance from it.
+    """
+
+    mean: NDArray[np.float32]
+    spread: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """How a pass cuts its data: the chunks of the training, this learner's share of them, and its device."""
+
+    dataset: Dataset
+    world: World
+    device: torch.device
+
+    def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
+        """This learner's minibatches of one epoch, but for those without frames.
+
+        They come in the source's order, or shuffled by `seed`; after `max_chunks` chunks, over all learners and
+        rounded up to whole steps, there are no more.
+        """
+        chunks = 0
+        with self.dataset.batches(
+            source,
+            self.device,
+            rank=self.world.rank,
+            size=self.world.size,
+            seed=seed or 0,
+            shuffle=seed is not None,
+            num_epochs=1,
+        ) as batches:
+            for batch in batches:
+                if max_chunks is not None and chunks >= max_chunks:
+                    break
+                chunks += batches.reader.plan.chunks_of_step(batch.step)
+                if batch.frames:
+                    yield batch
+
+
+@contextlib.contextmanager
+def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[np.float32]) -> Iterator[None]:
+    """Put `values` into the model for a block that only evaluates, then the learner's own parameters back."""
+    own = flat.to_numpy()
+    flat.load(values)
+    model.eval()
+    try:
+        yield
+    finally:
+        flat.load(own)
+        model.train()
+
+
+@torch.no_grad()
+def compute_prob(model: AcousticModel, source: Source, how: Pass) -> Score:
+    """Log-probability and accuracy of `model` on all of `source`, each learner taking its share.
+
+    Every rank gets the same score. Chunks are cut as in training; labels count by their weights.
+    """
+    sums = np.zeros(3)
+    for batch in how.batches(source):
+        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+        weights = label_weights(batch).double()
+        sums[0] += (label_scores(output, batch).double() * weights).sum().item()
+        sums[1] += right_weight(output, batch).item()
+        sums[2] += batch.weight
+    objective, correct, total = how.world.sum_float64(sums).tolist()
+    return Score(objective / max(total, 1e-20), correct / max(total, 1e-20), round(total))
+
+
+@torch.no_grad()
+def mean_posterior(model: AcousticModel, source: Source, how: Pass, max_chunks: int, seed: int) -> NDArray[np.float64]:
+    """The mean of the model's posteriors over about `max_chunks` random chunks: the priors of final.mdl.
+
+    As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1.
+    """
+    total = np.zeros(model.output_dim)
+    for batch in how.batches(source, seed, max_chunks):
+        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+        total += output[labelled_rows(batch)].double().exp().sum(dim=0).cpu().numpy()
+    total = how.world.sum_float64(total)
+    # A posterior that underflows everywhere would make a prior of zero and its log infinite.
+    total = np.maximum(total / total.sum(), 1e-20)
+    return np.asarray(total / total.sum(), np.float64)
+
+
+@torch.no_grad()
+def lda_statistics(
+    model: AcousticModel, component: str, source: Source, how: Pass, max_chunks: int, seed: int
+) -> LdaStats:
+    """LDA statistics of what `component` receives, over about `max_chunks` random chunks and all learners.
+
+    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats.
+
+    Args:
+        model: built with any transform for `component`; only the layers below it are used.
+        component: name of the fixed-affine component.
+    """
+    stats = LdaStats(model.by_name[component].input_dim, model.output_dim)
+    for batch in how.batches(source, seed, max_chunks):
+        # With an output delay the network needs less context than the component: frames may be missing at the ends.
+        low, high = model.node_frames(component, batch.shape.rows, batch.first, batch.shape.width)
+        if high < low:
+            continue
+        frames = high - low + 1
+        spliced = model.node_input(component, batch.feats, batch.first - low, frames, batch.ivectors).cpu()
+        labels = batch.labels[:, low : high + 1].cpu().reshape(*spliced.shape[:2], -1)
+        weights = None if batch.weights is None else batch.weights[:, low : high + 1].cpu().reshape(labels.shape)
+        for target in range(labels.shape[2]):
+            labelled = labels[..., target] >= 0
+            rounded = np.rint(spliced[labelled].numpy().astype(np.float64) / _LDA_QUANTUM) * _LDA_QUANTUM
+            weight = None if weights is None else weights[..., target][labelled].numpy()
+            stats.accumulate(rounded, labels[..., target][labelled].numpy(), weight)
+    for array in stats.arrays():
+        array[...] = how.world.sum_float64(array)
+    return stats
+
+
+def spread_of(own: NDArray[np.float32], mean: NDArray[np.float32], world: World) -> float:
+    """(1/N) sum_i |x_i - mean|^2, on every rank."""
+    if world.size == 1:
+        return 0.0
+    difference = own.astype(np.float64) - mean
+    return float(world.sum_float64(np.array([difference @ difference]))[0]) / world.size
+
+
+class Validation:
+    """Scores of a model on the held-out and on the diagnostic set, kept in the log.
+
+    Args:
+        model: this learner's; `flat`: its parameters.
+        how: this learner's share of the pass.
+        log: is told the scores.
+    """
+
+    def __init__(self, model: AcousticModel, flat: FlatParameters, how: Pass, log: TrainingLog) -> None:
+        self.model, self.flat, self.how, self.log = model, flat, how, log
+
+    def run(self, name: int | str, mean: NDArray[np.float32], spread: float | None) -> None:
+        """Evaluate `mean`, (P,) float32, on all ranks together; `spread`: the models' mean squared distance from it."""
+        with with_parameters(self.model, self.flat, mean):
+            self.score(name, self.model, self.how, spread)
+
+    def score(self, name: int | str, model: AcousticModel, how: Pass, spread: float | None) -> None:
+        """Evaluate `model` as it is."""
+        valid, diagnostic = (compute_prob(model, part, how) for part in (how.dataset.valid, how.dataset.diagnostic))
+        self.log.validation(name, valid, diagnostic, spread)
+
+
+class BackgroundValidation:
+    """Validates mean models one after the other beside the training: rank 0's second thread, with a model of its own.
+
+    Args:
+        validation: rank 0's; its model's structure is copied, its parameters are not touched.
+    """
+
+    def __init__(self, validation: Validation) -> None:
+        self._validation = validation
+        self._model = copy.deepcopy(validation.model)
+        self._flat = FlatParameters.of_model(self._model)
+        self._alone = dataclasses.replace(validation.how, world=SoloWorld())
+        self._jobs: queue.Queue[tuple[int, NDArray[np.float32], float | None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="validation", daemon=True)
+        self._thread.start()
+
+    def start(self, iteration: int, mean: NDArray[np.float32], spread: float | None) -> None:
+        """Queue the validation of `mean`, which ends `iteration`."""
+        self._jobs.put((iteration, mean, spread))
+
+    def drain(self) -> None:
+        """Return when all that was queued is done."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        """End the thread after what is queued."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            iteration, mean, spread = job
+            with torch.no_grad():
+                self._flat.load(mean)
+                self._model.eval()
+                self._validation.score(iteration, self._model, self._alone, spread)
+            self._jobs.task_done()
