@@ -22,10 +22,11 @@ def said(example: str, *arguments: str) -> str:
 def test_an_exchange_over_threads_brings_models_closer(size: int) -> None:
     lines = said("exchange_over_threads.py", str(size)).splitlines()
     assert len(lines) == size + 1
-    numbers = [[float(number) for number in re.findall(r"\d+\.", line)] for line in lines]
+    numbers = [[float(number) for number in re.findall(r"\d+\.\d*", line)] for line in lines]
     before, after = [row[0] for row in numbers[:-1]], [row[-1] for row in numbers[:-1]]
     assert before == [10.0 * rank for rank in range(size)]
     assert max(after) - min(after) < max(before) - min(before)
+    assert numbers[-1][-1] == pytest.approx(numbers[-1][0], rel=1e-5), "the mean has moved"
 
 
 def test_a_strategy_of_ones_own_equals_its_formula() -> None:
