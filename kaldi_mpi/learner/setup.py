@@ -180,7 +180,7 @@ def choose_device(options: TrainOptions, world: World) -> torch.device:
 def group_sum(group: World, device: torch.device) -> Callable[[torch.Tensor], None]:
     """How the learners of a super-learner sum a (P,) tensor in place: by NCCL on GPUs, by MPI on CPUs."""
     if device.type == "cuda":
-        from kaldi_mpi.transport.torch_group import TorchGroup
+        from kaldi_mpi.transport.gpu import TorchGroup
 
         return TorchGroup(group, device).sum_
     return lambda tensor: group.sum_(tensor.numpy())
