@@ -1,4 +1,4 @@
-"""A fake world for tests: N learners as threads of one process, with the same guarantees as over MPI.
+"""N learners as threads of one process, with the same guarantees as over MPI: for tests and examples.
 
 Each rank has its communication thread; what differs from MPI is only how an array gets from one to another.
 Large arrays are handed over when their receiver is ready, as by a library's rendezvous: code that counts on
@@ -36,7 +36,7 @@ class _Handle:
 
 
 class _Hub:
-    """Where the threads of one fake world leave their arrays for each other."""
+    """Where the ranks of one world of threads leave their arrays for each other."""
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size = size
@@ -102,7 +102,7 @@ def _completed(handles: list[_Handle]) -> Sequence[int]:
 
 
 class _ThreadPointToPoint:
-    """Transfers among some ranks of a hub; see `p2p.PointToPoint`."""
+    """Transfers among some ranks of a hub; see `point_to_point.PointToPoint`."""
 
     def __init__(self, hub: _Hub, me: int, ranks: Sequence[int], context: int, contexts: list[int]) -> None:
         contexts[0] = max(contexts[0], context + 1)
@@ -141,7 +141,7 @@ class _ThreadPointToPoint:
 
 
 class ThreadWorld(CommWorld):
-    """One learner of a fake world; made by `run_world`.
+    """One learner of a world of threads; made by `run_world`.
 
     A learner or communication thread that fails breaks the world: the others raise BrokenWorldError in place
     of waiting.

@@ -16,13 +16,12 @@ from kaldi_mpi.transport.thread import CommThread, Completion, Lane, Task
 
 
 class _Pending:
-    """A sum under way; see `world.Pending`."""
+    """See `world.Pending`."""
 
     def __init__(self, world: CommWorld, completion: Completion) -> None:
         self._world, self._completion = world, completion
 
     def wait(self) -> None:
-        """Return when the buffer holds the result."""
         self._world._count_wait(self._completion)
 
 
@@ -49,20 +48,16 @@ class CommWorld:
         return self._p2p.bytes_sent
 
     def sum_(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
-        """See `World.sum_`."""
         self.start_sum(buffer, wire).wait()
 
     def start_sum(self, buffer: NDArray[np.float32], wire: str = "float32") -> _Pending:
-        """See `World.start_sum`."""
         task = collectives.sum_float32(self._p2p, COLLECTIVES, _flat(buffer, np.float32), wire)
         return _Pending(self, self._submit(task, f"sum of {buffer.size}"))
 
     def mean_into(self, buffer: NDArray[np.float32], wire: str = "float32") -> None:
-        """See `World.mean_into`."""
         self.start_mean(buffer, buffer, wire).wait()
 
     def start_mean(self, source: NDArray[np.float32], into: NDArray[np.float32], wire: str = "float32") -> _Pending:
-        """See `World.start_mean`."""
         if _flat(source, np.float32).size != into.size:
             raise ValueError(f"the mean of {source.size} numbers does not fit into {into.size}")
         apart = None if source is into else source
@@ -70,34 +65,28 @@ class CommWorld:
         return _Pending(self, self._submit(task, f"mean of {into.size}"))
 
     def sum_float64(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """See `World.sum_float64`."""
         total = np.array(values, np.float64, order="C")
         task = collectives.sum_float64(self._p2p, COLLECTIVES, total.reshape(-1))
         self._thread.wait(self._submit(task, f"float64 sum of {total.size}"))
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """See `World.gather`."""
-        said: list[Any] = self._thread.wait(self._submit(collectives.gather(self._p2p, COLLECTIVES, value), "gather"))
-        return said
+        values: list[Any] = self._thread.wait(self._submit(collectives.gather(self._p2p, COLLECTIVES, value), "gather"))
+        return values
 
     def broadcast(self, value: Any) -> Any:
-        """See `World.broadcast`."""
         return self._thread.wait(self._submit(collectives.broadcast(self._p2p, COLLECTIVES, value), "broadcast"))
 
     def barrier(self) -> None:
-        """See `World.barrier`."""
         self._thread.wait(self._submit(collectives.barrier(self._p2p, COLLECTIVES), "barrier"))
 
     def split(self, color: int) -> CommWorld:
-        """See `World.split`."""
-        said = self.gather((color, self._p2p.next_context))
-        context = max(free for _, free in said)
-        ranks = [rank for rank, (other, _) in enumerate(said) if other == color]
+        of_all = self.gather((color, self._p2p.next_context))
+        context = max(free for _, free in of_all)
+        ranks = [rank for rank, (other, _) in enumerate(of_all) if other == color]
         return CommWorld(self._thread, self._p2p.narrow(ranks, context), self._abort)
 
     def abort(self, status: int) -> NoReturn:
-        """See `World.abort`."""
         self._abort(status)
 
     def close(self) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.transport import collectives
-from kaldi_mpi.transport.gpu import device_bytes
 from kaldi_mpi.transport.point_to_point import BACKGROUND, HEADERS, PAYLOADS, PointToPoint
 from kaldi_mpi.transport.thread import CommThread, Lane
 from kaldi_mpi.transport.world import MAX_NUMBERS, Allocate, Handler
@@ -68,11 +67,9 @@ class CommMessages:
         self.sending = 0  # transfers of messages under way from here
 
     def post(self, action: Callable[[], None]) -> None:
-        """See `Messages.post`."""
         self._thread.post(action)
 
     def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
-        """See `Messages.on_message`."""
         if allocate is not None:
             self._allocators[channel] = allocate
         elif handler is None:
@@ -83,7 +80,6 @@ class CommMessages:
             self._thread.post(lambda: self._attach(channel, handler))
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
-        """See `Messages.send`."""
         if not self._thread.is_current():
             raise RuntimeError("messages are sent on the communication thread: use post")
         if not 0 <= to < self.size:
@@ -104,11 +100,9 @@ class CommMessages:
             self._thread.track(self._p2p.send(data, to, PAYLOADS), functools.partial(self._sent, data))
 
     def wait(self, ready: Callable[[], bool]) -> float:
-        """See `Messages.wait`."""
         return self._wait(self._thread.when(ready, "a condition on messages"))
 
     def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
-        """See `Messages.start_sum`."""
         if not self._thread.is_current():
             raise RuntimeError("background sums are started on the communication thread: use post")
         task = collectives.sum_float32(self._p2p, BACKGROUND, buffer)
@@ -195,7 +189,9 @@ def _bytes_of(payload: Any) -> Any:
         return np.empty(0, np.uint8)
     if isinstance(payload, np.ndarray):
         return np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
-    return device_bytes(payload)
+    import torch
+
+    return payload.reshape(-1).view(torch.uint8)
 
 
 def _copy(data: Any) -> Any:

@@ -41,7 +41,7 @@ def _completed(requests: list[MPI.Request]) -> Sequence[int]:
 
 
 class _Contexts:
-    """Numbers of worlds on one communicator; shared by all its carriers in this process."""
+    """Numbers of worlds on one communicator; shared by all that use it in this process."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.next = 1
@@ -50,7 +50,7 @@ class _Contexts:
 
 
 class MpiPointToPoint:
-    """Transfers among some ranks of a communicator; see `p2p.PointToPoint`."""
+    """Transfers among some ranks of a communicator; see `point_to_point.PointToPoint`."""
 
     def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], context: int, contexts: _Contexts) -> None:
         if context >= contexts.most:
@@ -64,22 +64,18 @@ class MpiPointToPoint:
 
     @property
     def next_context(self) -> int:
-        """See `PointToPoint`."""
         return self._contexts.next
 
     def send(self, array: NDArray[Any], to: int, stream: int) -> Transfer:
-        """See `PointToPoint.send`."""
         self.bytes_sent += array.nbytes
         peer = self._ranks[to]
         return Transfer(self._comm.Isend(_bytes(array), peer, self._tag + stream), "to", peer)
 
     def receive(self, array: NDArray[Any], source: int, stream: int) -> Transfer:
-        """See `PointToPoint.receive`."""
         peer = self._ranks[source]
         return Transfer(self._comm.Irecv(_bytes(array), peer, self._tag + stream), "from", peer)
 
     def probe(self, header: NDArray[Any]) -> tuple[int, Transfer] | None:
-        """See `PointToPoint.probe`."""
         status = MPI.Status()
         message = self._comm.Improbe(MPI.ANY_SOURCE, self._tag + HEADERS, status)
         if message is None:
@@ -88,7 +84,6 @@ class MpiPointToPoint:
         return self._numbers[peer], Transfer(message.Irecv(header.view(np.uint8)), "from", peer)
 
     def narrow(self, ranks: Sequence[int], context: int) -> MpiPointToPoint:
-        """See `PointToPoint.narrow`."""
         return MpiPointToPoint(self._comm, [self._ranks[rank] for rank in ranks], context, self._contexts)
 
 
@@ -147,6 +142,19 @@ class MpiWorld(CommWorld):
         say_abort(MPI.COMM_WORLD.Get_rank(), status)
         self._comm.Abort(status)
         os._exit(status)  # MPI_Abort does not return; this tells the type checker so
+
+
+def is_cuda_aware() -> bool:
+    """Whether the MPI library says, at run time, that it takes addresses of device memory.
+
+    Open MPI and MPICH both answer `MPIX_Query_cuda_support`; where a library has no such function, it is not aware.
+    """
+    # Looked up through mpi4py's extension, the symbol is found in the library that it is bound to.
+    query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    if query is None:
+        return False
+    query.restype = ctypes.c_int
+    return query() == 1
 
 
 def die_with_parent() -> None:

@@ -1,7 +1,7 @@
 """What a world must be able to do with arrays: start sending one, start receiving one, look for a header.
 
 Everything else, collectives and messages, is built on these three (`collectives`, `messages`), once for MPI and
-for the fake world, so that tests of the one hold for the other.
+for threads of one process, so that tests over threads hold for MPI.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ transfers without blocking and tests them, sleeping in between. It runs three ki
 So a message is answered while a sum is under way and while the learner computes. Nothing here blocks on
 one transfer, hence ranks cannot wait for each other in a circle by the order in which transfers complete.
 
-The thread knows neither MPI nor the fake world: both give it handles and a way to test them.
+The thread does not know MPI: whoever starts a transfer gives it a handle, and the world a way to test handles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPIN_SECONDS = 100e-6  # after something happened, look again at once for so lon
 SHORTEST_SLEEP = 50e-6
 LONGEST_SLEEP_MOVING = 0.25e-3  # with transfers under way: libraries move large ones on when they are tested
 LONGEST_SLEEP_LISTENING = 1.5e-3
-LONG_WAIT = 60.0  # seconds after which a wait is told in the log; doubled each time
+LONG_WAIT = 60.0  # seconds after which the log tells of a wait; doubled each time
 _LAST_CHANCE = 1.0  # seconds that `stop` leaves to transfers under way
 
 
@@ -61,7 +61,7 @@ class Listener(Protocol):
 
 
 class Completion:
-    """What a waiting thread holds: set when a task or a condition has come true."""
+    """What a waiting thread holds: set when a task is done or a condition true."""
 
     __slots__ = ("_lock", "done", "failure", "is_set", "result", "what")
 
@@ -75,7 +75,6 @@ class Completion:
         self._lock.acquire()
 
     def set(self, result: Any = None) -> None:
-        """Come true."""
         self.result = result
         self.release()
         if self.done is not None:
@@ -88,7 +87,7 @@ class Completion:
             self._lock.release()
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to so long; returns whether it has come true."""
+        """Wait up to so long; returns whether it is set."""
         if not self.is_set and self._lock.acquire(timeout=seconds):
             self.release()
         return self.is_set
@@ -184,7 +183,7 @@ class CommThread:
         return completion
 
     def wait(self, completion: Completion) -> Any:
-        """Wait in another thread until it has come true; tells in the log when that takes long.
+        """Wait in another thread until it is set; tells in the log when that takes long.
 
         Raises:
             BrokenWorldError: the thread has ended.

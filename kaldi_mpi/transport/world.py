@@ -1,7 +1,7 @@
 """The world of learners: what a rank may ask of the others, and the world of one.
 
 `World` is all that the learner knows of communication. `MpiWorld` carries it over MPI, `ThreadWorld` over
-threads of one process for tests, `SoloWorld` is a learner alone.
+threads of one process (in tests), `SoloWorld` is a learner alone.
 """
 
 from __future__ import annotations
@@ -184,7 +184,6 @@ class SoloMessages:
                 self._running.release()
 
     def on_message(self, channel: int, handler: Handler | None, allocate: Allocate | None = None) -> None:
-        """See `Messages.on_message`."""
         self._handlers.pop(channel, None)
         if handler is not None:
             self._handlers[channel] = handler
@@ -192,7 +191,6 @@ class SoloMessages:
                 self.post(lambda numbers=numbers, data=data: self._hand_over(channel, numbers, data))  # type: ignore[misc]
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: NDArray[Any] | None) -> None:
-        """See `Messages.send`."""
         if to != 0:
             raise ValueError(f"no rank {to} in a world of 1")
         data = np.empty(0, np.uint8) if payload is None else payload.reshape(-1).view(np.uint8).copy()

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kaldi_mpi.testing.threads import run_world
-from kaldi_mpi.transport import collectives, thread
-from kaldi_mpi.transport.number_formats import from_wire
+from kaldi_mpi.transport import collectives, number_formats, thread
 from kaldi_mpi.transport.thread import BrokenWorldError
 from kaldi_mpi.transport.world import SoloWorld, World, sum_in_rank_order
 from tests.conftest import in_ranks
@@ -206,7 +205,7 @@ def check_wire_types(world: World) -> None:
     for length in (7, 3000):
         every = [contribution(r, length, length) for r in range(size)]
         for wire in ("float32", "float16", "bfloat16"):
-            rounded = [from_wire(collectives.quantized(x, wire)) for x in every]
+            rounded = [number_formats.rounded(x, wire) for x in every]
             if size > 1:
                 total = every[world.rank].copy()
                 world.sum_(total, wire)

@@ -13,8 +13,8 @@ from tests.conftest import in_ranks
 def test_a_group_sums_and_broadcasts(num_ranks: int) -> None:
     import torch
 
+    from kaldi_mpi.transport.gpu import TorchGroup
     from kaldi_mpi.transport.mpi import MpiWorld
-    from kaldi_mpi.transport.torch_group import TorchGroup
 
     world = MpiWorld()
     group = TorchGroup(world, torch.device("cpu"))
@@ -33,8 +33,8 @@ def test_a_group_sums_and_broadcasts(num_ranks: int) -> None:
 def test_each_part_of_a_split_world_has_its_group(num_ranks: int) -> None:
     import torch
 
+    from kaldi_mpi.transport.gpu import TorchGroup
     from kaldi_mpi.transport.mpi import MpiWorld
-    from kaldi_mpi.transport.torch_group import TorchGroup
 
     world = MpiWorld()
     part = world.split(world.rank // 2)
@@ -50,7 +50,7 @@ def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     import torch.distributed
 
-    from kaldi_mpi.transport.torch_group import TorchGroup
+    from kaldi_mpi.transport.gpu import TorchGroup
     from kaldi_mpi.transport.world import SoloWorld
 
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
