@@ -79,3 +79,8 @@ def test_a_verb_loads_no_more_than_it_needs() -> None:
         [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_no_module_is_a_program_of_its_own() -> None:
+    for path in (REPO / "kaldi_mpi").rglob("*.py"):
+        assert "__name__ ==" not in path.read_text(), path
