@@ -20,7 +20,7 @@ Verb = Callable[[Sequence[str]], "int | None"]
 VERBS = {
     "launch": ("kaldi_mpi.launch", "main", "start N learners under mpiexec and watch over them"),
     "train": ("kaldi_mpi.learner.run", "main", "be one learner of a training (inside mpiexec)"),
-    "progress": ("kaldi_mpi.learner.watch", "main", "run a command that trains and show its progress"),
+    "progress": ("kaldi_mpi.learner.progress", "main", "run a command that trains and show its progress"),
     "journal": ("kaldi_mpi.averaging.journal", "main", "tell of a training's exchanges"),
     "model-info": ("kaldi_mpi.nnet3.info", "main", "tell what a .mdl file holds"),
     "copy-data-dir": ("kaldi_mpi.embedded.datadir", "copy_main", "take a data directory into a recipe"),

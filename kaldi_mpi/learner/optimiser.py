@@ -152,7 +152,6 @@ class KaldiSgd:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
         self.delta.copy_(state["delta"])
         self.num_steps = state["num_steps"]
         self.limited = dict(state["limited"])

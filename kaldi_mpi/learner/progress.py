@@ -6,17 +6,22 @@ to a log, or to another machine, still shows its user a bar.
 
 from __future__ import annotations
 
+import argparse
 import collections
+import contextlib
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.log import logger
+from kaldi_mpi.options import Parser
 
 _BAR_CELLS = 24
 _BAR_SECONDS = 0.5  # between two drawings of the bar, and two writings of the file
@@ -173,3 +178,29 @@ def follow(
         sleep(_BAR_SECONDS)
     if terminal and shown is not None:
         stream.write("\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``kaldi-mpi progress FILE -- COMMAND``: run a command that trains elsewhere, and show its progress meanwhile.
+
+    Returns the exit status of the command.
+    """
+    parser = Parser(prog="kaldi-mpi progress", description="Run a command that trains, and show its progress.")
+    parser.add_argument("progress", type=Path, help="the training's progress.json; an old one is removed first")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        parser.error("no command given")
+    with contextlib.suppress(FileNotFoundError):
+        options.progress.unlink()
+    process = subprocess.Popen(command)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        follow(options.progress, lambda: process.poll() is None)
+    except KeyboardInterrupt:
+        process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    status = process.wait()
+    return status if status >= 0 else 128 - status
