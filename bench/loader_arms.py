@@ -334,7 +334,8 @@ class Arms:
                 recording_id=key,
                 channels=0,
             )
-        plan, cuts = self.plan[:minibatches], []
+        plan = self.plan[:minibatches]
+        cuts: list[Any] = []
         for chunk in (chunk for minibatch in plan for chunk in minibatch):
             begin = chunk.start - self.shape.left + self.shape.label_delay
             low = max(begin, 0)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from kaldi_mpi.averaging import NAMES
-from kaldi_mpi.averaging.settings import USERS
+from kaldi_mpi.averaging.settings import SETTINGS
 from tests.toy import Toy, environment, launch_command, make_toy
 
 GROUPABLE = ("adpsgd-fixed", "adpsgd-random", "adpsgd-delay1", "expair")
@@ -56,7 +56,7 @@ def draw(seed: int, number: int) -> Start:
     ]
 
     def useful(field: str) -> bool:
-        return bool(set(names) & set(USERS.get(field, names)))
+        return bool(set(names) & set(SETTINGS[field][0].users or names))
 
     if set(names) & {"periodic", "bmuf"} or (useful("frames_per_average") and rng.random() < 0.2):
         options.append(f"--frames-per-average={rng.choice((1, 150, 1000, 10**6))}")

@@ -267,9 +267,7 @@ def make_super_learner(size: int, world: World, everyone: World, device: torch.d
     leaders = world.split(world.rank % size)
     sum_: Callable[[torch.Tensor], None]
     if device.type == "cuda":
-        from kaldi_mpi.transport.torch_group import TorchGroup
-
-        sum_ = TorchGroup(group, device).sum_
+        sum_ = gpu.TorchGroup(group, device).sum_
     else:
         sum_ = lambda tensor: group.sum_(tensor.numpy())  # noqa: E731
     return SuperLearner(group, leaders, sum_)

@@ -129,7 +129,8 @@ def test_examples_score_as_the_features_that_they_were_cut_from(hard: Egs) -> No
     model = network.model
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.add_(noise, alpha=0.3)
     examples, _ = open_data(parse(hard.options(Path(options.dir))))
     assert examples.train.num_units > 100 and examples.train.total_frames == data.train.total_frames
     of_features, of_examples = (Pass(part, SoloWorld(), CPU) for part in (data, examples))
@@ -138,10 +139,10 @@ def test_examples_score_as_the_features_that_they_were_cut_from(hard: Egs) -> No
         two = compute_prob(model, getattr(examples, name), of_examples)
         assert one.frames == two.frames and one.accuracy == pytest.approx(two.accuracy)
         assert one.log_likelihood == pytest.approx(two.log_likelihood, rel=1e-6)
-    priors = [
+    one_prior, other_prior = (
         mean_posterior(model, s.train, how, 10**6, 0) for s, how in ((data, of_features), (examples, of_examples))
-    ]
-    np.testing.assert_allclose(*priors, rtol=1e-6)
+    )
+    np.testing.assert_allclose(one_prior, other_prior, rtol=1e-6)
     stats = [
         lda_statistics(model, "lda", s.train, how, 10**6, 0)
         for s, how in ((data, of_features), (examples, of_examples))

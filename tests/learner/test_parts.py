@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaldi_mpi.averaging.published import HostPublishedModel
+from kaldi_mpi.averaging.published import HostPublishedModel, PublishedModel
 from kaldi_mpi.averaging.published_device import DevicePublishedModel
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import faults
@@ -157,13 +157,14 @@ def test_a_published_model_is_the_same_wherever_it_lives(wire: str) -> None:
     rng = np.random.default_rng(0)
     start = rng.standard_normal(1000).astype(np.float32)
     host, device = HostPublishedModel(start, 300, wire), DevicePublishedModel(torch.from_numpy(start), 300, wire)
+    models: list[PublishedModel] = [host, device]
     other = HostPublishedModel(rng.standard_normal(1000).astype(np.float32), 300, wire)
     change = torch.from_numpy(rng.standard_normal(1000).astype(np.float32))
     copies = [torch.zeros(1000), torch.zeros(1000)]
     for piece in range(host.num_pieces):
         theirs = other.snapshot(piece)
         results = []
-        for model, copy in zip((host, device), copies, strict=True):
+        for model, copy in zip(models, copies, strict=True):
             with model.lock(piece):
                 mine = model.snapshot(piece)
                 model.push_pull(piece, change, copy)

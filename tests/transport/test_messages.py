@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kaldi_mpi.log import logger
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport import collectives, number_formats, thread
 from kaldi_mpi.transport.thread import BrokenWorldError
@@ -55,9 +57,11 @@ def check_large_messages_both_ways(world: World) -> None:
     """8 MB to everybody at once, from everybody: no library buffers that, so all must receive while they send."""
     messages = world.messages
     came: list[tuple[int, int, float]] = []
-    messages.on_message(
-        0, lambda source, numbers, payload: came.append((source, *numbers, float(payload.view("f4")[-1])))
-    )  # type: ignore[arg-type]
+
+    def keep(source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
+        came.append((source, numbers[0], float(payload.view("f4")[-1])))
+
+    messages.on_message(0, keep)
     for number in range(3):
         data = np.full(2**21, world.rank + number / 4, np.float32)
         for to in range(world.size):
@@ -255,7 +259,8 @@ def check_what_is_not_allowed(world: World) -> None:
     messages.post(wrong)
     messages.wait(lambda: bool(refused))
     assert len(refused) == 3 and "no rank" in refused[0] and "at most 8" in refused[1] and "cannot wait" in refused[2]
-    for bad in (np.zeros((2, 2), np.float32), np.zeros(4, np.float64), np.zeros(8, np.float32)[::2]):
+    unfit: list[Any] = [np.zeros((2, 2), np.float32), np.zeros(4, np.float64), np.zeros(8, np.float32)[::2]]
+    for bad in unfit:
         with pytest.raises(ValueError, match="contiguous 1-dim float32"):
             world.sum_(bad)
     world.barrier()
@@ -288,7 +293,7 @@ def test_over_mpi(num_ranks: int, small_pieces: None) -> None:
 
     world = MpiWorld()
     for check in CHECKS:
-        check(world)  # type: ignore[operator]
+        check(world)
     assert world.seconds_waited > 0 and (world.bytes_sent > 0) == (num_ranks > 1)
     world.close()
     world.close()
@@ -364,7 +369,7 @@ def test_a_fake_world_that_hangs_says_who_waits_for_what() -> None:
 def test_long_waits_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Once after LONG_WAIT, then each time twice as late; and the wait goes on."""
     monkeypatch.setattr(thread, "LONG_WAIT", 0.1)
-    monkeypatch.setattr(thread.logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
 
     def sum_waits() -> list[logging.LogRecord]:  # a busy machine is slow at the barrier too
         return [r for r in caplog.records if "learner rank 0 has waited" in r.message and "for sum of 5" in r.message]
