@@ -27,8 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader
-from kaldi_mpi.loader.reader import NumpyMinibatch
+from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader, NumpyMinibatch
 
 _PLACES = 2
 
