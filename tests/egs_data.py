@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,9 +130,10 @@ def merged_example(chunks: Sequence[Chunk], *, num_pdfs: int = 9, interleaved: b
     """
     ios = []
     for name in ("input", "ivector", "output"):
-        rows: list[tuple[Index, object]] = []
+        rows: list[tuple[Index, Any]] = []
         for n, chunk in enumerate(chunks):
-            values = {"input": chunk.feats, "ivector": [chunk.ivector], "output": chunk.posteriors}[name]
+            of_chunk: dict[str, Any] = {"input": chunk.feats, "ivector": [chunk.ivector], "output": chunk.posteriors}
+            values = of_chunk[name]
             times = chunk.times.get(name, range(1))
             rows += [((n, t, 0), value) for t, value in zip(times, values, strict=True) if value is not None]
         if not rows:

@@ -27,8 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader
-from kaldi_mpi.loader.reader import NumpyMinibatch
+from kaldi_mpi.loader import Counters, Minibatch, MinibatchReader, NumpyMinibatch
 
 # A minibatch on the learner's device; valid until the next ``__next__``.
 Batch: TypeAlias = Minibatch[Tensor]

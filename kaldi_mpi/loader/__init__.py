@@ -18,7 +18,7 @@ from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.labels import Labels
 from kaldi_mpi.loader.plan import ChunkPlan, Position, Source
 from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_posteriors
-from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, new_buffers
+from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, NumpyMinibatch, new_buffers
 from kaldi_mpi.loader.transforms import DeltaOptions, SpliceOptions, parse_delta_opts, parse_splice_opts
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Minibatch",
     "MinibatchReader",
     "MinibatchRule",
+    "NumpyMinibatch",
     "PdfAlignments",
     "Position",
     "Posterior",

@@ -203,10 +203,11 @@ def test_every_prefix_is_an_error_or_ends_between_entries(text: bool, tmp_path: 
     for size in range(len(data)):
         path.write_bytes(data[:size])
         if size in (0, len(entries[0])):
-            assert len(list(read_entries(path, INT_VECTORS))) == (size > 0)
+            assert [key for key, _ in read_entries(path, INT_VECTORS)] == ["a"][: size > 0]
         else:
             with pytest.raises(DataError, match="truncated archive"):
-                list(read_entries(path, INT_VECTORS))
+                for _ in read_entries(path, INT_VECTORS):
+                    pass
 
 
 @settings(max_examples=200, deadline=None)

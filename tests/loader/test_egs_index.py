@@ -8,13 +8,14 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import kaldi_mpi.loader.examples as module
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.loader.chunks import ChunkShape
+from kaldi_mpi.loader.egs_index import make_index
 from kaldi_mpi.loader.examples import ExampleChunk, Examples
 from kaldi_mpi.loader.plan import Source
 from kaldi_mpi.testing.examples import SparseRows, read_examples
@@ -346,13 +347,13 @@ def test_the_index_is_kept_and_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
     egs = write_dir(tmp_path / "egs", [{f"c{i}": chunk_example(chunk)} for i, chunk in enumerate(chunks)])
     cache = tmp_path / "index.npz"
     made: list[str] = []
-    original: Callable[..., object] = module.make_index
+    original: Callable[..., object] = make_index
 
     def counting(*args: object) -> object:
         made.append("made")
         return original(*args)
 
-    monkeypatch.setattr(module, "make_index", counting)
+    monkeypatch.setattr("kaldi_mpi.loader.examples.make_index", counting)
     first = Examples.open(egs, index_cache=cache)
     again = Examples.open(egs, index_cache=cache)
     assert made == ["made"]
@@ -375,7 +376,7 @@ def test_the_index_is_kept_and_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
     for damaged in (b"", b"PK\x03\x04", whole[: len(whole) // 2], whole[:-30], b"x" * 100):
         cache.write_bytes(damaged)
         assert snapshot(remade()) == snapshot(first)
-    for name, change in [
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
         ("end", lambda array: array + 1000),
         ("begin", lambda array: array * 0 - 1),
         ("file_of", lambda array: array + 1),
@@ -384,7 +385,8 @@ def test_the_index_is_kept_and_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
         ("n", lambda array: array[:-1]),
         ("shapes", lambda array: array.astype(np.int64)),
         ("totals", lambda array: array + 1),
-    ]:
+    ]
+    for name, change in changes:
         with np.load(cache) as stored:
             arrays = dict(stored)
         np.savez(cache, **{**arrays, name: change(arrays[name])})
@@ -537,6 +539,7 @@ def test_kaldis_egs(tmp_path: Path) -> None:
         assert eg["input"].indexes[:, 1].tolist() == list(range(-shape.left, shape.width + shape.right))
         assert eg["output"].indexes[:, 1].tolist() == list(range(shape.width))
         np.testing.assert_allclose(chunk.feats, np.asarray(eg["input"].matrix), rtol=1e-6, atol=1e-7)
+        assert chunk.ivector is not None
         np.testing.assert_allclose(chunk.ivector, np.asarray(eg["ivector"].matrix)[0], rtol=1e-6, atol=1e-7)
         output = eg["output"].matrix
         assert isinstance(output, SparseRows)
@@ -564,6 +567,7 @@ def test_kaldis_merged_egs_are_the_same_units(compress: str, tmp_path: Path) -> 
             # two percentiles.
             if same and np.allclose(chunk.feats, other.feats, atol=0.1 if compress == "true" else 0):
                 np.testing.assert_array_equal(chunk.weights, other.weights)
+                assert chunk.ivector is not None and other.ivector is not None
                 np.testing.assert_allclose(chunk.ivector, other.ivector, atol=0.1 if compress == "true" else 0)
                 del wanted[i]
                 break

@@ -128,7 +128,7 @@ def test_corpora_share_labels_that_are_read_once(soft: bool, tmp_path: Path) -> 
         assert (corpus.utterances, corpus.has_weights, corpus.num_targets) == (utterances, soft, 1 + soft)
         for key in utterances:
             np.testing.assert_array_equal(corpus.labels(key), alone.labels(key))
-            np.testing.assert_array_equal(corpus.weights(key), alone.weights(key))  # type: ignore[arg-type]
+            np.testing.assert_array_equal(corpus.weights(key), alone.weights(key))
     with pytest.raises(DataError, match="key u003: labels of this utterance come twice"):
         Labels.read([*pairs[:4], pairs[0]])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kaldi_mpi.loader import Examples, Minibatch, MinibatchReader, MinibatchRule
+from kaldi_mpi.loader import Examples, MinibatchReader, MinibatchRule, NumpyMinibatch
 from kaldi_mpi.testing.examples import Example, SparseRows, read_examples
 from tests.egs_data import chunk_example, merged_example, random_chunk, write_egs
 from tests.paths import kaldi_root
@@ -46,7 +46,7 @@ def merged_by_kaldi(archives: list[Path], rule: str) -> list[Example]:
     return [example for _, example in read_examples(out)]
 
 
-def ours(archives: list[Path], rule: str, **options: object) -> list[Minibatch]:
+def ours(archives: list[Path], rule: str, **options: object) -> list[NumpyMinibatch]:
     source = Examples.open(archives)
     minibatches = []
     with MinibatchReader(source, None, MinibatchRule.parse(rule), seed=1, num_epochs=1, **options) as reader:  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def arrays(example: Example) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def posteriors(m: Minibatch, num_pdfs: int) -> NDArray[np.float32]:
+def posteriors(m: NumpyMinibatch, num_pdfs: int) -> NDArray[np.float32]:
     dense = np.zeros((*m.labels.shape[:2], num_pdfs), np.float32)
     for (chunk, row, _), pdf, weight in zip(
         np.ndindex(m.labels.shape), m.labels.flat, m.weights.flat if m.weights is not None else [], strict=True
@@ -97,6 +97,7 @@ def test_minibatches_of_a_directory_are_those_that_kaldi_merges(archives: list[P
     assert len(full) == len(full_of_kaldi)
     for m, merged in zip(full, full_of_kaldi, strict=True):
         np.testing.assert_allclose(m.feats, merged["input"], rtol=1e-6)
+        assert m.ivectors is not None
         np.testing.assert_allclose(m.ivectors, merged["ivector"][:, 0], rtol=1e-6)
         np.testing.assert_allclose(posteriors(m, merged["output"].shape[2]), merged["output"], rtol=1e-6)
     # Kaldi's smaller minibatches: the first chunks of what is left of their structure.

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kaldi_mpi.loader import ChunkShape, Corpus, Minibatch, MinibatchReader
+from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, NumpyMinibatch
 from kaldi_mpi.loader.native import ffi, lib
 from tests.loader_data import Written, write_corpus
 
@@ -32,7 +32,7 @@ def open_corpus(folder: Path, lengths: list[int]) -> tuple[Written, Corpus]:
     return written, Corpus.open(written.scp, written.labels)
 
 
-def copies(reader: MinibatchReader) -> Iterator[Minibatch]:
+def copies(reader: MinibatchReader) -> Iterator[NumpyMinibatch]:
     """Minibatches that stay valid."""
     with reader:
         for m in reader:

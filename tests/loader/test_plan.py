@@ -18,9 +18,9 @@ from kaldi_mpi.loader import (
     ChunkPlan,
     ChunkShape,
     Corpus,
-    Minibatch,
     MinibatchReader,
     MinibatchRule,
+    NumpyMinibatch,
     Position,
 )
 from tests.loader_data import Written, write_corpus
@@ -49,14 +49,14 @@ def open_corpus(folder: Path, lengths: list[int], kind: str | None = None) -> tu
     return written, Corpus.open(written.scp, written.labels)
 
 
-def copies(reader: MinibatchReader) -> Iterator[Minibatch]:
+def copies(reader: MinibatchReader) -> Iterator[NumpyMinibatch]:
     """Minibatches that stay valid."""
     with reader:
         for m in reader:
             yield dataclasses.replace(m, feats=m.feats.copy(), labels=m.labels.copy())
 
 
-def labels_of(minibatches: list[Minibatch]) -> Counter[int]:
+def labels_of(minibatches: list[NumpyMinibatch]) -> Counter[int]:
     """How often each labelled frame comes: in these corpora each frame has a label of its own."""
     return Counter(int(label) for m in minibatches for label in m.labels[m.labels >= 0])
 
@@ -125,7 +125,7 @@ def test_going_on_with_another_number_of_ranks(
     """Several stretches, each with its own N and minibatch; the last goes to the end of the second epoch."""
     _, corpus = open_corpus(folder, lengths)
     position: Position | None = None
-    seen: list[Minibatch] = []
+    seen: list[NumpyMinibatch] = []
     for number, (size, chunks, steps) in enumerate(sizes):
         plan = ChunkPlan(corpus, chunking, chunks, size=size, seed=seed, memory=memory, start=position)
         last = number == len(sizes) - 1

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.loader import ChunkPlan, ChunkShape, Corpus, Minibatch, MinibatchReader
+from kaldi_mpi.loader import Buffer, ChunkPlan, ChunkShape, Corpus, Minibatch, MinibatchReader
 from tests.loader_data import write_corpus
 from tests.paths import REPO
 
@@ -32,10 +34,10 @@ def num_threads() -> int:
 
 
 def test_callers_buffers_are_the_ones_that_are_filled(corpus: Corpus) -> None:
-    buffers = [(np.full((5, 7, 3), np.nan, np.float32), np.full((5, 4), -9, np.int64)) for _ in range(3)]
+    buffers = [Buffer(np.full((5, 7, 3), np.nan, np.float32), np.full((5, 4), -9, np.int64)) for _ in range(3)]
     with MinibatchReader(corpus, SHAPE, 5, seed=0, num_epochs=1, buffers=buffers) as reader:
         for i, minibatch in enumerate(reader):
-            feats, labels = buffers[i % 3]
+            feats, labels, *_ = buffers[i % 3]
             assert np.shares_memory(minibatch.feats, feats)
             assert np.shares_memory(minibatch.labels, labels)
             assert np.isfinite(minibatch.feats).all()
@@ -62,9 +64,9 @@ def test_minibatch_stays_as_it_is_until_the_next_one(corpus: Corpus) -> None:
         (np.zeros((5, 7, 6), np.float32)[:, :, ::2], np.zeros((5, 4), np.int64)),
     ],
 )
-def test_buffers_that_do_not_fit(corpus: Corpus, buffer: tuple[np.ndarray, np.ndarray]) -> None:
+def test_buffers_that_do_not_fit(corpus: Corpus, buffer: tuple[NDArray[Any], NDArray[Any]]) -> None:
     with pytest.raises(ConfigError, match=r"a minibatch buffer's .* with .* elements, and must be a writeable"):
-        MinibatchReader(corpus, SHAPE, 5, seed=0, buffers=[buffer])
+        MinibatchReader(corpus, SHAPE, 5, seed=0, buffers=[Buffer(*buffer)])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader import ChunkShape, Corpus, Minibatch, MinibatchReader
+from kaldi_mpi.loader import ChunkShape, Corpus, MinibatchReader, NumpyMinibatch
 from tests.loader.test_order import LENGTHS, SETTINGS, copies, folder, open_corpus
 from tests.loader_data import write_corpus
 
@@ -28,7 +30,7 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus.open(written.scp, written.labels)
 
 
-def assert_same(a: Minibatch, b: Minibatch) -> None:
+def assert_same(a: NumpyMinibatch, b: NumpyMinibatch) -> None:
     assert (a.step, a.epoch, a.frames, a.global_frames) == (b.step, b.epoch, b.frames, b.global_frames)
     np.testing.assert_array_equal(a.feats, b.feats)
     np.testing.assert_array_equal(a.labels, b.labels)
@@ -48,7 +50,7 @@ def test_requested_steps_are_those_of_the_consecutive_reader(
     """Also to and fro over the borders of epochs, more of them at once than the plan keeps orders of."""
     _, corpus = open_corpus(folder, lengths)
     epochs, rank = 5, data.draw(st.integers(0, size - 1))
-    share = {"seed": 5, "rank": rank, "size": size}
+    share: dict[str, Any] = {"seed": 5, "rank": rank, "size": size}
     plain = list(copies(MinibatchReader(corpus, SHAPE, 3, num_epochs=epochs, **share)))
     steps = data.draw(st.lists(st.integers(0, len(plain) - 1), max_size=30))
     left, asked = deque(steps), 0
@@ -202,9 +204,11 @@ def test_what_cannot_be_asked_for(corpus: Corpus) -> None:
     ):
         reader.request(-1)
     with MinibatchReader(corpus, SHAPE, 5, seed=0) as reader:
-        for use in (lambda: reader.request(0), reader.finish):
+        uses: list[Callable[[], None]] = [lambda: reader.request(0), reader.finish]
+        for use in uses:
             with pytest.raises(ValueError, match="does not read on request"):
                 use()
-    for options in ({"first_step": 3}, {"num_epochs": 1}):
+    together: list[dict[str, Any]] = [{"first_step": 3}, {"num_epochs": 1}]
+    for options in together:
         with pytest.raises(ConfigError, match="on request has neither a first step nor a number of epochs"):
             MinibatchReader(corpus, SHAPE, 5, seed=0, on_request=True, **options)

@@ -66,13 +66,9 @@ def with_deltas(feats: np.ndarray, options: DeltaOptions) -> np.ndarray:
     for order in range(1, options.order + 1):
         squares = 2 * sum(j * j for j in range(1, options.window + 1))
         rows = len(padded) - 2 * options.window
-        padded = (
-            sum(  # shorter by a window at both ends
-                j * padded[options.window + j : options.window + j + rows]
-                for j in range(-options.window, options.window + 1)
-            )
-            / squares
-        )
+        neighbours = range(-options.window, options.window + 1)
+        weighted = [j * padded[options.window + j : options.window + j + rows] for j in neighbours]
+        padded = np.sum(weighted, axis=0) / squares  # shorter by a window at both ends
         left = margin - order * options.window
         blocks.append(padded[left : left + len(x)])
     return np.concatenate(blocks, axis=1)
