@@ -17,7 +17,7 @@ the first of them, the leader, has the published model and talks to the other le
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ class AsynchronousPhase:
         self._change = torch.zeros_like(self._state.flat.values)
         self._iterations_begun: list[int] = []  # whose beginning has not been noticed in the learner's thread
 
-    def run(self) -> Iterator[IterationEnd]:
+    def run(self) -> Generator[IterationEnd]:
         """Train to the phase's end, after which all models are equal; yields where all learners have met."""
         self._learner.begin_phase(self._strategy.rate_factor, self._group)
         batches = self._dataset.batches(

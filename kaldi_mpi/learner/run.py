@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     chunks = dataset.plan(world.size)
     plan, total_frames = make_plan(options, dataset, chunks)
     rate = ExponentialRate(options.initial_rate, options.final_rate, total_frames)
-    super_learner = make_super_learner(settings.super_learner_size, world, everyone, device)
+    super_learner = make_super_learner(settings.super_learner_size, world, device)
     phases = make_phases(options.phases, settings, plan, world, everyone, super_learner)
 
     # What the learner keeps, and where it is told.
@@ -171,13 +171,13 @@ def train(options: TrainOptions, everyone: World) -> None:
         if len(phases) > 1 and world.rank == 0:
             logger.info("from step %d: strategy %s", phase.first_step, phase.name)
         asynchronous = phase.strategy.asynchronous
-        ends: Iterator[IterationEnd]
+        ends: Generator[IterationEnd]
         if asynchronous:
             journal_dir = folder / "journal" if options.journal else None
             ends = AsynchronousPhase(phase, world, dataset, plan, learner, log, validation, settings, journal_dir).run()
         else:
             ends = run_synchronous(phase, world, dataset, chunks, plan, learner, log)
-        with contextlib.closing(ends):  # type: ignore[type-var]  # they are generators
+        with contextlib.closing(ends):
             for end in ends:
                 iteration = plan.iteration(state.step)
                 log.end_iteration(iteration - 1)
@@ -256,7 +256,7 @@ def choose_device(wanted: str, world: World) -> torch.device:
     return device
 
 
-def make_super_learner(size: int, world: World, everyone: World, device: torch.device) -> SuperLearner | None:
+def make_super_learner(size: int, world: World, device: torch.device) -> SuperLearner | None:
     """This learner's super-learner of `size`; None where each is alone.
 
     Gradients are summed by NCCL on GPUs, by MPI on CPUs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from kaldi_mpi.averaging import Synchronous, synchronous_step
 from kaldi_mpi.learner.dataset import Dataset
@@ -23,7 +23,7 @@ def run_synchronous(
     plan: Plan,
     learner: LearnerStep,
     log: TrainingLog,
-) -> Iterator[IterationEnd]:
+) -> Generator[IterationEnd]:
     """Train from the learner's present step to the phase's end, after which all models are equal.
 
     Yields where an iteration ends, with the learner between two steps.
