@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,23 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("toy"))
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files that are opened from now on."""
+    names: list[str] = []
+
+    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(path: Any, *args: Any, **kwargs: Any) -> Any:
+            names.append(Path(path).name if isinstance(path, str | Path) else "")
+            return original(path, *args, **kwargs)
+
+        return spy
+
+    for module in (builtins, os):
+        monkeypatch.setattr(module, "open", watch(module.open))
+    return names
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -32,25 +51,23 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     ],
 )
 def test_a_wrong_network_is_told_before_alignments_are_read(
-    toy: Toy, old: str, new: str, says: str, monkeypatch: pytest.MonkeyPatch
+    toy: Toy, old: str, new: str, says: str, opened: list[str]
 ) -> None:
     folder = toy.experiment(f"wrong-{abs(hash((old, new)))}")
     config = folder / "configs" / "network.xconfig"
     text = config.read_text()
     assert old in text
     config.write_text(text.replace(old, new, 1))
-    opened: list[str] = []
-    original = builtins.open
-
-    def spy(path: Any, *args: Any, **kwargs: Any) -> Any:
-        opened.append(Path(path).name if isinstance(path, str | Path) else "")
-        return original(path, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "open", spy)
     with pytest.raises(ConfigError, match=says):
         train(parse(toy.options(folder)), SoloWorld())
-    assert not [name for name in opened if name.startswith("ali.")]
+    assert "ali.1.gz" not in opened
     assert not (folder / "log").exists(), "nothing is written either"
+
+
+def test_a_right_network_goes_on_to_the_alignments(toy: Toy, opened: list[str]) -> None:
+    """Were they opened unseen, the test above would prove nothing."""
+    train(parse(toy.options(toy.experiment("right"), "--trainer.num-epochs=0.1")), SoloWorld())
+    assert opened.count("ali.1.gz") == 1
 
 
 def test_the_columns_of_the_first_matrix(toy: Toy, tmp_path: Path) -> None:
