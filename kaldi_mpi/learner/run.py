@@ -192,8 +192,7 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     # What it leaves behind.
     model.eval()
-    how = Pass(dataset, world, device)
-    priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
+    priors = mean_posterior(model, dataset.train, validation.how, options.prior_subset_size, options.data.seed)
     if world.rank == 0:
         export.write_cmvn_opts(folder, options.data.cmvn)
         export.copy_alignment_files(folder, Path(options.data.ali_dir))
