@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from kaldi_mpi.errors import DataError
+
+_LARGEST = 10**9 - 1  # that a file of one number may hold, unless its reader says otherwise
 
 
 @contextlib.contextmanager
@@ -45,11 +48,12 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", sync: bool = Tr
         raise
 
 
-def read_text(path: str | os.PathLike[str], default: str | None = None) -> str:
+def read_text(path: str | os.PathLike[str], default: str | None = None, *, errors: str = "strict") -> str:
     """The text of a small file, without white space at its ends.
 
     Args:
         default: what to return where there is no such file.
+        errors: what to do about bytes that are not UTF-8, as for `open`.
 
     Raises:
         DataError: it cannot be read; names it.
@@ -57,19 +61,32 @@ def read_text(path: str | os.PathLike[str], default: str | None = None) -> str:
     if default is not None and not os.path.exists(path):
         return default
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8", errors=errors).strip()
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", file=os.fspath(path)) from error
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read: {error}", file=os.fspath(path)) from error
 
 
-def read_number(path: str | os.PathLike[str], default: int | None = None) -> int:
+def read_number(
+    path: str | os.PathLike[str],
+    default: int | None = None,
+    *,
+    what: str = "a number",
+    low: int = -_LARGEST,
+    high: int = _LARGEST,
+) -> int:
     """The whole number that a file consists of, such as Kaldi's ``num_jobs``.
 
+    Args:
+        default: what to return where there is no such file.
+        what: that is expected, for messages.
+        low, high: the range that it must be in, both included.
+
     Raises:
-        DataError: it cannot be read, or is no number; names it.
+        DataError: it cannot be read, or is no such number; names it.
     """
-    text = read_text(path, None if default is None else str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"a number is expected, not {text!r}", file=os.fspath(path)) from None
+    text = read_text(path, None if default is None else str(default), errors="replace")
+    if not (re.fullmatch(r"-?[0-9]{1,10}", text) and low <= int(text) <= high):
+        raise DataError(f"{what} is expected, not '{text[:20]}'", file=os.fspath(path))
+    return int(text)

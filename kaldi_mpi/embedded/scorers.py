@@ -20,6 +20,7 @@ from kaldi_mpi.embedded.datadir import DataDir
 from kaldi_mpi.embedded.features import add_deltas
 from kaldi_mpi.embedded.gmm_model import read_gmm_model
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.files import read_number
 from kaldi_mpi.formats.cmvn_options import CmvnOptions
 from kaldi_mpi.formats.tokens import Reader
 from kaldi_mpi.formats.transition import read_transitions
@@ -151,11 +152,8 @@ def _online_ivectors(path: Path, dim: int, folder: str | None) -> Callable[[str]
         )
     if not folder:
         return None
-    scp, period_file = Path(folder) / "ivector_online.scp", Path(folder) / "ivector_period"
-    try:
-        period = int(period_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read: {error}", file=str(period_file)) from error
+    scp = Path(folder) / "ivector_online.scp"
+    period = read_number(Path(folder) / "ivector_period", what="a number of frames", low=1, high=2**31 - 1)
     if not scp.is_file():
         raise DataError("no such file", file=str(scp))
     reader = kaldi_native_io.RandomAccessFloatMatrixReader(f"scp:{scp}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.files import read_number
 from kaldi_mpi.formats.scp import Rspecifier, check_sorted, parse_location, parse_rspecifier, read_script
 from kaldi_mpi.formats.stream import InputStream
 from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
@@ -63,21 +64,11 @@ def job_files(source: str | os.PathLike[str], prefix: str) -> list[str]:
         jobs[job] = file
     if not jobs:
         raise DataError(f"no {prefix}.*.gz in this directory", file=name)
-    wanted = _num_jobs(directory / "num_jobs")
-    if wanted is not None:
-        for job in range(1, wanted + 1):
-            if job not in jobs:
-                raise DataError(f"missing, and num_jobs says {wanted}", file=str(directory / f"{prefix}.{job}.gz"))
+    wanted = read_number(directory / "num_jobs", 0, what="a number of jobs", low=0)
+    for job in range(1, wanted + 1):
+        if job not in jobs:
+            raise DataError(f"missing, and num_jobs says {wanted}", file=str(directory / f"{prefix}.{job}.gz"))
     return [str(jobs[job]) for job in sorted(jobs)]
-
-
-def _num_jobs(path: Path) -> int | None:
-    if not path.exists():
-        return None
-    text = path.read_text("utf-8", "replace").strip()
-    if not (text.isascii() and text.isdecimal()):
-        raise DataError(f"a number of jobs is expected, not '{text[:20]}'", file=str(path))
-    return int(text)
 
 
 def read_entries(

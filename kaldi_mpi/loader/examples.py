@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.files import read_number
 from kaldi_mpi.loader.chunks import ChunkShape
 from kaldi_mpi.loader.egs_index import EgsIndex, identity_of, key_before, load_index, make_index, save_index
 from kaldi_mpi.loader.native import Archives, borrow, ffi, lib, new_error, raise_data_error
@@ -120,16 +121,8 @@ def _read_info(directory: Path) -> EgsInfo | None:
         return None
     info = EgsInfo(directory)
     for name in _INFO:
-        file = directory / name
-        if not file.exists():
-            continue
-        try:
-            text = file.read_text("utf-8", "replace").strip()
-        except OSError as error:
-            raise DataError(f"cannot read: {error.strerror or error}", file=str(file)) from error
-        if not re.fullmatch(r"-?[0-9]{1,9}", text):
-            raise DataError(f"a number is expected, not '{text[:20]}'", file=str(file))
-        info.values[name] = int(text)
+        if (directory / name).exists():
+            info.values[name] = read_number(directory / name)
     return info
 
 

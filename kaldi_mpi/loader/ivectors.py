@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.files import read_number
 from kaldi_mpi.formats.scp import rows_in_range
 from kaldi_mpi.loader.native import Archives, borrow, byte_ranges, ffi, struct_dtype
 from kaldi_mpi.loader.tables import OnBad, locate
@@ -53,7 +54,7 @@ class Ivectors:
         on_bad: OnBad | None = None,
     ) -> None:
         self._scp = os.path.join(os.fspath(directory), "ivector_online.scp")
-        self.period = _read_period(Path(directory) / "ivector_period")
+        self.period = read_number(Path(directory) / "ivector_period", what="a number of frames", low=1, high=2**31 - 1)
         self.dim = 0
         self.begin = self.end = np.zeros(0, dtype=np.int64)
         self._archives = Archives()
@@ -120,13 +121,3 @@ class Ivectors:
             "num_rows": borrow(self._num_rows, "int32_t", np.int32),
         }
         return fields, [self._archives, *fields.values()]
-
-
-def _read_period(path: Path) -> int:
-    try:
-        text = path.read_text("utf-8", "replace").strip()
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", file=str(path)) from error
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 2**31):
-        raise DataError(f"a number of frames is expected, not '{text[:20]}'", file=str(path))
-    return int(text)
