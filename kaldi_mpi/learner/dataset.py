@@ -65,10 +65,13 @@ class Dataset:
     options: DataOptions
 
     @classmethod
-    def open(cls, options: DataOptions, tid_to_pdf: NDArray[np.int32], context: Context, world: World) -> Dataset:
+    def open(
+        cls, options: DataOptions, folder: Path, tid_to_pdf: NDArray[np.int32], context: Context, world: World
+    ) -> Dataset:
         """Open the examples, or split the aligned utterances by the seed and open each part.
 
         Args:
+            folder: the training's directory, where the lists of what is held out and the examples' index go.
             tid_to_pdf: pdf-ids of the transition-ids of the alignments (`TransitionModel.tid_to_pdf`).
             context: of the network.
 
@@ -78,8 +81,8 @@ class Dataset:
             ConfigError: there are more learners than utterances to train on.
         """
         if options.egs_dir is not None:
-            return cls(*_open_egs(options, options.egs_dir, world), None, options)
-        parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), world)
+            return cls(*_open_egs(options, options.egs_dir, folder, world), None, options)
+        parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), folder, world)
         return cls(*parts, chunk_shape(options, context), options)
 
     def plan(self, size: int) -> ChunkPlan:
@@ -163,7 +166,9 @@ def chunk_shape(options: DataOptions, context: Context) -> ChunkShape | Chunking
     return Chunking(options.chunk_widths, left, right, left_initial=initial, right_final=final)
 
 
-def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World) -> tuple[Corpus, Corpus, Corpus]:
+def _open_corpora(
+    options: DataOptions, alignments: PdfAlignments, folder: Path, world: World
+) -> tuple[Corpus, Corpus, Corpus]:
     """The aligned utterances, split by the seed; rank 0 writes down which ones are held out.
 
     Each file is read once. The parts share the labels, which take two bytes a frame: the alignments, all of them at a
@@ -206,7 +211,7 @@ def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World)
     parts = corpus(train), corpus(valid), corpus(diagnostic)
     if world.rank == 0:
         for name, part in (("valid_uttlist", valid), ("train_subset_uttlist", diagnostic)):
-            with atomic_write(Path(options.dir) / name, "w") as stream:
+            with atomic_write(folder / name, "w") as stream:
                 stream.writelines(f"{key}\n" for key in part)
         logger.info(
             "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
@@ -215,27 +220,27 @@ def _open_corpora(options: DataOptions, alignments: PdfAlignments, world: World)
     return parts
 
 
-def _open_egs(options: DataOptions, folder: str, world: World) -> tuple[Examples, Examples, Examples]:
+def _open_egs(options: DataOptions, egs_dir: str, folder: Path, world: World) -> tuple[Examples, Examples, Examples]:
     """Rank 0 makes the index of the examples, by one pass over them, for all ranks and for later runs."""
-    index, skip_bad = Path(options.dir) / "egs.index", options.skip_bad_utterances
+    index, skip_bad = folder / "egs.index", options.skip_bad_utterances
     if world.rank == 0:
-        train = Examples.open(folder, index_cache=index, threads=options.loader_threads + 1, skip_bad=skip_bad)
+        train = Examples.open(egs_dir, index_cache=index, threads=options.loader_threads + 1, skip_bad=skip_bad)
     world.barrier()
     if world.rank != 0:
-        train = Examples.open(folder, index_cache=index, skip_bad=skip_bad)
-    valid, diagnostic = (Examples.open(Path(folder) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
+        train = Examples.open(egs_dir, index_cache=index, skip_bad=skip_bad)
+    valid, diagnostic = (Examples.open(Path(egs_dir) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
     if world.size > train.num_units:
-        raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {folder}")
+        raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {egs_dir}")
     for part, name in ((valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1])):
         ours, theirs = (part.feat_dim, part.ivector_dim), (train.feat_dim, train.ivector_dim)
         if ours != theirs:
             raise DataError(
                 f"features and i-vectors have dimensions {ours}, and in the other archives {theirs}",
-                file=str(Path(folder) / name),
+                file=str(Path(egs_dir) / name),
             )
     if world.rank == 0:
         logger.info(
             "training on %d examples, %d frames, in %d archives of %s; %d examples, %d frames held out",
-            train.num_units, train.total_frames, len(train.paths), folder, valid.num_units, valid.total_frames,
+            train.num_units, train.total_frames, len(train.paths), egs_dir, valid.num_units, valid.total_frames,
         )  # fmt: skip
     return train, valid, diagnostic

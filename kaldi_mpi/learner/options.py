@@ -71,7 +71,6 @@ class DataOptions:
     """What a training reads, and how it is cut and shuffled.
 
     Attributes:
-        dir: the training's directory, where lists of what is held out go.
         feat_dir: None with `egs_dir`, if it was not given.
         chunk_widths: labelled frames of chunks, the usual width first.
         chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
@@ -82,7 +81,6 @@ class DataOptions:
         skip_bad_utterances: utterances or examples of a part that may be unreadable, those found at opening included.
     """
 
-    dir: str
     feat_dir: str | None
     ali_dir: str
     egs_dir: str | None
@@ -282,7 +280,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
     given["memory"] *= 2**20
     names = [field.name for field in dataclasses.fields(DataOptions)]
-    data = DataOptions(**{name: given[name] if name == "dir" else given.pop(name) for name in names})
+    data = DataOptions(**{name: given.pop(name) for name in names})
     return TrainOptions(data=data, **given)
 
 

@@ -103,7 +103,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     world.barrier()
 
     # The data, and the model.
-    dataset = Dataset.open(options.data, transitions.tid_to_pdf, network.context, world)
+    dataset = Dataset.open(options.data, folder, transitions.tid_to_pdf, network.context, world)
     network.check_data(dataset, transitions.num_pdfs)
     network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
     model = network.model.to(device)

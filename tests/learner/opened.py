@@ -19,7 +19,8 @@ def open_data(options: TrainOptions, world: World | None = None) -> tuple[Datase
     """The data, and the network that says how they are cut; its transforms are not estimated."""
     world = world or SoloWorld()
     network = Network(options.xconfig, options.data.seed, world)
-    return Dataset.open(options.data, transitions_of(options).tid_to_pdf, network.context, world), network
+    tid_to_pdf = transitions_of(options).tid_to_pdf
+    return Dataset.open(options.data, Path(options.dir), tid_to_pdf, network.context, world), network
 
 
 def open_all(options: TrainOptions, world: World | None = None) -> tuple[Dataset, Network]:
