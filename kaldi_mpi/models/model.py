@@ -15,6 +15,7 @@ from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.models.components import (
     Affine,
     BackpropTruncation,
+    Call,
     ComponentModule,
     FixedAffine,
     Initializer,
@@ -311,19 +312,19 @@ class _Run:
 
     def component(self, module: ComponentModule, x: Tensor, first: int) -> Tensor:
         """Apply a component; frames outside the range of derivatives without gradient."""
-        if not torch.is_grad_enabled() or not (x.requires_grad or module.updatable):
-            y: Tensor = module(x)
-            return y
         frames = x.shape[0]
+        if not torch.is_grad_enabled() or not (x.requires_grad or module.updatable):
+            y: Tensor = module(x, Call.of(range(frames)))
+            return y
         low, high = self.deriv
         begin = 0 if low is None else min(max(low - first, 0), frames)
         end = frames if high is None else max(min(high - first + 1, frames), begin)
         if begin == 0 and end == frames:
-            y = module(x)
+            y = module(x, Call.of(range(frames)))
             return y
         with torch.no_grad():
-            before, after = module(x[:begin]), module(x[end:])
-        return torch.cat([before, module(x[begin:end]), after])
+            before, after = module(x[:begin], Call.of(range(begin))), module(x[end:], Call.of(range(frames - end)))
+        return torch.cat([before, module(x[begin:end], Call.of(range(end - begin))), after])
 
     def lstm(self, group: LstmGroup, settings: LstmSettings) -> None:
         first, last = self.needed[group.value]

@@ -1,0 +1,52 @@
+"""The components (layers' inner parts) that a network is made of, as torch modules: a family a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kaldi_mpi.models.components import affine, nonlinear, normalise, recurrent
+from kaldi_mpi.models.components.affine import Affine, FixedAffine, Linear, NaturalGradientAffine, split_transform
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Tanh
+from kaldi_mpi.models.components.normalise import Normalize
+from kaldi_mpi.models.components.recurrent import BackpropTruncation, LstmNonlinearity
+from kaldi_mpi.models.config import ComponentSpec, Options
+
+__all__ = [
+    "Affine",
+    "BackpropTruncation",
+    "Call",
+    "ComponentModule",
+    "FixedAffine",
+    "Initializer",
+    "Linear",
+    "LogSoftmax",
+    "LstmNonlinearity",
+    "NaturalGradientAffine",
+    "NoOp",
+    "Normalize",
+    "RectifiedLinear",
+    "Sigmoid",
+    "Tanh",
+    "make_component",
+    "split_transform",
+]
+
+_FAMILIES = (affine, nonlinear, normalise, recurrent)
+_MAKERS: dict[str, Callable[[Options, Initializer], ComponentModule]] = {
+    kind: maker for family in _FAMILIES for kind, maker in family.MAKERS.items()
+}
+
+
+def make_component(spec: ComponentSpec, init: Initializer) -> ComponentModule:
+    """A freshly initialised component.
+
+    Raises:
+        ConfigError: unknown type, unknown or bad option; names file, line and key.
+    """
+    if spec.type not in _MAKERS:
+        raise spec.place.error(f"component type {spec.type} is not supported yet", spec.name)
+    options = Options(spec.options, spec.place)
+    component = _MAKERS[spec.type](options, init)
+    options.done(spec.type)
+    return component

@@ -1,0 +1,262 @@
+"""Kaldi's online natural gradient: a preconditioner that is estimated while it is used.
+
+Source: Povey, Zhang, Khudanpur, "Parallel training of DNNs with natural gradient and parameter averaging"
+(arXiv 1410.7455), section 4 and appendix A; the constants and the order of work are those of nnet3's
+OnlineNaturalGradient. It stands for a Fisher matrix F = V' diag(d) V + rho I of rows of dimension D, where V has R
+orthonormal rows, and keeps W = E^(1/2) V with E = diag(e), e_i = 1 / (beta / d_i + 1),
+beta = rho (1 + alpha) + alpha / D sum(d).
+
+What is large (W, the rows) stays on the device; the host works on R x R matrices alone. On a CPU an update takes
+effect at once, as Kaldi's does. On a GPU the moments travel to page-locked memory behind the learner's back and the
+new estimate is put in at the preconditioner's next update, so that the host waits for nothing that has just been
+queued; the first ten calls, in which the estimate changes fast, are exempt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_EPSILON, _DELTA = 1.0e-10, 5.0e-4
+_WORST_CONDITION, _ORTHOGONALITY = 1.0e6, 1.0e-3
+_FIRST_CALLS = 10  # in which each call updates
+_FIRST_ESTIMATES = 3  # repetitions on the first rows
+_LARGEST_INVERSE = 100.0
+
+Matrix = NDArray[np.float64]
+
+
+@dataclasses.dataclass
+class _Moments:
+    """Of one call: R x R matrices K = J J', L = H' H and M = W W', and tr(X X'), stacked in one float32 tensor."""
+
+    packed: Tensor
+    j: Tensor
+    rows: int
+    ready: Any = None  # the event after which `packed` is on the host; None: it is
+
+    def unpack(self, rank: int) -> tuple[Matrix, Matrix, Matrix, float]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        flat = self.packed.numpy().astype(np.float64)
+        k, l, m = flat[: 3 * rank * rank].reshape(3, rank, rank)  # noqa: E741 - the paper's name
+        return k, l, m, float(flat[-1])
+
+
+class NaturalGradient:
+    """The preconditioner of one kind of rows.
+
+    Args:
+        rank: R; at most D - 1 is used.
+        update_period: P: after the first ten calls, each P-th call updates the estimate.
+        num_samples_history: how many rows the estimate remembers.
+        alpha: how much of a multiple of the identity is mixed in.
+        num_minibatches_history: if above 0, the same in calls, in place of `num_samples_history`.
+
+    Attributes:
+        frozen: while True, nothing is updated; calls are counted.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        update_period: int = 4,
+        num_samples_history: float = 2000.0,
+        alpha: float = 4.0,
+        num_minibatches_history: float = 0.0,
+    ) -> None:
+        if rank < 1 or update_period < 1 or alpha < 0 or num_samples_history <= 0:
+            raise ValueError(
+                f"natural gradient: rank {rank}, update period {update_period}, alpha {alpha}, "
+                f"history of {num_samples_history} samples"
+            )
+        self.rank, self.update_period, self.alpha = rank, update_period, alpha
+        self.num_samples_history, self.num_minibatches_history = num_samples_history, num_minibatches_history
+        self.frozen = False
+        self.calls = 0
+        self.rho = _EPSILON
+        self.d: NDArray[np.float32] = np.zeros(0, np.float32)
+        self.w: Tensor | None = None
+        self._pending: _Moments | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The preconditioned rows, (N, D): of the same Frobenius norm as `rows`, (N, D) float32."""
+        preconditioned, factor = self.precondition(rows)
+        return preconditioned * factor
+
+    def precondition(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in two parts: rows, and the factor (0-dim, on the device) that gives them their norm back."""
+        one = rows.new_ones(())
+        if rows.shape[1] == 1 or not len(rows):
+            return rows, one
+        if self.w is None or self.w.shape[1] != rows.shape[1]:
+            self._begin(rows)
+        assert self.w is not None
+        update = not self.frozen and (
+            self.calls <= _FIRST_CALLS or (self.calls - _FIRST_CALLS) % self.update_period == 0
+        )
+        if update and self._pending is not None:
+            self._finish(self._pending)
+            self._pending = None
+        hidden = rows @ self.w.t()
+        preconditioned = torch.addmm(rows, hidden, self.w, alpha=-1)
+        before = rows.square().sum()
+        after = preconditioned.square().sum()
+        if update:
+            moments = self._moments(rows, hidden, before)
+            if moments.ready is None or self.calls <= _FIRST_CALLS:
+                self._finish(moments)
+            else:
+                self._pending = moments
+        self.calls += 1
+        return preconditioned, torch.where(before > 0, (before / after).sqrt(), one)
+
+    def _begin(self, rows: Tensor) -> None:
+        """Start from a fixed set of directions, and estimate a few times on the first rows."""
+        count, dim = rows.shape
+        rank = min(self.rank, dim - 1)
+        self.rho, self.d = _EPSILON, np.full(rank, _EPSILON, np.float32)
+        self._pending = None
+        start = torch.zeros(rank, dim)
+        for row in range(rank):
+            start[row, row::rank] = 1.0
+            start[row, row] = 1.1
+            start[row] /= start[row].norm()
+        start /= math.sqrt(2.0 + self.alpha * (dim + rank) / dim)
+        self.w = start.to(rows)
+        for _ in range(1 if count <= rank else _FIRST_ESTIMATES):
+            self._finish(self._moments(rows, rows @ self.w.t(), rows.square().sum()))
+
+    def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor) -> _Moments:
+        assert self.w is not None
+        j = hidden.t() @ rows
+        parts = [j @ j.t(), hidden.t() @ hidden, self.w @ self.w.t(), trace]
+        packed = torch.cat([part.reshape(-1) for part in parts])
+        if packed.device.type == "cpu":
+            return _Moments(packed, j, len(rows))
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        event: Any = torch.cuda.Event()
+        event.record()
+        return _Moments(host, j, len(rows), event)
+
+    def _finish(self, moments: _Moments) -> None:
+        """Put the estimate that follows from a call's moments in the place of the present one."""
+        assert self.w is not None
+        k, l, m, trace = moments.unpack(len(self.d))  # noqa: E741
+        of_j, of_w, self.d, self.rho = self._next(k, l, m, trace, moments.rows)
+        both = torch.from_numpy(np.stack([of_j, of_w]).astype(np.float32)).to(self.w.device, non_blocking=True)
+        both = both.to(self.w.dtype)
+        self.w = torch.addmm(both[0] @ moments.j, both[1], self.w)
+
+    def _next(
+        self,
+        k: Matrix,
+        l: Matrix,  # noqa: E741
+        m: Matrix,
+        trace: float,
+        rows: int,
+    ) -> tuple[Matrix, Matrix, NDArray[np.float32], float]:
+        """Matrices A and B of the next W = A J + B W, and the next d and rho."""
+        assert self.w is not None
+        dim, rank = self.w.shape[1], len(self.d)
+        if self.num_minibatches_history > 0:
+            eta = 1.0 / self.num_minibatches_history
+        else:
+            eta = min(0.9, 1.0 - math.exp(-rows / self.num_samples_history))
+        a, b = eta / rows, 1.0 - eta
+        d = self.d.astype(np.float64)
+        rho = self.rho
+        root = np.sqrt(self._e(d, rho, dim))
+        q = d + rho
+        scaled_l = l / np.outer(root, root)
+        z = a * a * k / np.outer(root, root) + a * b * (scaled_l * q + q[:, None] * scaled_l) + np.diag((b * q) ** 2)
+        scale = max(1.0, float(np.trace(z)))
+        if not math.isfinite(scale):
+            raise FloatingPointError("natural gradient: derivatives are not finite")
+        # In float32, as Kaldi decomposes it: directions below its rounding are noise in both.
+        values, vectors = np.linalg.eigh((z / scale).astype(np.float32))
+        order = np.argsort(-np.abs(values), kind="stable")
+        c, u = values[order].astype(np.float64) * scale, vectors[:, order].astype(np.float64)
+        again = bool(c[0] > _WORST_CONDITION * c[-1])
+        floor = (rho * b) ** 2
+        again = again or bool((c < floor).any())
+        c = np.maximum(c, floor)
+        root_c = np.sqrt(c)
+        next_rho = (a * trace + b * (dim * rho + d.sum()) - root_c.sum()) / (dim - rank)
+        next_d = root_c - next_rho
+        lowest = max(_EPSILON, _DELTA * root_c.max())
+        next_rho, next_d = max(next_rho, lowest), np.maximum(next_d, lowest)
+        next_root = np.sqrt(self._e(next_d, next_rho, dim))
+        # W' = a E'^(1/2) c^(-1/2) U' E^(-1/2) (J + b/a Q W)
+        of_j = a * (next_root / root_c)[:, None] * u.T / root
+        of_w = of_j * (b / a) * q
+        if again:
+            # W' W'' from the moments: J J' = K, J W' = L, W W' = M.
+            cross = of_j @ l @ of_w.T
+            gram = of_j @ k @ of_j.T + cross + cross.T + of_w @ m @ of_w.T
+            turn = _orthonormalised(gram, next_root)
+            if turn is not None:
+                of_j, of_w = turn @ of_j, turn @ of_w
+        return of_j, of_w, next_d.astype(np.float32), float(np.float32(next_rho))
+
+    def _e(self, d: Matrix, rho: float, dim: int) -> Matrix:
+        beta = rho * (1.0 + self.alpha) + self.alpha / dim * d.sum()
+        return np.asarray(1.0 / (beta / d + 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The estimate; one that is on its way is put in first."""
+        if self._pending is not None:
+            self._finish(self._pending)
+            self._pending = None
+        w = None if self.w is None else self.w.cpu()
+        return {"calls": self.calls, "rho": self.rho, "d": torch.from_numpy(self.d.copy()), "w": w}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.calls, self.rho, self.d = state["calls"], state["rho"], state["d"].numpy().copy()
+        self.w = None if state["w"] is None else state["w"].to(device)
+        self._pending = None
+
+
+def _orthonormalised(gram: Matrix, root: Matrix) -> Matrix | None:
+    """T such that the rows of T W are orthogonal with squared norms root^2, given gram = W W'; None: they are."""
+    unit = gram / np.outer(root, root)
+    if np.abs(unit - np.eye(len(unit))).max() <= _ORTHOGONALITY:
+        return None
+    try:
+        inverse = np.linalg.inv(np.linalg.cholesky(unit))
+        good = bool(np.abs(inverse).max() < _LARGEST_INVERSE)
+    except np.linalg.LinAlgError:
+        good = False
+    if not good:
+        inverse = _gram_schmidt(unit)
+    return np.asarray(root[:, None] * inverse / root)
+
+
+def _gram_schmidt(gram: Matrix) -> Matrix:
+    """The rows' combination that makes them orthonormal, found on their inner products; for rows nearly dependent.
+
+    A row of which less than 1 % of the squared norm is left is worked on again.
+    """
+    rank = len(gram)
+    turn = np.eye(rank)
+    for row in range(rank):
+        for _ in range(10):
+            before = turn[row] @ gram @ turn[row]
+            if row:
+                turn[row] -= (turn[:row] @ (gram @ turn[row])) @ turn[:row]
+            left = turn[row] @ gram @ turn[row]
+            if left <= 0:
+                # Nothing of this direction can be told from the others: take one that the moments do not reach.
+                left = 1.0
+                break
+            turn[row] /= math.sqrt(left)
+            if left >= 0.01 * before:
+                break
+    return turn
