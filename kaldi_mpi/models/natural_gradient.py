@@ -34,19 +34,19 @@ Matrix = NDArray[np.float64]
 
 @dataclasses.dataclass
 class _Moments:
-    """Of one call: R x R matrices K = J J', L = H' H and M = W W', and tr(X X'), stacked in one float32 tensor."""
+    """Of one call: R x R matrices K = J J' and L = H' H, and tr(X X'), in one float32 tensor; J stays on the device."""
 
     packed: Tensor
     j: Tensor
     rows: int
     ready: Any = None  # the event after which `packed` is on the host; None: it is
 
-    def unpack(self, rank: int) -> tuple[Matrix, Matrix, Matrix, float]:
+    def unpack(self, rank: int) -> tuple[Matrix, Matrix, float]:
         if self.ready is not None:
             self.ready.synchronize()
         flat = self.packed.numpy().astype(np.float64)
-        k, l, m = flat[: 3 * rank * rank].reshape(3, rank, rank)  # noqa: E741 - the paper's name
-        return k, l, m, float(flat[-1])
+        k, l = flat[: 2 * rank * rank].reshape(2, rank, rank)  # noqa: E741 - the paper's name
+        return k, l, float(flat[-1])
 
 
 class NaturalGradient:
@@ -134,9 +134,8 @@ class NaturalGradient:
             self._finish(self._moments(rows, rows @ self.w.t(), rows.square().sum()))
 
     def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor) -> _Moments:
-        assert self.w is not None
         j = hidden.t() @ rows
-        parts = [j @ j.t(), hidden.t() @ hidden, self.w @ self.w.t(), trace]
+        parts = [j @ j.t(), hidden.t() @ hidden, trace]
         packed = torch.cat([part.reshape(-1) for part in parts])
         if packed.device.type == "cpu":
             return _Moments(packed, j, len(rows))
@@ -149,21 +148,23 @@ class NaturalGradient:
     def _finish(self, moments: _Moments) -> None:
         """Put the estimate that follows from a call's moments in the place of the present one."""
         assert self.w is not None
-        k, l, m, trace = moments.unpack(len(self.d))  # noqa: E741
-        of_j, of_w, self.d, self.rho = self._next(k, l, m, trace, moments.rows)
-        both = torch.from_numpy(np.stack([of_j, of_w]).astype(np.float32)).to(self.w.device, non_blocking=True)
-        both = both.to(self.w.dtype)
-        self.w = torch.addmm(both[0] @ moments.j, both[1], self.w)
+        k, l, trace = moments.unpack(len(self.d))  # noqa: E741
+        of_j, of_w, self.d, self.rho, root = self._next(k, l, trace, moments.rows)
+        small = [of_j, of_w] if root is None else [of_j, of_w, np.diag(root)]
+        there = torch.from_numpy(np.stack(small).astype(np.float32)).to(self.w.device, non_blocking=True)
+        there = there.to(self.w.dtype)
+        self.w = torch.addmm(there[0] @ moments.j, there[1], self.w)
+        if root is not None:
+            self.w = _reorthogonalised(self.w, there[2].diagonal())
 
     def _next(
         self,
         k: Matrix,
         l: Matrix,  # noqa: E741
-        m: Matrix,
         trace: float,
         rows: int,
-    ) -> tuple[Matrix, Matrix, NDArray[np.float32], float]:
-        """Matrices A and B of the next W = A J + B W, and the next d and rho."""
+    ) -> tuple[Matrix, Matrix, NDArray[np.float32], float, Matrix | None]:
+        """Matrices A and B of the next W = A J + B W, the next d and rho, and sqrt(e) if W may not be orthogonal."""
         assert self.w is not None
         dim, rank = self.w.shape[1], len(self.d)
         if self.num_minibatches_history > 0:
@@ -197,14 +198,7 @@ class NaturalGradient:
         # W' = a E'^(1/2) c^(-1/2) U' E^(-1/2) (J + b/a Q W)
         of_j = a * (next_root / root_c)[:, None] * u.T / root
         of_w = of_j * (b / a) * q
-        if again:
-            # W' W'' from the moments: J J' = K, J W' = L, W W' = M.
-            cross = of_j @ l @ of_w.T
-            gram = of_j @ k @ of_j.T + cross + cross.T + of_w @ m @ of_w.T
-            turn = _orthonormalised(gram, next_root)
-            if turn is not None:
-                of_j, of_w = turn @ of_j, turn @ of_w
-        return of_j, of_w, next_d.astype(np.float32), float(np.float32(next_rho))
+        return of_j, of_w, next_d.astype(np.float32), float(np.float32(next_rho)), next_root if again else None
 
     def _e(self, d: Matrix, rho: float, dim: int) -> Matrix:
         beta = rho * (1.0 + self.alpha) + self.alpha / dim * d.sum()
@@ -224,39 +218,24 @@ class NaturalGradient:
         self._pending = None
 
 
-def _orthonormalised(gram: Matrix, root: Matrix) -> Matrix | None:
-    """T such that the rows of T W are orthogonal with squared norms root^2, given gram = W W'; None: they are."""
-    unit = gram / np.outer(root, root)
-    if np.abs(unit - np.eye(len(unit))).max() <= _ORTHOGONALITY:
-        return None
-    try:
-        inverse = np.linalg.inv(np.linalg.cholesky(unit))
-        good = bool(np.abs(inverse).max() < _LARGEST_INVERSE)
-    except np.linalg.LinAlgError:
-        good = False
-    if not good:
-        inverse = _gram_schmidt(unit)
-    return np.asarray(root[:, None] * inverse / root)
+def _reorthogonalised(w: Tensor, root: Tensor) -> Tensor:
+    """`w`, (R, D), with its rows made orthogonal, of the norms `root`, where they are not nearly so.
 
-
-def _gram_schmidt(gram: Matrix) -> Matrix:
-    """The rows' combination that makes them orthonormal, found on their inner products; for rows nearly dependent.
-
-    A row of which less than 1 % of the squared norm is left is worked on again.
+    By Cholesky factors of their inner products; where these are too far from the identity for that, by a QR
+    decomposition, which spans the same spaces in the same order as Kaldi's Gram-Schmidt. All choices stay on a GPU.
     """
-    rank = len(gram)
-    turn = np.eye(rank)
-    for row in range(rank):
-        for _ in range(10):
-            before = turn[row] @ gram @ turn[row]
-            if row:
-                turn[row] -= (turn[:row] @ (gram @ turn[row])) @ turn[:row]
-            left = turn[row] @ gram @ turn[row]
-            if left <= 0:
-                # Nothing of this direction can be told from the others: take one that the moments do not reach.
-                left = 1.0
-                break
-            turn[row] /= math.sqrt(left)
-            if left >= 0.01 * before:
-                break
-    return turn
+    unit = (w @ w.t()) / torch.outer(root, root)
+    eye = torch.eye(len(unit), dtype=w.dtype, device=w.device)
+    off = (unit - eye).abs().amax() > _ORTHOGONALITY
+    on_host = w.device.type == "cpu"
+    if on_host and not off:
+        return w
+    factor, info = torch.linalg.cholesky_ex(unit)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    good = (info == 0) & (inverse.abs().amax() < _LARGEST_INVERSE)
+    by_factor = (root.unsqueeze(1) * inverse / root) @ w
+    if on_host and good:
+        return by_factor
+    q, r = torch.linalg.qr(w.t())
+    by_qr = (root * torch.where(r.diagonal() < 0, -1.0, 1.0)).unsqueeze(1) * q.t()
+    return torch.where(off, torch.where(good, by_factor, by_qr), w)
