@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,17 +40,33 @@ class LstmSettings:
     zeroing_interval: int = 20
     recurrence_interval: int = 1
 
-    def boundaries(self, first: int, frames: int, sequences: int) -> Tensor:
-        """(frames * sequences,) bool: where a large recurrent gradient is zeroed.
+    def boundaries(self, first: int, frames: int, sequences: int, stride: int = 1) -> Tensor:
+        """(frames * sequences,) bool: where a large recurrent gradient is zeroed; frames lie `stride` apart.
 
         As in nnet3 the boundaries are shifted by the number of the sequence in the minibatch, so that they
         do not always fall on the same frame of an utterance.
         """
-        t = torch.arange(first, first + frames).unsqueeze(1) - torch.arange(sequences).unsqueeze(0)
+        t = torch.arange(first, first + frames * stride, stride).unsqueeze(1) - torch.arange(sequences).unsqueeze(0)
         interval = self.zeroing_interval
         here = torch.div(t, interval, rounding_mode="floor")
         before = torch.div(t - self.recurrence_interval, interval, rounding_mode="floor")
         return (here != before).reshape(-1)
+
+
+class LstmKeeper(Protocol):
+    """What the layer's components want of a pass beside values and gradients."""
+
+    def repair(self) -> Tensor | None:
+        """(5, C): how much each unit of i, f, g, o and tanh(c) is repaired (0: not); None: none is."""
+
+    def store(self, values: Tensor, derivatives: Tensor, rows: int) -> None:
+        """Sums of values and derivatives of i, f, g, o and tanh(c), (5, C), over the `rows` that got derivatives."""
+
+    def keep_gates(self, x: Tensor, derivative: Tensor) -> bool:
+        """Rows of the affine component of the gates and their derivatives; False: its gradient is wanted instead."""
+
+    def keep_projection(self, m: Tensor, derivative: Tensor) -> bool:
+        """The same of the projection."""
 
 
 def lstm(
@@ -65,6 +81,9 @@ def lstm(
     max_deriv_time: int | None = None,
     w_rp: Tensor | None = None,
     b_rp: Tensor | None = None,
+    stride: int = 1,
+    mask: Tensor | None = None,
+    keeper: LstmKeeper | None = None,
 ) -> Tensor:
     """Run the recurrence from a zero state over all frames of `x`.
 
@@ -81,16 +100,30 @@ def lstm(
         min_deriv_time, max_deriv_time: gradients exist only for frames in this range (both ends included);
             the others are computed forward only.
         w_rp, b_rp: projection (P, C) and its bias (P,) or None.
+        stride: frames from one row of x to the next; a divisor of the delay.
+        mask: (T, B, 3) factors of the gates i, f, o after their sigmoids (gate dropout), the same for all cells.
+        keeper: of statistics, self-repair and natural gradient.
 
     Returns:
         (T, B, C) outputs m, or (T, B, P) projected ones.
     """
     frames = x.shape[0]
-    low = 0 if min_deriv_time is None else min(max(min_deriv_time - first, 0), frames)
-    high = frames if max_deriv_time is None else min(max(max_deriv_time - first + 1, low), frames)
-    arguments = (x, w_all, bias, peepholes, w_rp, b_rp, settings, first, low, high)
+    low = 0 if min_deriv_time is None else min(max(-((first - min_deriv_time) // stride), 0), frames)
+    high = frames if max_deriv_time is None else min(max((max_deriv_time - first) // stride + 1, low), frames)
+    place = _Place(first, stride, low, high)
+    arguments = (x, w_all, bias, peepholes, w_rp, b_rp, settings, place, mask, keeper)
     output: Tensor = _Lstm.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows in time: the first one's, frames between them, and those [low, high) that get derivatives."""
+
+    first: int
+    stride: int
+    low: int
+    high: int
 
 
 def _blocks(rows: int, block: int, reverse: bool) -> list[int]:
@@ -122,10 +155,11 @@ class _Lstm(torch.autograd.Function):
         w_rp: Tensor | None,
         b_rp: Tensor | None,
         settings: LstmSettings,
-        first: int,
-        low: int,
-        high: int,
+        place: _Place,
+        mask: Tensor | None,
+        keeper: LstmKeeper | None,
     ) -> Tensor:
+        low, high = place.low, place.high
         frames, batch, in_dim = x3.shape
         cell, rows = peepholes.shape[1], frames * batch
         rec_dim = w_all.shape[1] - in_dim
@@ -133,7 +167,7 @@ class _Lstm(torch.autograd.Function):
         if rows == 0:
             return x3.new_empty(frames, batch, cell if w_rp is None else w_rp.shape[0])
         reverse = settings.delay > 0
-        shift = abs(settings.delay) * batch
+        shift = abs(settings.delay) // place.stride * batch
         x = x3.reshape(rows, in_dim)
         gates = torch.addmm(bias, x, w_all[:, :in_dim].t())
         w_rec = (w_all[:, in_dim:] * settings.scale).t().contiguous()
@@ -174,19 +208,25 @@ class _Lstm(torch.autograd.Function):
             outputs[here].split(sizes),
             m.split(sizes),
             tanh_c.split(sizes),
+            (x if mask is None else mask.reshape(rows, 3)).split(sizes),
         ]
         scale = settings.scale
-        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh in _order(parts, reverse):
+        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh, drop in _order(parts, reverse):
             s.addmm_(h_old, w_rec)
             s_if2.addcmul_(c_old2, w_if, value=scale)
             s_if.sigmoid_()
             g.tanh_()
             torch.mul(i, g, out=c)
-            c.addcmul_(f, c_old, value=scale)
+            if mask is None:
+                c.addcmul_(f, c_old, value=scale)
+            else:
+                c.mul_(drop[:, 0:1]).addcmul_(f * drop[:, 1:2], c_old, value=scale)
             o.addcmul_(c, w_o)
             o.sigmoid_()
             torch.tanh(c, out=tanh)
             torch.mul(o, tanh, out=m_k)
+            if mask is not None:
+                m_k.mul_(drop[:, 2:3])
             if w_proj is not None:
                 if b_rp is None:
                     torch.mm(m_k, w_proj, out=out)
@@ -196,9 +236,15 @@ class _Lstm(torch.autograd.Function):
         result = outputs[here].view(frames, batch, -1)
         if any(ctx.needs_input_grad) and not ctx.empty:
             span = slice(low * batch, high * batch)
-            ctx.settings, ctx.first, ctx.low, ctx.high = settings, first, low, high
+            ctx.settings, ctx.place, ctx.low, ctx.high, ctx.keeper = settings, place, low, high, keeper
             ctx.shape = (frames, batch, in_dim)
-            to_m, to_old = _coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale)
+            ctx.sums = None if keeper is None else _sums(gates[span], tanh_c[span])
+            repair = None if keeper is None else keeper.repair()
+            ctx.repair = (
+                None if repair is None else _repairs(gates[span], tanh_c[span], repair, peepholes, settings.scale)
+            )
+            drop = None if mask is None else mask.reshape(rows, 3)[span]
+            to_m, to_old = _coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale, drop)
             ctx.save_for_backward(
                 x[span],
                 gates[span],
@@ -222,7 +268,7 @@ class _Lstm(torch.autograd.Function):
         settings: LstmSettings = ctx.settings
         x, coefs, to_m, to_old, c, _, h_old, _, w_all, w_rp = ctx.saved_tensors
         cell, rec_dim, scale = c.shape[1], h_old.shape[1], settings.scale
-        rows, shift = x.shape[0], abs(settings.delay) * batch
+        rows, shift = x.shape[0], abs(settings.delay) // ctx.place.stride * batch
         reverse = settings.delay < 0
         w_rec = w_all[:, in_dim:] * scale
 
@@ -236,7 +282,9 @@ class _Lstm(torch.autograd.Function):
         d_gates = x.new_empty(rows, 4 * cell)
         grad = grad[ctx.low : ctx.high].reshape(rows, -1)
         d_rp = None if w_rp is None else grad.clone()
-        limit = _Limit(settings, ctx.first + ctx.low, ctx.high - ctx.low, batch)
+        first = ctx.place.first + ctx.low * ctx.place.stride
+        limit = _Limit(settings, first, ctx.high - ctx.low, batch, ctx.place.stride, x.device)
+        repair = ctx.repair
 
         sizes = _blocks(rows, shift, reverse)
         ifg = 3 * cell
@@ -256,10 +304,11 @@ class _Lstm(torch.autograd.Function):
             recur[target][:, cell:].split(sizes),
             recur[here][:, :cell].unsqueeze(1).split(sizes),
             limit.boundaries.split(sizes),
+            *(part.split(sizes) for part in repair or ()),
         ]
         steps = _order(parts, reverse)
         for k, step in enumerate(steps):
-            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, boundary = step
+            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, boundary, *more = step
             limit.apply(both, boundary)
             if w_rp is None:
                 dm = dh.add_(out)
@@ -268,9 +317,17 @@ class _Lstm(torch.autograd.Function):
                 dm = torch.mm(out, w_rp)
             dc.addcmul_(dm, k_m)
             torch.mul(dm, k_o, out=ds_o)
+            if more:
+                of_cell, of_gates, of_old = more
+                dc.add_(of_cell)
+                ds_o.add_(of_gates[:, ifg:])
             torch.mul(dc3, k_ifg, out=ds_ifg)
+            if more:
+                ds_ifg.add_(of_gates[:, :ifg].unflatten(1, (3, cell)))
             if k + 1 < len(steps):
                 torch.mul(dc, k_old, out=to_dc)
+                if more:
+                    to_dc.add_(of_old)
                 torch.mm(ds, w_rec, out=to_dh)
         return _Lstm._gradients(ctx, d_gates, d_rp, (frames, batch, in_dim))
 
@@ -284,26 +341,59 @@ class _Lstm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = d_gates.new_zeros(frames, batch, in_dim)
             torch.mm(d_gates, w_all[:, :in_dim], out=dx[ctx.low : ctx.high].view(-1, in_dim))
-        dw = torch.empty_like(w_all)
-        torch.mm(d_gates.t(), x, out=dw[:, :in_dim])
-        torch.mm(d_gates.t(), h_old, out=dw[:, in_dim:])
-        if scale != 1.0:
-            dw[:, in_dim:] *= scale
+        keeper: LstmKeeper | None = ctx.keeper
+        if keeper is not None:
+            keeper.store(*ctx.sums, x.shape[0])
+        dw = d_bias = None
+        both = torch.cat([x, h_old if scale == 1.0 else h_old * scale], dim=1)
+        if keeper is None or not keeper.keep_gates(both, d_gates):
+            dw, d_bias = d_gates.t() @ both, d_gates.sum(0)
         d_peep = d_gates.new_empty(3, cell)
         old = d_gates[:, : 2 * cell].unflatten(1, (2, cell)) * c_old.unsqueeze(1)
         torch.sum(old, 0, out=d_peep[:2])
         d_peep[:2] *= scale
         torch.sum(d_gates[:, 3 * cell :] * c, 0, out=d_peep[2])
         d_wrp = d_brp = None
-        if d_rp is not None:
+        if d_rp is not None and (keeper is None or not keeper.keep_projection(m, d_rp)):
             d_wrp, d_brp = torch.mm(d_rp.t(), m), d_rp.sum(0)
-        return dx, dw, d_gates.sum(0), d_peep, d_wrp, d_brp, None, None, None, None
+        return dx, dw, d_bias, d_peep, d_wrp, d_brp, None, None, None, None
+
+
+def _sums(gates: Tensor, tanh_c: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows of the values of i, f, g, o, tanh(c) and of their derivatives, (5, C) each."""
+    cell = tanh_c.shape[1]
+    values = torch.stack([*gates.sum(0).split(cell), tanh_c.sum(0)])
+    squares = torch.stack([*gates.square().sum(0).split(cell), tanh_c.square().sum(0)])
+    # A sigmoid's derivative is y - y^2, a tanh's 1 - y^2.
+    of_values = values.clone()
+    of_values[2] = of_values[4] = float(len(tanh_c))
+    return values, of_values - squares
+
+
+def _repairs(
+    gates: Tensor, tanh_c: Tensor, repair: Tensor, peepholes: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What self-repair adds to the derivatives of the loss: at the cell, the gates' inputs, and the old cell.
+
+    Saturated units are pushed back to where they are not: by s (2 y - 1) for a sigmoid, s y for a tanh.
+    """
+    cell = tanh_c.shape[1]
+    i, f, g, o = gates.split(cell, dim=1)
+    of_gates = torch.cat(
+        [(2 * i - 1) * repair[0], (2 * f - 1) * repair[1], g * repair[2], (2 * o - 1) * repair[3]], dim=1
+    )
+    of_cell = tanh_c * repair[4] + of_gates[:, 3 * cell :] * peepholes[2]
+    of_old = (of_gates[:, :cell] * peepholes[0] + of_gates[:, cell : 2 * cell] * peepholes[1]) * scale
+    return of_cell, of_gates, of_old
 
 
 def _coefficients(
-    gates: Tensor, c_old: Tensor, tanh_c: Tensor, peepholes: Tensor, scale: float
+    gates: Tensor, c_old: Tensor, tanh_c: Tensor, peepholes: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Replace the gates i, f, g, o by the coefficients of their gradients.
+
+    Args:
+        mask: (rows, 3), the gates' dropout masks.
 
     Returns:
         d cell / d m (through tanh and the output gate's peephole), and d old cell / d cell.
@@ -311,12 +401,16 @@ def _coefficients(
     i, f, g, o = gates.split(c_old.shape[1], dim=1)
     to_m = _tanh_backward(o, tanh_c, grad_input=torch.empty_like(c_old))
     _sigmoid_backward(tanh_c, o, grad_input=o)
-    to_m.addcmul_(o, peepholes[2])
     to_old = f.clone(memory_format=torch.contiguous_format)
     _sigmoid_backward(c_old, f, grad_input=f)
     of_g = _tanh_backward(i, g, grad_input=torch.empty_like(c_old))
     _sigmoid_backward(g, i, grad_input=i)
     g.copy_(of_g)
+    if mask is not None:
+        of_i, of_f, of_o = mask.unsqueeze(1).unbind(2)
+        for value, factor in ((to_m, of_o), (o, of_o), (to_old, of_f), (f, of_f), (g, of_i), (i, of_i)):
+            value.mul_(factor)
+    to_m.addcmul_(o, peepholes[2])
     if scale != 1.0:
         f *= scale
     to_old.addcmul_(i, peepholes[0]).addcmul_(f, peepholes[1])
@@ -329,17 +423,22 @@ def _coefficients(
 class _Limit:
     """BackpropTruncationComponent's limits on the recurrent gradient, applied in place to a block of rows."""
 
-    def __init__(self, settings: LstmSettings, first: int, frames: int, batch: int) -> None:
+    def __init__(
+        self, settings: LstmSettings, first: int, frames: int, batch: int, stride: int, device: torch.device
+    ) -> None:
         self.clip = settings.clipping_threshold if settings.clipping_threshold > 0 else math.inf
         self.zero = settings.zeroing_threshold if settings.zeroing_threshold > 0 else math.inf
         self.smallest = min(self.clip, self.zero)
-        self.boundaries = settings.boundaries(first, frames, batch)
+        self.boundaries = settings.boundaries(first, frames, batch, stride).to(device, non_blocking=True)
 
     def apply(self, rows: Tensor, boundary: Tensor) -> None:
         # The norm of all rows together bounds that of each: mostly one reduction settles it.
-        if math.isinf(self.smallest) or torch.linalg.vector_norm(rows).item() <= self.smallest:
+        if math.isinf(self.smallest):
+            return
+        # On a GPU the host would wait for it.
+        if rows.device.type == "cpu" and torch.linalg.vector_norm(rows).item() <= self.smallest:
             return
         norms = torch.linalg.vector_norm(rows, dim=1)
         factors = (self.clip / norms).clamp_(max=1.0)
-        factors.masked_fill_(boundary.to(norms.device) & (norms > self.zero), 0.0)
+        factors.masked_fill_(boundary & (norms > self.zero), 0.0)
         rows.mul_(factors.unsqueeze(1))

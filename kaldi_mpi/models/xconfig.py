@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models.config import Config, InputNode, Node, Options, OutputNode, Place, parse_config, split_options
+from kaldi_mpi.models.contexts import computable_in_order, contexts
 from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
-from kaldi_mpi.models.graph import computable_in_order, contexts
 
 _LAYER_TYPE = re.compile(r"^[a-z][-a-z0-9]+$")
 _QUOTED = re.compile(r'"([^"]*)"')

@@ -64,6 +64,7 @@ class ComponentModule(nn.Module):
         kind: nnet3's type name.
         updatable: whether it has trained parameters.
         row_wise: see above.
+        takes_nothing: its output does not depend on its input (masks, constants), which need not be computed.
         input_dim, output_dim: numbers of columns.
         name: in the model; set by the model.
         mode: shared by the components of a model; set by the model.
@@ -74,6 +75,7 @@ class ComponentModule(nn.Module):
     kind: ClassVar[str]
     updatable: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
+    takes_nothing: ClassVar[bool] = False
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__()
@@ -127,11 +129,14 @@ class ComponentModule(nn.Module):
     def constrain(self) -> None:
         """After an update, in place on the parameters: what constraints the component has (orthonormal)."""
 
+    def statistics(self) -> list[Tensor]:
+        """Sums and counts of activation statistics, to be changed in place: averaging models adds them."""
+        return []
+
     def zero_statistics(self) -> None:
         """Forget activation statistics, as nnet3-train does when it starts."""
-
-    def scale_statistics(self, scale: float) -> None:
-        """Multiply sums and counts of all statistics (nnet3-copy --scale)."""
+        for total in self.statistics():
+            total.zero_()
 
     def update_statistics(self, factor: float | Tensor, momentum: float) -> None:
         """Of components whose statistics go through the update (see training.md 1.5): add `factor` times what has been

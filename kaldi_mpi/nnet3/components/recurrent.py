@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from kaldi_mpi.models.components import BackpropTruncation, LstmNonlinearity
 from kaldi_mpi.nnet3.components.fields import COMMON, Field, Kind, Values, array, optional, tensor
@@ -17,12 +18,17 @@ _TRUNCATION = {
 
 
 def _lstm_nonlinearity(values: Values) -> LstmNonlinearity:
-    if values.get("UseDropout"):
-        raise ValueError("gate dropout is not supported yet")
     peepholes = tensor(values, "Params", 2)
     if len(peepholes) != 3:
         raise ValueError(f"<Params> has {len(peepholes)} rows instead of 3")
-    return LstmNonlinearity(peepholes)
+    module = LstmNonlinearity(peepholes, values.pop("UseDropout", False))
+    count = values.pop("Count", 0.0)
+    for token, total in (("ValueAvg", module.value_sum), ("DerivAvg", module.deriv_sum)):
+        average = values.pop(token)
+        if average.size:
+            total.copy_(torch.from_numpy(average.astype(np.float64)) * count)
+    module.count.fill_(count)
+    return module
 
 
 def _truncation(values: Values) -> BackpropTruncation:
@@ -31,9 +37,19 @@ def _truncation(values: Values) -> BackpropTruncation:
 
 
 def _lstm_values(module: LstmNonlinearity) -> Values:
-    average = np.zeros((5, module.cell_dim), dtype=np.float32)
-    statistics = {"ValueAvg": average, "DerivAvg": average, "SelfRepairProb": np.zeros(5, dtype=np.float32)}
-    return {**statistics, **module.attributes, "Params": array(module.peepholes)}
+    count = module.count.item()
+    averages = {
+        token: (total / count if count else total).to("cpu", torch.float32).numpy().copy()
+        for token, total in (("ValueAvg", module.value_sum), ("DerivAvg", module.deriv_sum))
+    }
+    return {
+        "SelfRepairProb": np.zeros(5, dtype=np.float32),
+        **module.attributes,
+        **averages,
+        "Params": array(module.peepholes),
+        "UseDropout": module.use_dropout,
+        "Count": count,
+    }
 
 
 def _truncation_values(module: BackpropTruncation) -> Values:
