@@ -7,14 +7,15 @@ from collections.abc import Callable
 from kaldi_mpi.models.components import affine, nonlinear, normalise, recurrent
 from kaldi_mpi.models.components.affine import Affine, FixedAffine, Linear, NaturalGradientAffine, split_transform
 from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
-from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Tanh
-from kaldi_mpi.models.components.normalise import Normalize
+from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
+from kaldi_mpi.models.components.normalise import BatchNorm, Normalize
 from kaldi_mpi.models.components.recurrent import BackpropTruncation, LstmNonlinearity
 from kaldi_mpi.models.config import ComponentSpec, Options
 
 __all__ = [
     "Affine",
     "BackpropTruncation",
+    "BatchNorm",
     "Call",
     "ComponentModule",
     "FixedAffine",
@@ -27,6 +28,7 @@ __all__ = [
     "Normalize",
     "RectifiedLinear",
     "Sigmoid",
+    "Softmax",
     "Tanh",
     "make_component",
     "split_transform",

@@ -1,8 +1,15 @@
-"""Functions of each element, or of each row, without parameters."""
+"""Functions of each element, or of each row, without parameters; their statistics and self-repair.
+
+Statistics (NonlinearComponent of nnet3): sums over rows of the function's value and derivative, stored in about every
+second forward call; of the squares of the derivative that arrives ("oderiv"), in about three of four. Both always at
+first. Self-repair (the components' RepairGradients) adds a small constant to the derivative at the input of units
+whose mean derivative says that they are dead or saturated, in about every second backward call, hence twice the scale.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,73 +18,268 @@ from torch.nn import functional
 from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.config import Options
 
+_STORE, _REPAIR, _ODERIV = 0.5, 0.5, 0.75
+_LARGEST_REPAIR = 0.1
+
 
 class Pointwise(ComponentModule):
-    """A function of each element (or row, for softmax), without parameters."""
+    """Rows of `dim` columns to rows of as many."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim)
 
 
-class RectifiedLinear(Pointwise):
+class Stored(Pointwise):
+    """A function whose statistics are kept.
+
+    Attributes:
+        block_dim: columns that repeat; units of a block share self-repair.
+        value_sum, deriv_sum, oderiv_sum: (dim,) float64, or (0,) where there are none.
+        count, oderiv_count: of rows in them, 0-dim float64.
+        repair_scale, lower_threshold, upper_threshold: of self-repair; a threshold of None is the default one.
+    """
+
+    default_lower: ClassVar[float] = 0.05
+    default_upper: ClassVar[float | None] = None
+    repairs: ClassVar[bool] = True
+    value_sum: Tensor
+    deriv_sum: Tensor
+    oderiv_sum: Tensor
+    count: Tensor
+    oderiv_count: Tensor
+
+    def __init__(self, dim: int, block_dim: int | None = None) -> None:
+        super().__init__(dim)
+        self.block_dim = dim if block_dim is None else block_dim
+        if self.block_dim < 1 or dim % self.block_dim:
+            raise ValueError(f"block-dim {self.block_dim} does not divide dim {dim}")
+        self.repair_scale = 0.0
+        self.lower_threshold: float | None = None
+        self.upper_threshold: float | None = None
+        for name in ("value_sum", "deriv_sum", "oderiv_sum"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
+        for name in ("count", "oderiv_count"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def statistics(self) -> list[Tensor]:
+        return [self.value_sum, self.deriv_sum, self.oderiv_sum, self.count, self.oderiv_count]
+
+    def zero_statistics(self) -> None:
+        super().zero_statistics()
+        self._stored = self._stored_oderiv = False
+
+    def function(self, x: Tensor) -> Tensor:
+        """The value, row by row."""
+        raise NotImplementedError
+
+    def derivative(self, y: Tensor) -> Tensor | None:
+        """The function's derivative where its value is `y`; None: it is not stored."""
+        return None
+
+    def pushes(self, y: Tensor) -> Tensor:
+        """In which direction units are repaired, by their values."""
+        raise NotImplementedError
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        """The derivative at the input, of the value and the derivative at the output."""
+        own = self.derivative(y)
+        assert own is not None
+        return derivative * own
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        if not (self.mode.store and torch.is_grad_enabled()):
+            return self.function(x)
+        y: Tensor = _Trained.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+    _stored = False
+    _stored_oderiv = False
+
+    def store(self, y: Tensor) -> None:
+        """Add the values of a forward call, (rows, B, dim), and the function's derivatives."""
+        if not (self.mode.chance.decide(self.name, "stats", _STORE) or not self._stored):
+            return
+        self._stored = True
+        derivative = self.derivative(y)
+        rows = y.shape[0] * y.shape[1]
+        for name, of in (("value_sum", y), ("deriv_sum", derivative)):
+            if of is None:
+                continue
+            total = getattr(self, name)
+            if total.numel() != self.output_dim:
+                total = torch.zeros(self.output_dim, dtype=torch.float64, device=y.device)
+                setattr(self, name, total)
+            total += of.reshape(rows, -1).sum(0)
+        self.count += rows
+
+    def store_oderiv(self, derivative: Tensor) -> None:
+        """Add the squares of the derivatives that arrive at the output."""
+        if not (self.mode.chance.decide(self.name, "oderiv", _ODERIV) or not self._stored_oderiv):
+            return
+        self._stored_oderiv = True
+        if self.oderiv_sum.numel() != self.output_dim:
+            self.oderiv_sum = torch.zeros(self.output_dim, dtype=torch.float64, device=derivative.device)
+        self.oderiv_sum += derivative.square().reshape(-1, self.output_dim).sum(0)
+        self.oderiv_count += derivative.shape[0] * derivative.shape[1]
+
+    def units_to_repair(self) -> Tensor:
+        """(block_dim,) float32: 1 for units whose mean derivative is too small, -1 for those where it is too large."""
+        # Compared as sums in float32, as Kaldi does: ties are exact there.
+        total = self.deriv_sum.view(-1, self.block_dim).mean(0).to(torch.float32)
+        count = self.count.to(torch.float32)
+        lower = self.default_lower if self.lower_threshold is None else self.lower_threshold
+        low = (total <= lower * count) if self.default_upper is not None else (total < lower * count)
+        units = low.to(torch.float32)
+        if self.default_upper is not None:
+            upper = self.default_upper if self.upper_threshold is None else self.upper_threshold
+            units = units - (total > upper * count).to(torch.float32)
+        return units
+
+
+class _Trained(torch.autograd.Function):
+    """The function while it is trained: keeps its statistics, and repairs its units."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Stored) -> Tensor:
+        y = module.function(x)
+        module.store(y)
+        ctx.module = module
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> Any:
+        module: Stored = ctx.module
+        (y,) = ctx.saved_tensors
+        gradient = module.gradient(y, derivatives[0])
+        may = module.repairs and module.repair_scale > 0 and module.deriv_sum.numel() == module.output_dim
+        if may and module.mode.chance.decide(module.name, "repair", _REPAIR):
+            units = module.units_to_repair().to(y.dtype).repeat(module.output_dim // module.block_dim)
+            # The loss is the negated objective: what Kaldi adds to a derivative is subtracted here.
+            gradient = gradient.addcmul(module.pushes(y), units, value=-module.repair_scale / _REPAIR)
+        module.store_oderiv(derivatives[0])
+        return gradient, None
+
+
+class RectifiedLinear(Stored):
     """max(x, 0)."""
 
     kind = "RectifiedLinearComponent"
+    default_upper = 0.95
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def function(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
+    def derivative(self, y: Tensor) -> Tensor:
+        return (y > 0).to(y.dtype)
 
-class Sigmoid(Pointwise):
+    def pushes(self, y: Tensor) -> Tensor:
+        return torch.ones_like(y)
+
+
+class Sigmoid(Stored):
     """Logistic sigmoid."""
 
     kind = "SigmoidComponent"
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def function(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
+    def derivative(self, y: Tensor) -> Tensor:
+        return y * (1.0 - y)
 
-class Tanh(Pointwise):
+    def pushes(self, y: Tensor) -> Tensor:
+        return 1.0 - 2.0 * y
+
+
+class Tanh(Stored):
     """Hyperbolic tangent."""
 
     kind = "TanhComponent"
+    default_lower = 0.2
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def function(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
+    def derivative(self, y: Tensor) -> Tensor:
+        return 1.0 - y * y
 
-class LogSoftmax(Pointwise):
+    def pushes(self, y: Tensor) -> Tensor:
+        return -y
+
+
+class LogSoftmax(Stored):
     """Log of the softmax of each row."""
 
     kind = "LogSoftmaxComponent"
+    repairs = False
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def function(self, x: Tensor) -> Tensor:
         return functional.log_softmax(x, dim=-1)
+
+    def store(self, y: Tensor) -> None:
+        """Kaldi stores nothing in the forward pass of this one."""
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        return derivative - y.exp() * derivative.sum(dim=-1, keepdim=True)
+
+
+class Softmax(Stored):
+    """The softmax of each row."""
+
+    kind = "SoftmaxComponent"
+    repairs = False
+
+    def function(self, x: Tensor) -> Tensor:
+        return functional.softmax(x, dim=-1)
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        return y * (derivative - (y * derivative).sum(dim=-1, keepdim=True))
 
 
 class NoOp(Pointwise):
-    """The input itself."""
+    """The input itself; the derivative is multiplied by <BackpropScale>."""
 
     kind = "NoOpComponent"
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return x
+        scale = float(self.attributes.get("BackpropScale", 1.0))
+        if scale == 1.0 or not x.requires_grad:
+            return x
+        return x.detach() * (1.0 - scale) + x * scale
 
 
-def _pointwise(cls: type[Pointwise]) -> Callable[[Options, Initializer], Pointwise]:
-    def make(options: Options, init: Initializer) -> Pointwise:
-        component = cls(options.positive("dim"))
-        if cls is NoOp:
-            component.attributes["BackpropScale"] = options.number("backprop-scale", 1.0)
-            return component
-        component.attributes["SelfRepairScale"] = options.number("self-repair-scale", 0.0)
+def _stored(cls: type[Stored]) -> Callable[[Options, Initializer], Stored]:
+    def make(options: Options, init: Initializer) -> Stored:
+        dim = options.positive("dim")
+        block_dim = options.integer("block-dim", dim)
+        try:
+            component = cls(dim, block_dim)
+        except ValueError as error:
+            raise options.place.error(str(error), "block-dim") from None
+        component.repair_scale = options.number("self-repair-scale", 0.0)
+        if not 0 <= component.repair_scale < _LARGEST_REPAIR:
+            raise options.place.error(
+                f"expected 0 <= scale < {_LARGEST_REPAIR}, is {component.repair_scale}", "self-repair-scale"
+            )
         for end in ("lower", "upper"):
             threshold = options.number(f"self-repair-{end}-threshold", -1000.0)
             if threshold != -1000.0:  # nnet3's value for "not set"
-                component.attributes[f"SelfRepair{end.capitalize()}Threshold"] = threshold
+                if end == "upper" and cls.default_upper is None:
+                    raise options.place.error(f"means nothing for {cls.kind}", "self-repair-upper-threshold")
+                setattr(component, f"{end}_threshold", threshold)
         return component
 
     return make
 
 
-MAKERS = {cls.kind: _pointwise(cls) for cls in (RectifiedLinear, Sigmoid, Tanh, LogSoftmax, NoOp)}
+def _no_op(options: Options, init: Initializer) -> NoOp:
+    component = NoOp(options.positive("dim"))
+    component.attributes["BackpropScale"] = options.number("backprop-scale", 1.0)
+    return component
+
+
+MAKERS: dict[str, Callable[[Options, Initializer], ComponentModule]] = {
+    **{cls.kind: _stored(cls) for cls in (RectifiedLinear, Sigmoid, Tanh, LogSoftmax, Softmax)},
+    NoOp.kind: _no_op,
+}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from kaldi_mpi.models.components import ComponentModule, LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Tanh
-from kaldi_mpi.nnet3.components.fields import Field, Kind, Values, optional
+from kaldi_mpi.formats.tokens import FloatArray
+from kaldi_mpi.models.components import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
+from kaldi_mpi.models.components.nonlinear import Stored
+from kaldi_mpi.nnet3.components.fields import Field, Kind, Values, array, optional
 
 _NONLINEAR = (
     Field("Dim", "i"),
@@ -25,25 +28,56 @@ _NONLINEAR = (
     optional("SelfRepairScale", "f", 0.0),
 )
 
-_COUNTS = {"OderivCount": 0.0, "NumDimsSelfRepaired": 0.0, "NumDimsProcessed": 0.0}
+_THRESHOLDS = {"SelfRepairLowerThreshold": "lower_threshold", "SelfRepairUpperThreshold": "upper_threshold"}
 
 
-def _make(cls: type[Any]) -> Callable[[Values], ComponentModule]:
-    def make(values: Values) -> ComponentModule:
-        module: ComponentModule = cls(values.pop("Dim"))
+def _make(cls: type[Stored]) -> Callable[[Values], Stored]:
+    def make(values: Values) -> Stored:
+        module = cls(values.pop("Dim"), values.pop("BlockDim", None))
+        count, oderiv_count = values.pop("Count"), values.pop("OderivCount", None) or 0.0
+        rms = values.pop("OderivRms", None)
+        squares = np.zeros(0) if rms is None else rms.astype(np.float64) ** 2
+        averages = (("value_sum", values.pop("ValueAvg"), count), ("deriv_sum", values.pop("DerivAvg"), count),
+                    ("oderiv_sum", squares, oderiv_count))  # fmt: skip
+        for name, average, rows in averages:
+            setattr(module, name, torch.from_numpy(average.astype(np.float64) * rows))
+        module.count.fill_(count)
+        module.oderiv_count.fill_(oderiv_count)
+        module.repair_scale = values.pop("SelfRepairScale", 0.0)
+        for token, name in _THRESHOLDS.items():
+            setattr(module, name, values.pop(token, None))
         return module
 
     return make
 
 
-def _values(module: ComponentModule) -> Values:
-    statistics = {"OderivRms": np.zeros(0, dtype=np.float32), **_COUNTS}
-    return {**statistics, **module.attributes, "Dim": module.input_dim}
+def _mean(total: Tensor, count: float) -> FloatArray:
+    return array(total / count if count else total)
+
+
+def _values(module: Stored) -> Values:
+    count, oderiv_count = module.count.item(), module.oderiv_count.item()
+    values: Values = {"NumDimsSelfRepaired": 0.0, "NumDimsProcessed": 0.0, **module.attributes}
+    values |= {
+        "Dim": module.input_dim,
+        "BlockDim": None if module.block_dim == module.input_dim else module.block_dim,
+        "ValueAvg": _mean(module.value_sum, count),
+        "DerivAvg": _mean(module.deriv_sum, count),
+        "Count": count,
+        "OderivRms": np.sqrt(_mean(module.oderiv_sum, oderiv_count)),
+        "OderivCount": oderiv_count,
+        "SelfRepairScale": module.repair_scale,
+    }
+    return values | {token: getattr(module, name) for token, name in _THRESHOLDS.items()}
 
 
 KINDS = {
-    **{cls.kind: Kind(_NONLINEAR, _make(cls), _values) for cls in (RectifiedLinear, Sigmoid, Tanh, LogSoftmax)},
+    **{
+        cls.kind: Kind(_NONLINEAR, _make(cls), _values) for cls in (RectifiedLinear, Sigmoid, Tanh, LogSoftmax, Softmax)
+    },
     NoOp.kind: Kind(
-        (Field("Dim", "i"), Field("BackpropScale", "f")), _make(NoOp), lambda module: {"Dim": module.input_dim}
+        (Field("Dim", "i"), Field("BackpropScale", "f")),
+        lambda values: NoOp(values.pop("Dim")),
+        lambda module: {"Dim": module.input_dim},
     ),
 }
