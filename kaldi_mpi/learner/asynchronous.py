@@ -201,8 +201,8 @@ class AsynchronousPhase:
         began = time.monotonic()
         if self._iterations_begun:
             self._log.end_iteration(self._iterations_begun.pop(0) - 1)
-        self._learner.compute(batch)
         frames = round(self._dataset.train.total_frames * self._map.epochs(ticket))
+        self._learner.compute(batch, frames)
         self._learner.change(frames, self._reader.plan.chunks_of_step(ticket), self._change)
         values = self._state.flat.values
         if self._leads:

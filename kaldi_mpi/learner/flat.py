@@ -15,19 +15,33 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.models.components import BatchNorm, ComponentModule
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class ComponentSlice:
-    """Where one updatable component's parameters lie, and how Kaldi lets them move."""
+    """Where one updatable component's parameters lie, and how Kaldi lets them move.
+
+    Attributes:
+        module: the component; None in vectors that belong to no model.
+    """
 
     name: str
     where: slice
     max_change: float
     learning_rate_factor: float
     l2_regularize: float
+    module: ComponentModule | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsSlice:
+    """Where the mean and variance of a batch-norm lie: they are averaged as parameters are, but not trained."""
+
+    where: slice
+    module: BatchNorm
 
 
 class FlatParameters:
@@ -36,12 +50,17 @@ class FlatParameters:
     Attributes:
         values: (P,) float32 on the model's device.
         gradients: (P,) float32, beside it.
-        components: the slices, which cover 0..P without gaps.
+        components, statistics: the slices, which together cover 0..P without gaps.
     """
 
-    def __init__(self, values: torch.Tensor, components: Sequence[ComponentSlice]) -> None:
+    def __init__(
+        self,
+        values: torch.Tensor,
+        components: Sequence[ComponentSlice],
+        statistics: Sequence[StatisticsSlice] = (),
+    ) -> None:
         self.values, self.gradients = values, torch.zeros_like(values)
-        self.components = list(components)
+        self.components, self.statistics = list(components), list(statistics)
         on_gpu = values.device.type == "cuda"
         self._staging = torch.empty(values.numel(), dtype=torch.float32, pin_memory=True) if on_gpu else None
         self._shown: torch.Tensor | None = None
@@ -50,8 +69,8 @@ class FlatParameters:
     def of_model(cls, model: AcousticModel) -> FlatParameters:
         """Lay a model's updatable parameters into one buffer, component by component, in the model's order.
 
-        The model's parameters become views of `values`, and their ``.grad`` of `gradients`, to which backward passes
-        add.
+        Batch-norm's statistics come behind them: whoever mixes models mixes these with them. The model's parameters
+        become views of `values`, and their ``.grad`` of `gradients`, to which backward passes add.
         """
         parameters = [p for c in model.updatable_components() for p in c.parameters]
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -59,9 +78,15 @@ class FlatParameters:
         start = 0
         for c in model.updatable_components():
             where = slice(start, start + sum(p.numel() for p in c.parameters))
-            components.append(ComponentSlice(c.name, where, c.max_change, c.learning_rate_factor, c.l2_regularize))
+            rates = c.max_change, c.learning_rate_factor, c.l2_regularize
+            components.append(ComponentSlice(c.name, where, *rates, model.by_name[c.name]))
             start = where.stop
-        flat = cls(torch.empty(start, dtype=torch.float32, device=device), components)
+        statistics: list[StatisticsSlice] = []
+        for module in model.by_name.values():
+            if isinstance(module, BatchNorm):
+                statistics.append(StatisticsSlice(slice(start, start + module.moments.numel()), module))
+                start = statistics[-1].where.stop
+        flat = cls(torch.empty(start, dtype=torch.float32, device=device), components, statistics)
         start = 0
         for parameter in parameters:
             end = start + parameter.numel()
@@ -69,7 +94,15 @@ class FlatParameters:
             parameter.data = flat.values[start:end].view(parameter.shape)
             parameter.grad = flat.gradients[start:end].view(parameter.shape)
             start = end
+        for s in statistics:
+            flat.values[s.where] = s.module.moments
+            s.module.moments = flat.values[s.where]
         return flat
+
+    def take_statistics(self) -> None:
+        """Put what the minibatch changes in the statistics where the gradients are, negated as those of the loss."""
+        for s in self.statistics:
+            torch.neg(s.module.take_change(), out=self.gradients[s.where])
 
     def mix(self, buffer: torch.Tensor, rule: Callable[[NDArray[np.float32]], T]) -> T:
         """Let `rule` change `buffer` (a vector such as `values`) in place through a NumPy view of it.

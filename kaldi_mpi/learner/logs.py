@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kaldi_mpi
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.learner.batches import DeviceBatches
@@ -213,12 +215,13 @@ class TrainingLog:
         self._rate, self._num_epochs, self._progress = rate, num_epochs, progress
         self.loader, self.summary = LoaderReport(rank), Summary()
         self.own_frames = 0  # trained on by this learner, in this run
-        self._objective = 0.0  # own sum of log-probabilities in this iteration
+        # Own sum of log-probabilities in this iteration, on the learner's device.
+        self._objective: torch.Tensor = torch.zeros((), dtype=torch.float64)
         self._objective_weight = 0.0  # and of the labels' weights
 
-    def add_objective(self, objective: float, weight: float, frames: int) -> None:
-        """A minibatch's sum of log-probabilities, of its labels' weights, and its labelled frames."""
-        self._objective += objective
+    def add_objective(self, objective: torch.Tensor, weight: float, frames: int) -> None:
+        """A minibatch's sum of log-probabilities, 0-dim, of its labels' weights, and its labelled frames."""
+        self._objective = self._objective.to(objective.device, non_blocking=True) + objective
         self._objective_weight += weight
         self.own_frames += frames
 
@@ -229,16 +232,19 @@ class TrainingLog:
                 frames,
                 self._rate.total_frames,
                 self._num_epochs,
-                self._objective / max(1.0, self._objective_weight),
+                self._mean_objective,
                 self.summary.last_valid(),
                 self._rate.effective(frames),
                 last=last,
             )
 
+    def _mean_objective(self) -> float:
+        return float(self._objective) / max(1.0, self._objective_weight)
+
     def end_iteration(self, iteration: int) -> None:
         """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
-        self._logs.train(iteration, self._rank, self._objective, round(self._objective_weight))
-        self._objective = self._objective_weight = 0.0
+        self._logs.train(iteration, self._rank, float(self._objective), round(self._objective_weight))
+        self._objective, self._objective_weight = torch.zeros((), dtype=torch.float64), 0.0
         self.loader.log(iteration)
 
     def validation(self, name: int | str, valid: Score, diagnostic: Score, spread: float | None) -> None:

@@ -116,12 +116,16 @@ class Progress:
         frames: int,
         total_frames: int,
         num_epochs: float,
-        log_prob: float,
+        log_prob: Callable[[], float],
         valid_log_prob: float | None,
         learning_rate: float,
         last: bool = False,
     ) -> None:
-        """Take note of where the training is; show it if it is time, or if this is the `last` call."""
+        """Take note of where the training is; show it if it is time, or if this is the `last` call.
+
+        Args:
+            log_prob: is asked only if it is to be shown: on a GPU the answer is waited for.
+        """
         now = self._clock()
         self._marks.append((now, frames))
         # Speed over the last minute: long enough to be calm through a validation, short enough to show a change.
@@ -133,7 +137,7 @@ class Progress:
         elapsed, done = now - self._marks[0][0], frames - self._marks[0][1]
         snapshot = Snapshot(
             frames, total_frames, num_epochs, now - self._start,
-            done / elapsed if elapsed > 0 else 0.0, log_prob, valid_log_prob, learning_rate,
+            done / elapsed if elapsed > 0 else 0.0, log_prob(), valid_log_prob, learning_rate,
         )  # fmt: skip
         if self._path is not None:
             with atomic_write(self._path, "w", sync=False) as stream:

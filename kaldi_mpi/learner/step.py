@@ -48,6 +48,9 @@ class LearnerStep:
         derivatives: of chunks.
         log: is told each minibatch's objective.
         injector: disturbances on purpose.
+        l2_factor: of all l2-regularize, beside 1 / N (nnet3-train's --l2-regularize-factor).
+        backstitch_scale, backstitch_interval: every so many minibatches, first go back by `backstitch_scale` times the
+            step, then forward by 1 plus that from there (Wang et al., "Backstitch", Interspeech 2017); 0: never.
     """
 
     def __init__(
@@ -58,9 +61,16 @@ class LearnerStep:
         derivatives: DerivativeTimes,
         log: TrainingLog,
         injector: Injector,
+        l2_factor: float = 1.0,
+        backstitch_scale: float = 0.0,
+        backstitch_interval: int = 1,
     ) -> None:
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
+        self._l2_factor = l2_factor
+        self._backstitch_scale, self._backstitch_interval = backstitch_scale, backstitch_interval
+        self._minibatches = 0
+        self._moved_from: torch.Tensor | None = None  # the parameters before backstitch's first step
         self._rate_factor = 1.0
         self._super_learner: SuperLearner | None = None
         self._batch: Batch | None = None
@@ -70,10 +80,10 @@ class LearnerStep:
         """From now on steps are those of a phase: its strategy's factor of the rate, and this rank's super-learner."""
         self._rate_factor, self._super_learner = rate_factor, super_learner
 
-    def compute_gradients(self, batch: Batch) -> None:
+    def compute_gradients(self, batch: Batch, statistics: bool = True, logged: bool = True) -> None:
         """Fill the flat gradients: of the loss summed over the minibatch's frames (zero if it has none).
 
-        In a super-learner they become the mean over its learners.
+        Components with natural gradient precondition theirs. Batch-norm's statistics move if `statistics`.
         """
         flat = self.state.flat
         flat.gradients.zero_()
@@ -89,15 +99,54 @@ class LearnerStep:
             )
             objective = log_likelihood(output, batch)
             (-objective).backward()
-            self._log.add_objective(objective.item(), batch.weight, batch.frames)
+            if logged:
+                self._log.add_objective(objective.detach(), batch.weight, batch.frames)
+            for c in flat.components:
+                if c.module is not None:
+                    c.module.finish_gradient()
+        if statistics:
+            flat.take_statistics()
 
-    def compute(self, batch: Batch) -> None:
-        """`compute_gradients` with the disturbances around it, and the sum over a super-learner after it."""
+    def compute(self, batch: Batch, frames: int | None = None) -> None:
+        """`compute_gradients` with the disturbances around it, and the sum over a super-learner after it.
+
+        Args:
+            frames: trained on so far, over all learners; None: as the state has it.
+        """
         self._injector.begin()
-        self.compute_gradients(batch)
+        self._minibatches += 1
+        self._moved_from = None
+        if self._backstitch_scale and self._minibatches % self._backstitch_interval == 0 and batch.frames:
+            self._step_back(batch, self.state.frames if frames is None else frames)
+        self.compute_gradients(batch, logged=self._moved_from is None)
         self._injector.end()
         if self._super_learner is not None:
             self._super_learner.mean_(self.state.flat.gradients)
+
+    def _step_back(self, batch: Batch, frames: int) -> None:
+        """Backstitch's first step: against the gradient, with preconditioners that are not updated, and without l2."""
+        state, chance = self.state, self.state.model.mode.chance
+        self._moved_from = state.flat.values.clone()
+        draws = chance.state_dict()
+        for module in state.model.by_name.values():
+            module.freeze_natural_gradient(True)
+        self.compute_gradients(batch, statistics=False)
+        state.optimiser.step(self._rate(frames), 0.0, scale=-self._backstitch_scale)
+        for module in state.model.by_name.values():
+            module.freeze_natural_gradient(False)
+        chance.load_state_dict(draws)  # the second pass has the same dropout masks
+
+    def _rate(self, frames: int) -> float:
+        return self.rate.actual(frames, self._num_learners) * self._rate_factor
+
+    def _optimise(
+        self, frames: int, chunks: float, change: torch.Tensor | None = None, base: torch.Tensor | None = None
+    ) -> None:
+        scale = 1.0 if self._moved_from is None else 1.0 + self._backstitch_scale
+        # The whole of l2 belongs to the second of backstitch's steps, whose scale it must not get.
+        l2_chunks = chunks * self._l2_factor / (self._num_learners * scale)
+        optimiser = self.state.optimiser
+        optimiser.step(self._rate(frames), l2_chunks, change, base, scale=scale, constrain=self._moved_from is None)
 
     def change(self, frames: int, chunks: float, into: torch.Tensor) -> None:
         """Put the optimiser's change into `into`, (P,) float32; the parameters stay.
@@ -106,8 +155,9 @@ class LearnerStep:
             frames: trained on so far, over all learners: they decide the rate.
             chunks: of this learner's minibatch.
         """
-        rate = self.rate.actual(frames, self._num_learners) * self._rate_factor
-        self.state.optimiser.step(rate, chunks / self._num_learners, into)
+        self._optimise(frames, chunks, into)
+        if self._moved_from is not None:
+            into += self.state.flat.values - self._moved_from
 
     # As a `SteppingLearner`.
 
@@ -132,8 +182,7 @@ class LearnerStep:
         together = together or self._super_learner is not None
         if batch.frames or together:
             chunks = self._global_chunks if together else len(batch.labels)
-            rate = self.rate.actual(state.frames, self._num_learners) * self._rate_factor
-            state.optimiser.step(rate, chunks / self._num_learners, base=moved)
+            self._optimise(state.frames, chunks, base=moved)
         elif moved is not None:
             state.flat.values.copy_(moved)
 

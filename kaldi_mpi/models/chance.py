@@ -14,11 +14,14 @@ class Chance:
 
     Args:
         seed: the same seed gives the same draws, in the same order of calls.
+        rank: of the learner; learners differ in all draws but those of `decide_together`.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self._host = np.random.default_rng([seed, 0x636861])  # 'cha': apart from every other use of the seed
-        self._seed = seed
+    def __init__(self, seed: int = 0, rank: int = 0) -> None:
+        # 'cha': apart from every other use of the seed.
+        self._host = np.random.default_rng([seed, 0x636861, 1 + rank])
+        self._common = np.random.default_rng([seed, 0x636861])
+        self._seed = int(np.random.SeedSequence([seed, 0x636861, 1 + rank]).generate_state(1)[0])
         self._device: dict[torch.device, torch.Generator] = {}
 
     def decide(self, component: str, what: str, probability: float) -> bool:
@@ -26,9 +29,17 @@ class Chance:
 
         Args:
             component: its name, for those who replace chance by a record.
-            what: ``stats``, ``repair``, ``oderiv`` or ``orthonormal``.
+            what: ``stats``, ``repair`` or ``oderiv``.
         """
         return bool(self._host.random() < probability)
+
+    def decide_together(self, component: str, what: str, probability: float) -> bool:
+        """The same on all learners that have made as many steps: models that must not differ are changed by it.
+
+        Args:
+            what: ``orthonormal``.
+        """
+        return bool(self._common.random() < probability)
 
     def integer(self, low: int, high: int) -> int:
         """One of low .. high, both included."""
@@ -45,11 +56,13 @@ class Chance:
         """All generators' states, for a checkpoint."""
         return {
             "host": self._host.bit_generator.state,
+            "common": self._common.bit_generator.state,
             "device": {str(device): generator.get_state() for device, generator in self._device.items()},
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self._host.bit_generator.state = state["host"]
+        self._common.bit_generator.state = state["common"]
         states = state["device"]
         assert isinstance(states, dict)
         for name, value in states.items():

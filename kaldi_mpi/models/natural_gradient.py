@@ -90,6 +90,7 @@ class NaturalGradient:
         preconditioned, factor = self.precondition(rows)
         return preconditioned * factor
 
+    @torch.no_grad()
     def precondition(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same in two parts: rows, and the factor (0-dim, on the device) that gives them their norm back."""
         one = rows.new_ones(())

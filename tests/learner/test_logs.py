@@ -36,7 +36,7 @@ def train(progress: Progress, clock: Clock, seconds: int) -> None:
     """Three million frames at ten thousand a second, told once a second."""
     for second in range(1, seconds + 1):
         clock.now += 1.0
-        progress.update(10_000 * second, 3_000_000, 4, -1.25, -1.5, 0.00123, last=second == 300)
+        progress.update(10_000 * second, 3_000_000, 4, lambda: -1.25, -1.5, 0.00123, last=second == 300)
 
 
 def test_a_bar_on_a_terminal() -> None:

@@ -29,8 +29,8 @@ class Affine(ComponentModule):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         return functional.linear(x, self.linear, self.bias)
 
-    def constrain(self) -> None:
-        constrain_orthonormal(self, self.linear)
+    def constrain(self) -> bool:
+        return constrain_orthonormal(self, self.linear)
 
 
 class NaturalGradientAffine(Affine, RowTrained):
@@ -89,8 +89,8 @@ class Linear(RowTrained):
             return kept(self.rows, x, self.linear, None)
         return functional.linear(x, self.linear)
 
-    def constrain(self) -> None:
-        constrain_orthonormal(self, self.linear)
+    def constrain(self) -> bool:
+        return constrain_orthonormal(self, self.linear)
 
 
 # After each minibatch, a matrix under the constraint is turned towards it with this probability.
@@ -98,16 +98,21 @@ _CONSTRAINT_PROBABILITY = 0.25
 
 
 @torch.no_grad()
-def constrain_orthonormal(component: ComponentModule, matrix: Tensor) -> None:
+def constrain_orthonormal(component: ComponentModule, matrix: Tensor) -> bool:
     """One step of Kaldi's orthonormal constraint on `matrix`, in place, in one of four minibatches.
 
     With M the matrix, transposed if it has more rows than columns, and P = M M', M becomes M - 4 nu / s^2 (P - s^2 I) M
     (ConstrainOrthonormal; semi-orthogonal factors of Povey et al., Interspeech 2018). <OrthonormalConstraint> gives s;
     below 0, s^2 = tr(P P) / tr(P) "floats", and nu = 1/8 is halved where P is far from a multiple of I.
+
+    Returns:
+        whether it was this minibatch's turn.
     """
     constraint = float(component.attributes.get("OrthonormalConstraint", 0.0))
-    if not constraint or not component.mode.chance.decide(component.name, "orthonormal", _CONSTRAINT_PROBABILITY):
-        return
+    if not constraint or not component.mode.chance.decide_together(
+        component.name, "orthonormal", _CONSTRAINT_PROBABILITY
+    ):
+        return False
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     product = wide @ wide.t()
     nu = torch.full((), 0.125, dtype=matrix.dtype, device=matrix.device)
@@ -124,6 +129,7 @@ def constrain_orthonormal(component: ComponentModule, matrix: Tensor) -> None:
     product.diagonal().sub_(square)
     step = (product @ wide) * (-4.0 * nu / square)
     matrix.add_(step if wide is matrix else step.t())
+    return True
 
 
 def split_transform(matrix: NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -126,8 +126,13 @@ class ComponentModule(nn.Module):
     def load_preconditioner_state(self, state: dict[str, Any]) -> None:
         """Takes back what `preconditioner_state` gave."""
 
-    def constrain(self) -> None:
-        """After an update, in place on the parameters: what constraints the component has (orthonormal)."""
+    def constrain(self) -> bool:
+        """After an update, in place on the parameters: what constraints the component has (orthonormal).
+
+        Returns:
+            whether anything was changed.
+        """
+        return False
 
     def statistics(self) -> list[Tensor]:
         """Sums and counts of activation statistics, to be changed in place: averaging models adds them."""
