@@ -10,64 +10,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from kaldi_mpi.models.components import Call
 from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, Node, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
 from kaldi_mpi.models.graph import IVECTOR, Graph
 from kaldi_mpi.models.lstm_group import LstmGroup, recognise
+from kaldi_mpi.models.rows import MISSING, Gather
 from kaldi_mpi.models.times import MOVES, Axis, Mask, Times, defined, moved, offsets_of
-
-# Rows that are not there; they are zeros.
-_MISSING = -1
-
-
-class Gather:
-    """Rows of a tensor by number; `_MISSING` gives zeros. A run of rows is a view."""
-
-    def __init__(self, rows: Times) -> None:
-        self.count = len(rows)
-        there = np.flatnonzero(rows != _MISSING)
-        self._before = int(there[0]) if len(there) else self.count
-        self._after = self.count - 1 - int(there[-1]) if len(there) else 0
-        inner = rows[self._before : self.count - self._after]
-        steps = np.diff(inner)
-        self._slice: slice | None = None
-        self._all = False
-        if len(inner) and (steps > 0).all() and len(set(steps.tolist())) <= 1:
-            step = int(steps[0]) if len(steps) else 1
-            self._slice = slice(int(inner[0]), int(inner[-1]) + 1, step)
-        self._inner = inner
-        self._one_row = len(inner) > 1 and (steps == 0).all() and inner[0] != _MISSING
-        self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
-
-    def __call__(self, data: Tensor) -> Tensor:
-        """(rows, B, D) -> (count, B, D)."""
-        if not len(self._inner):
-            return data.new_zeros(self.count, *data.shape[1:])
-        if self._slice is not None:
-            whole = self._slice.start == 0 and self._slice.stop == data.shape[0] and self._slice.step == 1
-            found = data if whole else data[self._slice]
-        elif self._one_row:
-            found = data[int(self._inner[0])].expand(len(self._inner), *data.shape[1:])
-        else:
-            found = self._select(data)
-        if self._before or self._after:
-            found = functional.pad(found, (0, 0, 0, 0, self._before, self._after))
-        return found
-
-    def _select(self, data: Tensor) -> Tensor:
-        if data.device not in self._index:
-            rows = torch.from_numpy(np.maximum(self._inner, 0)).to(data.device)
-            gaps = self._inner == _MISSING
-            mask = torch.from_numpy(~gaps).to(data.device).view(-1, 1, 1) if gaps.any() else None
-            self._index[data.device] = rows, mask
-        rows, mask = self._index[data.device]
-        found = data.index_select(0, rows)
-        return found if mask is None else found * mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +220,7 @@ class _Maker:
         if have is None:  # only zeros are taken of it
             have = np.zeros(0, np.int64)
         found = np.searchsorted(have, at)
-        found = np.where(there, found, _MISSING)
+        found = np.where(there, found, MISSING)
         return Leaf(base, offset, offset + dim, Gather(found), tuple(at.tolist()), tuple(there.tolist()))
 
     # Recurrences

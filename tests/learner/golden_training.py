@@ -43,6 +43,13 @@ class Recorded(Chance):
     decide_together = decide
 
 
+class FixedRate(ExponentialRate):
+    """One rate for all minibatches, which may be 0."""
+
+    def actual(self, frames: int, num_learners: int) -> float:
+        return self.initial
+
+
 def run_of(net: str) -> dict[str, Any]:
     run: dict[str, Any] = json.loads(golden(f"{FOLDER}/{net}/run.json").read_text())
     return run
@@ -86,7 +93,7 @@ def trained(net: str, name: str, folder: Path, natural_gradient: bool = True) ->
     model.mode.chance = chance
     for module in model.by_name.values():
         module.zero_statistics()
-    rate = ExponentialRate(model.learning_rate(), model.learning_rate(), NEVER)
+    rate = FixedRate(model.learning_rate(), model.learning_rate(), NEVER)
     state = TrainingState(model, flat, KaldiSgd(flat, case["momentum"], case["max_param_change"]), [])
     (folder / "log").mkdir(exist_ok=True)
     low, high = case["min_deriv_time"], case["max_deriv_time_relative"]
