@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kaldi_mpi.models.components import affine, convolution, elements, nonlinear, normalise, recurrent
+from kaldi_mpi.models.components import (
+    affine,
+    columns,
+    convolution,
+    dropout,
+    elements,
+    gru,
+    nonlinear,
+    normalise,
+    pooling,
+    recurrent,
+)
 from kaldi_mpi.models.components.affine import Affine, FixedAffine, Linear, NaturalGradientAffine, split_transform
 from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
@@ -34,7 +45,7 @@ __all__ = [
     "split_transform",
 ]
 
-_FAMILIES = (affine, convolution, elements, nonlinear, normalise, recurrent)
+_FAMILIES = (affine, columns, convolution, dropout, elements, gru, nonlinear, normalise, pooling, recurrent)
 _MAKERS: dict[str, Callable[[Options, Initializer], ComponentModule]] = {
     kind: maker for family in _FAMILIES for kind, maker in family.MAKERS.items()
 }

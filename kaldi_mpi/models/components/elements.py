@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class ElementTrained(ComponentModule):
     """
 
     updatable = True
+    names: ClassVar[tuple[str, ...]]
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__(input_dim, output_dim)
@@ -90,6 +91,14 @@ class _Scaled(torch.autograd.Function):
         return of_x.view(derivatives[0].shape) if ctx.needs_input_grad[0] else None, None, None, None
 
 
+def scaled(x: Tensor, scale: Tensor, module: ElementTrained) -> Tensor:
+    """x times `scale`, (columns,); in training with natural gradient, `module` keeps the rows of scale's gradient."""
+    if module.natural_gradient and torch.is_grad_enabled():
+        y: Tensor = _Scaled.apply(x, scale, None, module)  # type: ignore[no-untyped-call]
+        return y
+    return x * scale
+
+
 class ScaleAndOffset(ElementTrained):
     """y = x scales + offsets; `scales` and `offsets` are (block_dim,)."""
 
@@ -132,10 +141,7 @@ class PerElementScale(ElementTrained):
         self.scales = nn.Parameter(scales)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        if self.natural_gradient and torch.is_grad_enabled():
-            y: Tensor = _Scaled.apply(x, self.scales, None, self)  # type: ignore[no-untyped-call]
-            return y
-        return x * self.scales
+        return scaled(x, self.scales, self)
 
 
 class NaturalGradientPerElementScale(PerElementScale):

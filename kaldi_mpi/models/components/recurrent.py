@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaldi_mpi.models.components.base import ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.config import Options
 from kaldi_mpi.models.natural_gradient import NaturalGradient
+
+
+class _Nudged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
+        ctx.save_for_backward(term)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> Any:
+        return derivatives[0] + ctx.saved_tensors[0], None
+
+
+def _nudged(x: Tensor, term: Tensor) -> Tensor:
+    """x itself; its derivative has `term` added."""
+    y: Tensor = _Nudged.apply(x, term)  # type: ignore[no-untyped-call]
+    return y
+
 
 # Of the peepholes' gradient, whose three rows are preconditioned (LstmNonlinearityComponent::InitNaturalGradient).
 _PEEPHOLE_RANK, _PEEPHOLE_PERIOD, _PEEPHOLE_HISTORY = 20, 2, 1000.0
@@ -43,6 +62,39 @@ class LstmNonlinearity(ComponentModule):
             self.register_buffer(name, torch.zeros(5, self.cell_dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.pending: list[Tensor] = []
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """One row at a time: gates and the cell of before (and masks) -> the cell and m; see `lstm.lstm`."""
+        c = self.cell_dim
+        i, f, g, o, before = (x[..., k * c : (k + 1) * c] for k in range(5))
+        of_i, of_f, of_o = (x[..., 5 * c + k : 5 * c + k + 1] for k in range(3)) if self.use_dropout else (1.0,) * 3
+        repair = self.repair() if torch.is_grad_enabled() else None
+        w_i, w_f, w_o = self.peepholes
+        gate_i = self._gate(i + before * w_i, 0, repair, torch.sigmoid)
+        gate_f = self._gate(f + before * w_f, 1, repair, torch.sigmoid)
+        candidate = self._gate(g, 2, repair, torch.tanh)
+        cell = gate_f * of_f * before + gate_i * of_i * candidate
+        # The repair of tanh(c) acts on the cell itself, so that it flows on through time.
+        squashed = torch.tanh(cell)
+        if repair is not None and cell.requires_grad:
+            cell = _nudged(cell, squashed.detach() * repair[4])
+            squashed = torch.tanh(cell)
+        gate_o = self._gate(o + cell * w_o, 3, repair, torch.sigmoid)
+        if self.mode.store and cell.requires_grad:
+            values = [part.detach().reshape(-1, c) for part in (gate_i, gate_f, candidate, gate_o, squashed)]
+            squares = torch.stack([part.square().sum(0) for part in values])
+            sums = torch.stack([part.sum(0) for part in values])
+            of_values = sums.clone()
+            of_values[2] = of_values[4] = float(len(values[0]))
+            self.store(sums, of_values - squares, len(values[0]))
+        return torch.cat([cell, gate_o * of_o * squashed], dim=-1)
+
+    @staticmethod
+    def _gate(x: Tensor, row: int, repair: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor:
+        if repair is not None and x.requires_grad:
+            y = function(x.detach())
+            x = _nudged(x, (y if function is torch.tanh else 2.0 * y - 1.0) * repair[row])
+        return function(x)
 
     # As an `LstmKeeper`, with `run.py`.
 
@@ -113,6 +165,36 @@ class BackpropTruncation(ComponentModule):
         self.scale = scale
         self.clipping_threshold, self.zeroing_threshold = clipping_threshold, zeroing_threshold
         self.zeroing_interval, self.recurrence_interval = zeroing_interval, recurrence_interval
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        y: Tensor = _Truncated.apply(x, self, call)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Truncated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: BackpropTruncation, call: Call) -> Tensor:
+        ctx.module, ctx.call = module, call
+        return x * module.scale
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> Any:
+        module: BackpropTruncation = ctx.module
+        derivative = derivatives[0] * module.scale
+        norms = torch.linalg.vector_norm(derivative, dim=2, keepdim=True)
+        factors = torch.ones_like(norms)
+        if module.clipping_threshold > 0:
+            factors = torch.where(norms > module.clipping_threshold, module.clipping_threshold / norms, factors)
+        if module.zeroing_threshold > 0:
+            t = torch.tensor(ctx.call.in_times, device=norms.device).view(-1, 1, 1)
+            # Shifted by the number of the sequence, so that boundaries do not all fall on the same frames.
+            t = t - torch.arange(derivative.shape[1], device=norms.device).view(1, -1, 1)
+            here, before = (
+                torch.div(t - back, module.zeroing_interval, rounding_mode="floor")
+                for back in (0, module.recurrence_interval)
+            )
+            factors = torch.where((here != before) & (norms > module.zeroing_threshold), 0.0, factors)
+        return derivative * factors, None, None
 
 
 def _lstm_nonlinearity(options: Options, init: Initializer) -> LstmNonlinearity:

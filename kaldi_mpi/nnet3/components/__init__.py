@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 
 from kaldi_mpi.formats.tokens import Reader, Writer
-from kaldi_mpi.nnet3.components import affine, convolution, elements, nonlinear, normalise, recurrent
+from kaldi_mpi.nnet3.components import (
+    affine,
+    columns,
+    convolution,
+    dropout,
+    elements,
+    gru,
+    nonlinear,
+    normalise,
+    pooling,
+    recurrent,
+)
 from kaldi_mpi.nnet3.components.fields import Kind
 
-_FAMILIES = (affine, convolution, elements, nonlinear, normalise, recurrent)
+_FAMILIES = (affine, columns, convolution, dropout, elements, gru, nonlinear, normalise, pooling, recurrent)
 KINDS: dict[str, Kind] = {name: kind for family in _FAMILIES for name, kind in family.KINDS.items()}
 
 

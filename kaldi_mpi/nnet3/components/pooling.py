@@ -1,0 +1,61 @@
+"""Statistics over windows, and attention, in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kaldi_mpi.models.components.pooling import RestrictedAttention, StatisticsExtraction, StatisticsPooling
+from kaldi_mpi.nnet3.components.fields import Field, Kind, Values
+
+_EXTRACTION = {
+    "InputDim": "input_dim",
+    "InputPeriod": "input_period",
+    "OutputPeriod": "output_period",
+    "IncludeVarinance": "include_variance",  # the token as Kaldi spells it
+}
+_POOLING = {
+    "InputDim": "input_dim",
+    "InputPeriod": "input_period",
+    "LeftContext": "left_context",
+    "RightContext": "right_context",
+    "NumLogCountFeatures": "num_log_count_features",
+    "OutputStddevs": "output_stddevs",
+    "VarianceFloor": "variance_floor",
+}
+_ATTENTION = {
+    "NumHeads": "num_heads",
+    "KeyDim": "key_dim",
+    "ValueDim": "value_dim",
+    "NumLeftInputs": "num_left_inputs",
+    "NumRightInputs": "num_right_inputs",
+    "TimeStride": "time_stride",
+    "NumLeftInputsRequired": "num_left_inputs_required",
+    "NumRightInputsRequired": "num_right_inputs_required",
+    "OutputContext": "output_context",
+    "KeyScale": "key_scale",
+}
+_KINDS = {"IncludeVarinance": "b", "OutputStddevs": "b", "OutputContext": "b", "VarianceFloor": "f", "KeyScale": "f"}
+
+
+def _kind(cls: type[Any], names: Mapping[str, str], *more: Field) -> Kind:
+    def make(values: Values) -> Any:
+        return cls(**{name: values.pop(token) for token, name in names.items()})
+
+    def values_of(module: Any) -> Values:
+        return {token: getattr(module, name) for token, name in names.items()}
+
+    return Kind((*(Field(token, _KINDS.get(token, "i")) for token in names), *more), make, values_of)
+
+
+KINDS = {
+    StatisticsExtraction.kind: _kind(StatisticsExtraction, _EXTRACTION),
+    StatisticsPooling.kind: _kind(StatisticsPooling, _POOLING),
+    RestrictedAttention.kind: _kind(
+        RestrictedAttention,
+        _ATTENTION,
+        Field("StatsCount", "d"),
+        Field("EntropyStats", "vector"),
+        Field("PosteriorStats", "matrix"),
+    ),
+}
