@@ -112,8 +112,6 @@ class Graph:
                 self._check_descriptor(node)
 
     def _check_columns(self, node: DimRangeNode) -> None:
-        if node.input_node == IVECTOR:
-            self._complain(node.name, f"takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0)")
         whole = self._dims[node.input_node]
         if node.offset < 0 or node.offset + node.dim > whole:
             self._complain(node.name, f"columns {node.offset} to {node.offset + node.dim} of a node of {whole}")
@@ -124,10 +122,6 @@ class Graph:
                 self._complain(node.name, f"{part}: only the t index can be replaced")
             if part.op == "Round" and part.integer(1) < 1:
                 self._complain(node.name, f"{part}: the modulus must be above 0")
-            bare = (node.input,) if part is node.input and not part.op else part.children
-            at_zero = part.op == "ReplaceIndex" and part.integer(2) == 0
-            if not at_zero and any(not term.op and term.name == IVECTOR for term in bare):
-                self._complain(node.name, f"takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0)")
             if part.op == "Offset" and len(part.arguments) > 2 and part.integer(2):
                 self._complain(node.name, "Offset of the x index is not supported")
         try:
@@ -266,7 +260,11 @@ class Graph:
             for output in outputs:
                 times = axis.of(able[output])
                 if not len(times):
-                    raise self.error(output, f"cannot be computed from {window} frames of input")
+                    hint = f" (a node that takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0) has time 0 alone)"
+                    raise self.error(
+                        output,
+                        f"cannot be computed from {window} frames of input" + (hint if IVECTOR in self.nodes else ""),
+                    )
                 left = max(left, int(times[0]) - shift)
                 right = max(right, shift + window - 1 - int(times[-1]))
         return max(0, left), max(0, right)

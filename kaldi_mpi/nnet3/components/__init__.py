@@ -120,5 +120,7 @@ def empty_statistics(component: Nnet3Component) -> None:
             continue
         if item.kind == "vector":
             component.values[item.token] = np.zeros(0, dtype=np.float32)
+        elif item.kind == "matrix":
+            component.values[item.token] = np.zeros((0, 0), dtype=np.float32)
         elif item.kind == "d":
             component.values[item.token] = 0.0
