@@ -30,7 +30,8 @@ _GIVEN = {
 
 # `exit` must not end the shell; some recipes print by Python 2.
 _STUBS = """exit() { :; }
-python() { if [ $# -eq 0 ]; then sed -E 's/^ *print +\\(?(.*[^)])\\)?;? *$/print(\\1)/' | python3; else python3 "$@"; fi; }
+parenthesised() { sed -E 's/^ *print +\\(?(.*[^)])\\)?;? *$/print(\\1)/'; }
+python() { if [ $# -eq 0 ]; then parenthesised | python3; else python3 "$@"; fi; }
 python2() { python "$@"; }
 python2.7() { python "$@"; }
 feat-to-dim() { echo 40; }
@@ -92,7 +93,7 @@ def _evaluated(before: str, match: re.Match[str]) -> str:
     end = "END_OF_XCONFIG"
     done = subprocess.run(
         ["bash", "-c", f"{script}\ncat <<{end}\n{document}{end}\n"],
-        capture_output=True, text=True, timeout=20, check=False, env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}, cwd="/",
-        stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=20, check=False, cwd="/", stdin=subprocess.DEVNULL,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
     )  # fmt: skip
     return done.stdout

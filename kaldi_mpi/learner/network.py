@@ -15,8 +15,13 @@ from kaldi_mpi.learner.validate import Pass, lda_statistics
 from kaldi_mpi.loader import Examples
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
+from kaldi_mpi.models.components import BatchNorm, NoOp
+from kaldi_mpi.models.components.dropout import GeneralDropout, SpecAugmentTimeMask
 from kaldi_mpi.models.config import ComponentNode, InputNode
 from kaldi_mpi.transport.world import World
+
+# What may stand between the network's input and a transform that is estimated: it has nothing that is trained.
+_BEFORE_TRANSFORMS = (GeneralDropout.kind, SpecAugmentTimeMask.kind, BatchNorm.kind, NoOp.kind)
 
 
 class Network:
@@ -105,6 +110,11 @@ class Network:
 def _stand_in(config: Config, component: str) -> NDArray[np.float32]:
     """An identity of the right size for a transform that is not known yet, (dim, dim + 1)."""
     dims = {node.name: node.dim for node in config.nodes if isinstance(node, InputNode)}
+    # Layers that change no dimension may lie in between (spec-augment-layer).
+    specs = {spec.name: spec for spec in config.components}
+    for node in config.nodes:
+        if isinstance(node, ComponentNode) and specs[node.component].type in _BEFORE_TRANSFORMS:
+            dims[node.name] = int(specs[node.component].options.get("dim", 0))
     node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
     try:
         dim = node.input.dim(dims.__getitem__)

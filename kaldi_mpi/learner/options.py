@@ -122,6 +122,7 @@ class TrainOptions:
     samples_per_iter: int
     max_param_change: float
     momentum: float
+    natural_gradient: bool
     initial_rate: float
     final_rate: float
     deriv_truncate_margin: int
@@ -230,6 +231,8 @@ def _parser() -> Parser:
         type=at_least(0, float),
         help="momentum (default: 0.5)",
     )
+    add("--natural-gradient", dest="natural_gradient", type=boolean, default=True,
+        help="false: plain gradients, for which Kaldi's learning rates do not hold")  # fmt: skip
     add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
         help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")

@@ -39,9 +39,10 @@ from kaldi_mpi.learner.server import Server, command_server
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
 from kaldi_mpi.learner.synchronous import run_synchronous
-from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation, mean_posterior
+from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation, mean_posterior, recompute_batch_norm
 from kaldi_mpi.loader import ChunkPlan
 from kaldi_mpi.log import logger
+from kaldi_mpi.models.chance import Chance
 from kaldi_mpi.transport import gpu
 from kaldi_mpi.transport.status import TERMINAL_ENV
 from kaldi_mpi.transport.world import World
@@ -108,6 +109,9 @@ def train(options: TrainOptions, everyone: World) -> None:
     network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
     model = network.model.to(device)
     flat = FlatParameters.of_model(model)
+    model.mode.chance = Chance(options.data.seed, world.rank)
+    if options.natural_gradient:
+        model.use_natural_gradient()
 
     # How much, how fast, in which phases.
     chunks = dataset.plan(world.size)
@@ -192,6 +196,7 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     # What it leaves behind.
     model.eval()
+    recompute_batch_norm(model, dataset.diagnostic, validation.how)
     priors = mean_posterior(model, dataset.train, validation.how, options.prior_subset_size, options.data.seed)
     if world.rank == 0:
         export.write_cmvn_opts(folder, options.data.cmvn)

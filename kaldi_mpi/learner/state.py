@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from kaldi_mpi.averaging import Strategy
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
@@ -38,6 +40,9 @@ class TrainingState:
             "step": self.step,
             "frames": self.frames,
             "parameters": self.flat.values.cpu().clone(),
+            "buffers": {name: value.cpu().clone() for name, value in self.model.named_buffers()},
+            "preconditioners": {name: c.preconditioner_state() for name, c in self.model.by_name.items()},
+            "chance": self.model.mode.chance.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
         }
@@ -45,6 +50,22 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.frames = state["step"], state["frames"]
         self.flat.load(state["parameters"].numpy())
+        for name, component in self.model.by_name.items():
+            component.load_preconditioner_state(state["preconditioners"][name])
+        load_buffers(self.model, state["buffers"])
+        self.model.mode.chance.load_state_dict(state["chance"])
         self.optimiser.load_state_dict(state["optimiser"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
+
+
+def load_buffers(model: AcousticModel, buffers: dict[str, Tensor]) -> None:
+    """Put a model's buffers back; statistics that did not exist yet get their size."""
+    for name, value in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        own = getattr(module, leaf)
+        if own.shape == value.shape:
+            own.copy_(value)
+        else:
+            setattr(module, leaf, value.to(own.device))

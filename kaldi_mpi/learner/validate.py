@@ -24,6 +24,7 @@ from kaldi_mpi.learner.logs import Score, TrainingLog
 from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
 from kaldi_mpi.loader import Source
 from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.models.components import BatchNorm
 from kaldi_mpi.models.lda import LdaStats
 from kaldi_mpi.transport.world import SoloWorld, World
 
@@ -110,15 +111,37 @@ def compute_prob(model: AcousticModel, source: Source, how: Pass) -> Score:
 
 
 @torch.no_grad()
+def recompute_batch_norm(model: AcousticModel, source: Source, how: Pass) -> None:
+    """Give all batch-norms the statistics of one pass over `source` in training mode, on all learners together.
+
+    A mean of models has other activations than the models had; Kaldi's nnet3-combine does the same at its end.
+    """
+    modules = [module for module in model.by_name.values() if isinstance(module, BatchNorm)]
+    if not modules:
+        return
+    mode = model.mode
+    mode.dropout = mode.batch_statistics = mode.collect = True
+    for batch in how.batches(source):
+        model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+    mode.test()
+    for module in modules:
+        sums = module.take_sums()
+        module.set_sums(torch.from_numpy(how.world.sum_float64(sums.numpy())))
+
+
+@torch.no_grad()
 def mean_posterior(model: AcousticModel, source: Source, how: Pass, max_chunks: int, seed: int) -> NDArray[np.float64]:
     """The mean of the model's posteriors over about `max_chunks` random chunks: the priors of final.mdl.
 
-    As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1.
+    As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1. As there,
+    batch-norm takes its means from each minibatch, and dropout is on.
     """
+    model.mode.dropout = model.mode.batch_statistics = True
     total = np.zeros(model.output_dim)
     for batch in how.batches(source, seed, max_chunks):
         output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
         total += output[labelled_rows(batch)].double().exp().sum(dim=0).cpu().numpy()
+    model.mode.test()
     total = how.world.sum_float64(total)
     # A posterior that underflows everywhere would make a prior of zero and its log infinite.
     total = np.maximum(total / total.sum(), 1e-20)

@@ -82,13 +82,15 @@ class Mode:
     Attributes:
         dropout: masks are drawn; otherwise the test mode of each component.
         batch_statistics: batch-norm normalises by the minibatch's own mean and variance.
-        store: statistics of activations and of batch-norm are kept, self-repair acts.
+        store: statistics of activations and of batch-norm are kept where a gradient is taken, self-repair acts.
+        collect: batch-norm's sums are kept also without a gradient (its statistics are computed anew).
         chance: where draws come from.
     """
 
     dropout: bool = False
     batch_statistics: bool = False
     store: bool = False
+    collect: bool = False
     chance: Chance = dataclasses.field(default_factory=Chance)
 
     def train(self) -> None:
@@ -97,4 +99,4 @@ class Mode:
 
     def test(self) -> None:
         """As nnet3-compute works."""
-        self.dropout = self.batch_statistics = self.store = False
+        self.dropout = self.batch_statistics = self.store = self.collect = False

@@ -259,12 +259,12 @@ class Graph:
             able = self.computable(axis, given)
             for output in outputs:
                 times = axis.of(able[output])
-                if not len(times):
-                    hint = f" (a node that takes {IVECTOR} otherwise than by ReplaceIndex({IVECTOR}, t, 0) has time 0 alone)"
-                    raise self.error(
-                        output,
-                        f"cannot be computed from {window} frames of input" + (hint if IVECTOR in self.nodes else ""),
-                    )
+                # With an i-vector taken as a row a frame, nothing but time 0 can be had.
+                if not len(times) or (IVECTOR in self.nodes and times.tolist() == [0]):
+                    cause = f"cannot be computed from {window} frames of input"
+                    if IVECTOR in self.nodes:
+                        cause += f" ({IVECTOR} has time 0 alone: take it by ReplaceIndex({IVECTOR}, t, 0))"
+                    raise self.error(output, cause)
                 left = max(left, int(times[0]) - shift)
                 right = max(right, shift + window - 1 - int(times[-1]))
         return max(0, left), max(0, right)

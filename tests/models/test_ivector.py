@@ -117,15 +117,13 @@ def test_ivectors_that_nobody_wants() -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("tanh-layer name=a dim=2 input=Append(input, ivector)", "takes ivector otherwise than by ReplaceIndex"),
-        ("tanh-layer name=a dim=2 input=ReplaceIndex(input, t, 0)", r"only ReplaceIndex\(ivector, t, 0\) is supported"),
-        ("tanh-layer name=a dim=2 input=ReplaceIndex(ivector, t, 1)", r"only ReplaceIndex\(ivector, t, 0\) is supp"),
-        ("tanh-layer name=a dim=2 input=ivector", "takes ivector otherwise than by ReplaceIndex"),
+        ("tanh-layer name=a dim=2 input=Append(input, ivector)", r"ivector has time 0 alone: take it by ReplaceIndex"),
+        ("tanh-layer name=a dim=2 input=ivector", r"ivector has time 0 alone: take it by ReplaceIndex"),
         ("input dim=3 name=third", "this has inputs .*'ivector', 'input', 'third'"),
     ],
 )
 def test_unsupported_uses_are_named(line: str, says: str) -> None:
-    text = f"input dim=3 name=ivector\ninput dim=4 name=input\n{line}\noutput-layer name=output dim=3 input=input"
+    text = f"input dim=3 name=ivector\ninput dim=4 name=input\n{line}\noutput-layer name=output dim=3"
     with pytest.raises(ConfigError, match=says):
         build_model(parse_xconfig_text(text), seed=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from kaldi_mpi.models import (
     transform_files,
 )
 from kaldi_mpi.models.config import Place, parse_config
-from kaldi_mpi.models.graph import Graph
 
 LSTM = """
 input dim=6 name=input
@@ -204,19 +204,62 @@ def test_derivative_range_of_a_feed_forward_network() -> None:
     assert not torch.allclose(found[0], gradients(model)[0], atol=1e-5)
 
 
+def frames_of(model: AcousticModel, given: tuple[int, int], wanted: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """First and last frame of each node that is computed for the output's frames `wanted`."""
+    plan = model.planner.plan({"output": wanted}, given)
+    return {name: (times[0], times[-1]) for name, times in plan.times.items()}
+
+
 def test_only_needed_nodes_and_frames() -> None:
-    model = model_of(LSTM)
-    graph: Graph = model.graph
-    computable = graph.computable((-20, 30))
-    assert computable["lda"] == (-18, 28) and computable["lstm2.rp"] == (-18, 28)
-    needed = graph.needed("output", (0, 9), computable)
+    needed = frames_of(model_of(LSTM), (-20, 30), range(10))
+    assert needed["lda"] == (-18, 14)
     assert needed["output.log-softmax"] == (5, 14)
-    assert needed["lstm2.rp"] == needed["lstm1.m"] == (-18, 14)
-    assert needed["input"] == (-20, 16)
+    assert needed["lstm2.rp"] == needed["lstm1.lstm_nonlin"] == (-18, 14)
     backward = model_of(
         "input dim=4 name=input\nfast-lstm-layer name=l cell-dim=4 delay=2\noutput-layer name=output dim=2"
     )
-    assert backward.graph.needed("output", (0, 9), backward.graph.computable((-5, 20)))["l.lstm_nonlin"] == (0, 20)
+    assert frames_of(backward, (-5, 20), range(10))["l.lstm_nonlin"] == (0, 20)
+
+
+def test_frames_that_lie_apart() -> None:
+    """A single output frame needs every third of a TDNN's frames, and no more are computed."""
+    text = (
+        "input dim=4 name=input\ntanh-layer name=a dim=5 input=Append(-3,0,3)\n"
+        "tanh-layer name=b dim=5 input=Append(-3,0,3)\noutput-layer name=output dim=2"
+    )
+    model = model_of(text)
+    assert (model.left_context, model.right_context) == (6, 6)
+    times = model.planner.plan({"output": [0]}, (-6, 6)).times
+    assert times["b.tanh"] == (0,) and times["a.tanh"] == (-3, 0, 3)
+    x = torch.randn(2, 16, 4)
+    whole = model(x, -6, 4)
+    for t in range(4):
+        assert torch.allclose(model(x[:, t : t + 13], -6, 1)[:, 0], whole[:, t], atol=1e-6)
+    every = model.evaluate(x, -6, {"output": [0, 3]})["output"]
+    assert torch.allclose(every, whole[:, ::3], atol=1e-6)
+
+
+def test_descriptors_over_time() -> None:
+    """Round, Switch, Failover, Scale and Const against what they say, frame by frame."""
+    lines = (
+        "input-node name=input dim=2",
+        "component name=a type=NoOpComponent dim=2",
+        "component-node name=a component=a input=Sum(Scale(2.0, Round(input, 3)), Const(0.5, 2))",
+        "component name=b type=NoOpComponent dim=2",
+        "component-node name=b component=b input=Switch(a, Offset(input, 1))",
+        "output-node name=output input=Append(Failover(Offset(b, 4), input), b)",
+    )
+    model = build_model(config_of(*lines), seed=0)
+    x = torch.randn(2, 9, 2)
+
+    def b(t: int) -> torch.Tensor:
+        return 2 * x[:, t // 3 * 3] + 0.5 if t % 2 == 0 else x[:, t + 1]
+
+    got = model(x, 0, 8)
+    for t in range(8):
+        there = (t + 4) // 3 * 3 <= 8 if t % 2 == 0 else t + 5 <= 8
+        first = b(t + 4) if there else x[:, t]
+        assert torch.equal(got[:, t], torch.cat([first, b(t)], dim=1)), t
 
 
 def test_missing_transforms(tmp_path: Path) -> None:
@@ -276,23 +319,57 @@ def test_bidirectional_and_interleaved_recurrences_see_what_they_should() -> Non
 
 def test_a_network_must_have_one_output() -> None:
     with pytest.raises(
-        ConfigError, match=r"net\.config: a network with one input of frames .* and one output named 'output'"
+        ConfigError, match=r"net\.config: a network with one input of frames .* and an output named 'output'"
     ):
         build_model(config_of("input-node name=input dim=3", "input-node name=ivector dim=3"), seed=0)
 
 
-def test_self_made_loops_are_refused() -> None:
+def test_self_made_loops() -> None:
     lines = (
         "input-node name=input dim=3",
         "component name=a type=TanhComponent dim=3",
-        "component-node name=a component=a input=Sum(input, IfDefined(Offset(a, -1)))",
+        "component-node name=a component=a input=Sum(input, IfDefined(Offset(a, {})))",
         "output-node name=output input=a",
     )
-    with pytest.raises(ConfigError, match=r"node a: this recurrence is not supported: 0 nodes of type Backprop"):
-        build_model(config_of(*lines), seed=0)
+    x = torch.randn(2, 7, 3, requires_grad=True)
+    for delay in (-1, -2, 3):
+        model = build_model(config_of(*(line.format(delay) for line in lines)), seed=0)
+        values: dict[int, torch.Tensor] = {}
+        for t in range(7) if delay < 0 else range(6, -1, -1):
+            values[t] = torch.tanh(x[:, t] + values[t + delay] if t + delay in values else x[:, t])
+        expected = torch.stack([values[t] for t in range(7)], dim=1)
+        assert torch.allclose(model(x, 0, 7), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"node output: cannot be computed"):
+        build_model(config_of(*(line.replace("IfDefined(Offset(a, {}))", "Offset(a, -1)") for line in lines)), seed=0)
 
 
-def test_the_cell_cannot_be_used_outside() -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "fast-lstm-layer name=l cell-dim=6 delay=-1 decay-time=20",
+        "fast-lstm-layer name=l cell-dim=6 delay=3 zeroing-threshold=0.01 clipping-threshold=0.02 zeroing-interval=2",
+        "fast-lstmp-layer name=l cell-dim=8 recurrent-projection-dim=2 non-recurrent-projection-dim=3 delay=-2",
+    ],
+)
+def test_step_by_step_is_the_fused_layer(layer: str) -> None:
+    """Values and gradients of the general recurrence, and of the one operation for LSTM layers."""
+    text = f"input dim=3 name=input\n{layer}\noutput-layer name=output dim=4 param-stddev=0.3"
+    fused, general = model_of(text).double(), model_of(text).double()
+    general.planner.groups = dict.fromkeys(general.planner.groups)
+    assert any(fused.planner.groups.values())
+    x = torch.randn(3, 12, 3, dtype=torch.float64)
+    found = []
+    for model in (fused, general):
+        model.train()
+        output = model(x, -2, 8, min_deriv_time=-1, max_deriv_time=8)
+        output.square().sum().backward()
+        found.append([output, *gradients(model)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_the_cell_can_be_used_outside() -> None:
+    """Then the layer is computed step by step, and gives the same cell as the nonlinearity of the fused one sees."""
     config = parse_xconfig_text(
         "input dim=3 name=input\nfast-lstm-layer name=l cell-dim=3\noutput-layer name=output dim=2"
     )
@@ -301,5 +378,9 @@ def test_the_cell_cannot_be_used_outside() -> None:
         f"component name={s.name} type={s.type} " + " ".join(f"{k}={v}" for k, v in s.options.items())
         for s in config.components
     ]
-    with pytest.raises(ConfigError, match=r"takes l\.c_trunc out of a recurrent layer: not supported yet"):
-        build_model(config_of(*specs, *lines), seed=0)
+    model, plain = build_model(config_of(*specs, *lines), seed=0), build_model(config, seed=0)
+    assert not any(model.planner.groups.values()) and any(plain.planner.groups.values())
+    x = torch.randn(2, 5, 3)
+    cell, m = model.node_input("output.affine", x, 0, 5), plain.node_input("output.affine", x, 0, 5)
+    # m = o tanh(c) with 0 < o < 1.
+    assert (m.sign() == cell.sign()).all() and (m.abs() <= torch.tanh(cell).abs() + 1e-6).all()

@@ -12,8 +12,8 @@ import pytest
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models import parse_xconfig, parse_xconfig_text
-from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
 from kaldi_mpi.models.contexts import computable_in_order, contexts
+from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
 from tests.paths import REPO, kaldi_root
 
 INPUT = "input dim=40 name=input\n"

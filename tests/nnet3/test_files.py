@@ -200,16 +200,11 @@ def test_random_bytes_are_errors(
             "columns 40 to 64",
         ),
         ("input=lstm2.m\n", "input=Append(lstm2.m, input)\n", "input of dimension 64 for a component of 24"),
-        (
-            "IfDefined(Offset(lstm2.c_trunc, -3))",
-            "IfDefined(Offset(lstm2.c_trunc, -2))",
-            "this recurrence is not supported",
-        ),
-        ("IfDefined(Offset(lstm2.m_trunc, -3))", "Offset(lstm2.m_trunc, -3)", "this recurrence is not supported"),
+        ("IfDefined(Offset(lstm2.m_trunc, -3))", "Offset(lstm2.m_trunc, -3)", "node output: cannot be computed"),
         ("input-node name=input dim=40", "input-node name=input dim=0", "dim: must be positive"),
         ("objective=linear", "objective=linear colour=red", "colour: is not an option of output-node"),
         ("Offset(input, -2)", "Offset(input, minus)", "integer expected in descriptor"),
-        ("Offset(input, -2)", "Switch(input, input)", "Switch in a descriptor is not supported yet"),
+        ("Offset(input, -2)", "ReplaceIndex(input, x, 2)", "only the t index can be replaced"),
     ],
 )
 def test_inconsistent_networks(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -223,12 +218,12 @@ def test_inconsistent_networks(tmp_path: Path, old: str, new: str, message: str)
 
 
 def test_unknown_component_type_is_named(tmp_path: Path) -> None:
-    text = golden("lstm.raw.txt").read_text().replace("NormalizeComponent", "GruNonlinearityComponent")
-    (tmp_path / "gru.raw").write_text(text)
+    text = golden("lstm.raw.txt").read_text().replace("NormalizeComponent", "MaxpoolingComponent")
+    (tmp_path / "pool.raw").write_text(text)
     with pytest.raises(
-        DataError, match=r"gru\.raw, key in\.renorm, byte offset \d+: component type <GruNon.* not supported"
+        DataError, match=r"pool\.raw, key in\.renorm, byte offset \d+: component type <Maxpool.* not supported"
     ):
-        read_nnet(tmp_path / "gru.raw")
+        read_nnet(tmp_path / "pool.raw")
 
 
 def small_am() -> AmNnet:

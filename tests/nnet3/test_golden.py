@@ -121,12 +121,3 @@ def test_xconfig_gives_kaldis_settings(name: str) -> None:
                     assert mine == pytest.approx(theirs), (component, token)
                     checked += 1
     assert checked > 50
-
-
-def test_types_for_later_are_named() -> None:
-    from kaldi_mpi.errors import DataError
-
-    with pytest.raises(DataError, match=r"tdnn\.raw, key tdnn1\.batchnorm: component type BatchNormComponent"):
-        to_torch(read_nnet(golden("tdnn.raw")))
-    with pytest.raises(DataError, match="TimeHeightConvolutionComponent is not supported yet"):
-        to_torch(read_nnet(golden("cnn.raw")))

@@ -86,7 +86,7 @@ class BatchNorm(ComponentModule):
             mean = flat.mean(0)
             mean_square = flat.square().mean(0)
             variance = (mean_square - mean * mean).clamp_min(0.0)
-            if self.mode.store and torch.is_grad_enabled():
+            if self.mode.collect or (self.mode.store and torch.is_grad_enabled()):
                 self._add(torch.cat([mean.detach(), mean_square.detach()]), len(flat))
         else:
             mean, variance = self.moments.to(x.dtype).split(self.block_dim)
@@ -114,6 +114,20 @@ class BatchNorm(ComponentModule):
         changed = torch.cat([mean, (square - mean * mean).clamp_min(0.0)]).to(self.moments.dtype)
         self.count.copy_(total * _STATISTICS_SCALE)
         return changed - self.moments
+
+    def take_sums(self) -> Tensor:
+        """What has been collected since the last call: rows, sums of x and of x^2, (1 + 2 * block_dim,) float64."""
+        sums, rows = self.pending if self.pending is not None else (torch.zeros_like(self.moments), 0)
+        self.pending = None
+        return torch.cat([torch.tensor([float(rows)]), sums.double().cpu()]).double()
+
+    def set_sums(self, sums: Tensor) -> None:
+        """Take mean, variance and count of such sums; nothing changes if there are no rows."""
+        rows = float(sums[0])
+        if rows > 0:
+            mean, square = (sums[1:] / rows).split(self.block_dim)
+            self.moments.copy_(torch.cat([mean, (square - mean * mean).clamp_min(0.0)]))
+            self.count.fill_(rows)
 
 
 def _normalize(options: Options, init: Initializer) -> Normalize:

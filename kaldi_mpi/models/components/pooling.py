@@ -141,8 +141,8 @@ def _neighbours(call: Call, offsets: tuple[int, ...]) -> list[Gather]:
 class RestrictedAttention(ComponentModule):
     """Attention of each frame over neighbours at fixed offsets, with a bias for each offset.
 
-    Povey et al., "A time-restricted self-attention layer for ASR", ICASSP 2018. Columns of a head: key, value, query, and
-    one for each offset that is added to its product of query and key.
+    Povey et al., "A time-restricted self-attention layer for ASR", ICASSP 2018. Columns of a head: key, value,
+    query, and one for each offset that is added to its product of query and key.
     """
 
     kind = "RestrictedAttentionComponent"
