@@ -17,7 +17,7 @@ from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.components import BatchNorm, NoOp
 from kaldi_mpi.models.components.dropout import GeneralDropout, SpecAugmentTimeMask
-from kaldi_mpi.models.config import ComponentNode, InputNode
+from kaldi_mpi.models.config import ComponentNode, InputNode, read_config
 from kaldi_mpi.transport.world import World
 
 # What may stand between the network's input and a transform that is estimated: it has nothing that is trained.
@@ -25,7 +25,7 @@ _BEFORE_TRANSFORMS = (GeneralDropout.kind, SpecAugmentTimeMask.kind, BatchNorm.k
 
 
 class Network:
-    """The model that an xconfig describes, built once, on the CPU.
+    """The model that an xconfig, or a final.config that Kaldi made of one, describes; built once, on the CPU.
 
     Attributes:
         model: its transforms that no file has yet (``lda.mat``) are stand-ins until `estimate_transforms`.
@@ -43,10 +43,10 @@ class Network:
 
     def __init__(self, xconfig: str, seed: int, world: World) -> None:
         self._xconfig = xconfig
-        config = parse_xconfig(xconfig)
+        config = read_config(xconfig) if xconfig.endswith(".config") else parse_xconfig(xconfig)
         self.missing: list[tuple[str, str]] = world.broadcast(missing_transforms(config))
         transforms = {
-            path: _stand_in(config, component) if (component, path) in self.missing else read_matrix(path)
+            path: stand_in(config, component) if (component, path) in self.missing else read_matrix(path)
             for component, path in transform_files(config)
         }
         self.model: AcousticModel = build_model(config, seed=seed, transforms=transforms)
@@ -107,7 +107,7 @@ class Network:
         self.missing = []
 
 
-def _stand_in(config: Config, component: str) -> NDArray[np.float32]:
+def stand_in(config: Config, component: str) -> NDArray[np.float32]:
     """An identity of the right size for a transform that is not known yet, (dim, dim + 1)."""
     dims = {node.name: node.dim for node in config.nodes if isinstance(node, InputNode)}
     # Layers that change no dimension may lie in between (spec-augment-layer).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kaldi_mpi.averaging import NAMES, Settings, check_settings
@@ -174,8 +175,9 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--feat-dir", type=optional, help="data directory of the features (not needed with --egs.dir)")
     add("--ali-dir", required=True, help="alignment directory: ali.*.gz, final.mdl, tree")
-    add("--dir", required=True, help="where the model and logs go; configs/network.xconfig is read from it")
-    add("--xconfig", type=optional, help="the network, in place of DIR/configs/network.xconfig")
+    add("--dir", required=True, help="where the model and logs go")
+    add("--xconfig", type=optional, help="the network: an xconfig, or Kaldi's final.config (default: final.config "
+        "or network.xconfig in DIR/configs)")  # fmt: skip
     add(
         "--strategy",
         default="allreduce",
@@ -280,11 +282,17 @@ def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
     phases = parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES)
     given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
     check_settings([phase.name for phase in phases], given["settings"])
-    given["xconfig"] = given["xconfig"] or f"{given['dir']}/configs/network.xconfig"
+    given["xconfig"] = given["xconfig"] or _network_in(Path(given["dir"]) / "configs")
     given["memory"] *= 2**20
     names = [field.name for field in dataclasses.fields(DataOptions)]
     data = DataOptions(**{name: given.pop(name) for name in names})
     return TrainOptions(data=data, **given)
+
+
+def _network_in(configs: Path) -> str:
+    """What Kaldi's xconfig_to_configs.py has made, where a recipe has called it; else the xconfig itself."""
+    final = configs / "final.config"
+    return str(final if final.exists() else configs / "network.xconfig")
 
 
 def _apply_defaults(given: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class TrainingState:
             "frames": self.frames,
             "parameters": self.flat.values.cpu().clone(),
             "buffers": {name: value.cpu().clone() for name, value in self.model.named_buffers()},
-            "preconditioners": {name: c.preconditioner_state() for name, c in self.model.by_name.items()},
+            "preconditioners": {name: c.training_state() for name, c in self.model.by_name.items()},
             "chance": self.model.mode.chance.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
@@ -51,7 +51,7 @@ class TrainingState:
         self.step, self.frames = state["step"], state["frames"]
         self.flat.load(state["parameters"].numpy())
         for name, component in self.model.by_name.items():
-            component.load_preconditioner_state(state["preconditioners"][name])
+            component.load_training_state(state["preconditioners"][name])
         load_buffers(self.model, state["buffers"])
         self.model.mode.chance.load_state_dict(state["chance"])
         self.optimiser.load_state_dict(state["optimiser"])

@@ -154,20 +154,23 @@ def lda_statistics(
 ) -> LdaStats:
     """LDA statistics of what `component` receives, over about `max_chunks` random chunks and all learners.
 
-    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats.
+    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats. With a label delay
+    (``delay=``) a label belongs to the frame that much later, as in Kaldi's init.config.
 
     Args:
         model: built with any transform for `component`; only the layers below it are used.
         component: name of the fixed-affine component.
     """
+    delay = model.config.lda_delays.get(component, 0)
     stats = LdaStats(model.by_name[component].input_dim, model.output_dim)
     for batch in how.batches(source, seed, max_chunks):
         # With an output delay the network needs less context than the component: frames may be missing at the ends.
-        low, high = model.node_frames(component, batch.shape.rows, batch.first, batch.shape.width)
+        first = batch.first - delay
+        low, high = model.node_frames(component, batch.shape.rows, first, batch.shape.width)
         if high < low:
             continue
         frames = high - low + 1
-        spliced = model.node_input(component, batch.feats, batch.first - low, frames, batch.ivectors).cpu()
+        spliced = model.node_input(component, batch.feats, first - low, frames, batch.ivectors).cpu()
         labels = batch.labels[:, low : high + 1].cpu().reshape(*spliced.shape[:2], -1)
         weights = None if batch.weights is None else batch.weights[:, low : high + 1].cpu().reshape(labels.shape)
         for target in range(labels.shape[2]):

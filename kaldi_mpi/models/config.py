@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.files import read_text
 from kaldi_mpi.models.descriptor import Descriptor, DescriptorError, parse_descriptor
 
+# Label delays are looked for up to this; recipes have 5 to 10.
+_LARGEST_DELAY = 100
 _KEY = re.compile(r"\s*([-A-Za-z0-9_]+)=")
 
 
@@ -87,15 +92,45 @@ class ComponentSpec:
 
 @dataclass
 class Config:
-    """Nodes and components, in the order of the lines that defined them; `source` is named in messages."""
+    """Nodes and components, in the order of the lines that defined them; `source` is named in messages.
+
+    `lda_delays`: of a component whose transform is estimated, by how much later its frames are than their labels.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     components: list[ComponentSpec] = field(default_factory=list)
     source: str = "config"
+    lda_delays: dict[str, int] = field(default_factory=dict)
 
     def node_lines(self) -> list[str]:
         """The lines of a model file: nodes only, in nnet3's spelling."""
         return [str(node) for node in self.nodes]
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """Read a final.config as Kaldi's ``xconfig_to_configs.py`` writes it, and the LDA's delay from its init.config.
+
+    Raises:
+        ConfigError: names file, line and key.
+        DataError: the file cannot be read.
+    """
+    config = parse_config(_lines_of(Path(path)), str(path))
+    init = Path(path).with_name("init.config")
+    if not init.exists():
+        return config
+    outputs = [node for node in parse_config(_lines_of(init), str(init)).nodes if isinstance(node, OutputNode)]
+    fixed = {spec.name for spec in config.components if "matrix" in spec.options}
+    for node in config.nodes:
+        if isinstance(node, ComponentNode) and node.component in fixed and outputs:
+            # The statistics' network is the transform's input, moved in time by the label delay.
+            for delay in range(-_LARGEST_DELAY, _LARGEST_DELAY + 1):
+                if Descriptor("Offset", (node.input, str(delay))).normalized() == outputs[0].input:
+                    config.lda_delays[node.component] = delay
+    return config
+
+
+def _lines_of(path: Path) -> list[tuple[str, Place]]:
+    return [(line, Place(str(path), number)) for number, line in enumerate(read_text(path).splitlines(), start=1)]
 
 
 def split_options(text: str) -> dict[str, str]:

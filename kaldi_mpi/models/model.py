@@ -46,9 +46,9 @@ class AcousticModel(nn.Module):
 
     Attributes:
         input_name: the input node of the frames; that of an i-vector is named ``ivector``, as in nnet3.
-        input_dim, output_dim: columns of features and of the output named ``output``.
+        input_dim, output_dim: columns of features and of the main output.
         ivector_dim: columns of the i-vector; 0: the network takes none.
-        outputs: names of all outputs, ``output`` among them.
+        outputs: names of all outputs; main_output: ``output``, or the first where there is no such.
         left_context, right_context: input frames needed beside an output frame, as nnet3-info prints them.
         config: the nodes.
         mode: what is switched on of that which only training does; `train` and `eval` set it as nnet3-train and
@@ -72,15 +72,16 @@ class AcousticModel(nn.Module):
         self.outputs = [node.name for node in config.nodes if isinstance(node, OutputNode)]
         all_inputs = [node for node in config.nodes if isinstance(node, InputNode)]
         inputs = [node for node in all_inputs if node.name != IVECTOR]
-        if len(inputs) != 1 or "output" not in self.outputs:
+        if len(inputs) != 1 or not self.outputs:
             raise ConfigError(
                 f"{config.source}: a network with one input of frames (and one named '{IVECTOR}', if wanted) and an "
-                f"output named 'output' is supported, this has inputs {[node.name for node in all_inputs]} "
+                f"output is supported, this has inputs {[node.name for node in all_inputs]} "
                 f"and outputs {self.outputs}"
             )
         self.input_name = inputs[0].name
         self.ivector_dim = sum(node.dim for node in all_inputs if node.name == IVECTOR)
-        self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim("output")
+        self.main_output = "output" if "output" in self.outputs else self.outputs[0]
+        self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim(self.main_output)
         self.left_context, self.right_context = self.graph.contexts(self.outputs)
         self._plan = functools.lru_cache(maxsize=256)(self._make_plan)
 
@@ -102,7 +103,7 @@ class AcousticModel(nn.Module):
         min_deriv_time: int | None = None,
         max_deriv_time: int | None = None,
     ) -> Tensor:
-        """Frames 0 .. num_out - 1 of the output named ``output`` for a minibatch.
+        """Frames 0 .. num_out - 1 of the main output for a minibatch.
 
         Args:
             feats: (B, T, input_dim) float32, `feats[:, 0]` is time `first`.
@@ -118,9 +119,9 @@ class AcousticModel(nn.Module):
                 another shape, or the network takes none.
         """
         found = self.evaluate(
-            feats, first, {"output": range(num_out)}, ivectors=ivectors, deriv=(min_deriv_time, max_deriv_time)
+            feats, first, {self.main_output: range(num_out)}, ivectors=ivectors, deriv=(min_deriv_time, max_deriv_time)
         )
-        return found["output"]
+        return found[self.main_output]
 
     def evaluate(
         self,

@@ -32,6 +32,7 @@ class Layer:
         lda_input: of a fixed-affine-layer, the descriptor whose statistics Kaldi takes for its transform: the output
             of the network in init.config. None: there is no such network.
         output_delay: of an output, the label delay.
+        lda_delay: of a fixed-affine-layer, by how much later its frames are than the labels of its statistics.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layer:
     lines: list[str]
     lda_input: str | None = None
     output_delay: int = 0
+    lda_delay: int = 0
 
 
 def parse_xconfig(path: str | os.PathLike[str]) -> Config:
@@ -77,6 +79,7 @@ def parse_xconfig_text(text: str, source: str = "network.xconfig") -> Config:
     if not layers:
         raise ConfigError(f"{source}: there is no layer in this file")
     config = parse_config(lines, source)
+    config.lda_delays = {layer.name: layer.lda_delay for layer in layers.values() if layer.lda_delay}
     for layer in layers.values():
         if layer.lda_input is not None:
             label_delay = max((other.output_delay for other in layers.values()), key=abs)
@@ -171,8 +174,7 @@ def _fixed_affine(line: _Line) -> Layer:
     node, input_ = line.name, line.input()
     dim = line.options.integer("dim", -1)
     path = line.options.text("affine-transform-file")
-    # These two shape Kaldi's init.config, the network of the LDA statistics, and not final.config. Here that network
-    # is not made: the statistics are of frames and their own labels, with a label delay as without.
+    # These two shape Kaldi's init.config, the network of the LDA statistics, and not final.config.
     delay = line.options.integer("delay", 0)
     init = line.options.flag("write-init-config", True)
     return Layer(
@@ -183,6 +185,7 @@ def _fixed_affine(line: _Line) -> Layer:
             f"component-node name={node} component={node} input={input_[0]}",
         ],
         lda_input=f"Offset({input_[0]}, {delay})" if init else None,
+        lda_delay=delay,
     )
 
 

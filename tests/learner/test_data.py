@@ -96,7 +96,7 @@ def test_every_frame_is_trained_on_once_an_epoch(
     shapes: set[tuple[ChunkShape, int]] = set()
     lock, compute = threading.Lock(), LearnerStep.compute_gradients
 
-    def record(self: LearnerStep, batch: Batch) -> None:
+    def record(self: LearnerStep, batch: Batch, **how: bool) -> None:
         assert batch.ivectors is not None and batch.ivectors.shape == (len(batch.feats), IVECTOR_DIM)
         assert batch.feats.shape[1:] == (batch.shape.rows, FEAT_DIM)
         centre = batch.feats[:, -batch.first :][:, : batch.shape.width].numpy()
@@ -104,7 +104,7 @@ def test_every_frame_is_trained_on_once_an_epoch(
         with lock:
             seen.update((frame.tobytes(), int(label)) for frame, label in zip(centre[labels >= 0], labels[labels >= 0]))  # noqa: B905
             shapes.add((batch.shape, len(labels)))
-        compute(self, batch)
+        compute(self, batch, **how)
 
     monkeypatch.setattr(LearnerStep, "compute_gradients", record)
     folder = experiment(toy, f"{strategy}-{learners}")
@@ -192,10 +192,10 @@ def test_bad_utterances_are_left_out_if_that_is_allowed(
 def test_a_training_with_several_shapes_goes_on_bit_for_bit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = LearnerStep.compute_gradients
 
-    def die(self: LearnerStep, batch: Batch) -> None:
+    def die(self: LearnerStep, batch: Batch, **how: bool) -> None:
         if batch.step == 37:
             raise InterruptedError
-        compute(self, batch)
+        compute(self, batch, **how)
 
     def run(name: str) -> bytes:
         folder = toy.work / name

@@ -158,12 +158,12 @@ def test_every_example_is_trained_on_once_an_epoch(
     seen: collections.Counter[bytes] = collections.Counter()
     lock, compute = threading.Lock(), LearnerStep.compute_gradients
 
-    def record(self: LearnerStep, batch: Batch) -> None:
+    def record(self: LearnerStep, batch: Batch, **how: bool) -> None:
         assert batch.weights is not None and batch.labels.shape == batch.weights.shape == (*batch.labels.shape[:2], 2)
         with lock:
             parts = zip(batch.feats.numpy(), batch.labels.numpy(), batch.weights.numpy(), strict=True)
             seen.update(b"".join(part.tobytes() for part in chunk) for chunk in parts)
-        compute(self, batch)
+        compute(self, batch, **how)
 
     monkeypatch.setattr(LearnerStep, "compute_gradients", record)
     folder = soft.toy.experiment(f"{strategy}-{learners}")

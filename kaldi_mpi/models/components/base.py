@@ -119,12 +119,12 @@ class ComponentModule(nn.Module):
     def freeze_natural_gradient(self, freeze: bool) -> None:
         """While frozen, preconditioners are applied but not updated (backstitch's first step)."""
 
-    def preconditioner_state(self) -> dict[str, Any]:
-        """Of all preconditioners, for a checkpoint."""
+    def training_state(self) -> dict[str, Any]:
+        """What training keeps beside parameters and buffers: preconditioners, running sums; for a checkpoint."""
         return {}
 
-    def load_preconditioner_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `preconditioner_state` gave."""
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `training_state` gave."""
 
     def constrain(self) -> bool:
         """After an update, in place on the parameters: what constraints the component has (orthonormal).

@@ -158,12 +158,12 @@ class TimeHeightConvolution(ComponentModule):
         if self.natural_gradient:
             self.of_rows.frozen = self.of_columns.frozen = freeze
 
-    def preconditioner_state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         if not self.natural_gradient:
             return {}
         return {"rows": self.of_rows.state_dict(), "columns": self.of_columns.state_dict()}
 
-    def load_preconditioner_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         if self.natural_gradient:
             self.of_rows.load_state_dict(state["rows"], self.linear.device)
             self.of_columns.load_state_dict(state["columns"], self.linear.device)

@@ -56,10 +56,10 @@ class ElementTrained(ComponentModule):
         for preconditioner in self.preconditioners.values():
             preconditioner.frozen = freeze
 
-    def preconditioner_state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         return {name: preconditioner.state_dict() for name, preconditioner in self.preconditioners.items()}
 
-    def load_preconditioner_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         device = next(self.parameters()).device
         for name, preconditioner in self.preconditioners.items():
             preconditioner.load_state_dict(state[name], device)

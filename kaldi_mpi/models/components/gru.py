@@ -47,6 +47,13 @@ class TanhStatistics(ComponentModule):
             total += factor * part
             part *= momentum
 
+    def training_state(self) -> dict[str, Any]:
+        return super().training_state() | {"pending": [part.cpu().clone() for part in self.pending]}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        super().load_training_state(state)
+        self.pending = [part.to(self.value_sum.device) for part in state["pending"]]
+
     def tanh(self, x: Tensor) -> Tensor:
         """tanh(x), with statistics and self-repair in training."""
         if not (self.mode.store and torch.is_grad_enabled()):

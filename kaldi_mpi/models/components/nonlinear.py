@@ -95,6 +95,12 @@ class Stored(Pointwise):
     _stored = False
     _stored_oderiv = False
 
+    def training_state(self) -> dict[str, Any]:
+        return {"stored": (self._stored, self._stored_oderiv)}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._stored, self._stored_oderiv = state["stored"]
+
     def store(self, y: Tensor) -> None:
         """Add the values of a forward call, (rows, B, dim), and the function's derivatives."""
         if not (self.mode.chance.decide(self.name, "stats", _STORE) or not self._stored):

@@ -121,9 +121,9 @@ class RowTrained(ComponentModule):
         if self.natural_gradient:
             self.rows.freeze(freeze)
 
-    def preconditioner_state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         return self.rows.state_dict() if self.natural_gradient else {}
 
-    def load_preconditioner_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         if self.natural_gradient:
             self.rows.load_state_dict(state, self.trained_parameters()[0].device)

@@ -137,12 +137,16 @@ class LstmNonlinearity(ComponentModule):
         if self.natural_gradient:
             self.preconditioner.frozen = freeze
 
-    def preconditioner_state(self) -> dict[str, Any]:
-        return self.preconditioner.state_dict() if self.natural_gradient else {}
-
-    def load_preconditioner_state(self, state: dict[str, Any]) -> None:
+    def training_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"pending": [part.cpu().clone() for part in self.pending]}
         if self.natural_gradient:
-            self.preconditioner.load_state_dict(state, self.peepholes.device)
+            state["preconditioner"] = self.preconditioner.state_dict()
+        return state
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.pending = [part.to(self.peepholes.device) for part in state["pending"]]
+        if self.natural_gradient:
+            self.preconditioner.load_state_dict(state["preconditioner"], self.peepholes.device)
 
 
 class BackpropTruncation(ComponentModule):
