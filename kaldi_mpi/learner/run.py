@@ -94,6 +94,8 @@ def train(options: TrainOptions, everyone: World) -> None:
     transitions = read_transition_model(Path(options.data.ali_dir) / "final.mdl")
     network = Network(options.xconfig, options.data.seed, world)
     network.check_output(transitions.num_pdfs)
+    for pattern in options.dropout_schedule.check(network.model):
+        logger.warning("--trainer.dropout-schedule: no component with dropout is named %s", pattern)
     if options.data.egs_dir is not None:
         check_egs(options.data, network.context, network.model.ivector_dim > 0)
     else:
@@ -136,6 +138,9 @@ def train(options: TrainOptions, everyone: World) -> None:
         DerivativeTimes.of_margin(options.deriv_truncate_margin, *network.context),
         log,
         faults.Injector(options.faults, world.rank),
+        backstitch_scale=options.backstitch_scale,
+        backstitch_interval=options.backstitch_interval,
+        dropout=options.dropout_schedule,
     )
     validation = Validation(model, flat, Pass(dataset, world, device), log)
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.objective import log_likelihood
@@ -51,6 +52,7 @@ class LearnerStep:
         l2_factor: of all l2-regularize, beside 1 / N (nnet3-train's --l2-regularize-factor).
         backstitch_scale, backstitch_interval: every so many minibatches, first go back by `backstitch_scale` times the
             step, then forward by 1 plus that from there (Wang et al., "Backstitch", Interspeech 2017); 0: never.
+        dropout: of components, by how much of the data is done.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class LearnerStep:
         l2_factor: float = 1.0,
         backstitch_scale: float = 0.0,
         backstitch_interval: int = 1,
+        dropout: DropoutSchedule | None = None,
     ) -> None:
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
         self._l2_factor = l2_factor
         self._backstitch_scale, self._backstitch_interval = backstitch_scale, backstitch_interval
+        self._dropout = DropoutSchedule() if dropout is None else dropout
         self._minibatches = 0
         self._moved_from: torch.Tensor | None = None  # the parameters before backstitch's first step
         self._rate_factor = 1.0
@@ -116,8 +120,10 @@ class LearnerStep:
         self._injector.begin()
         self._minibatches += 1
         self._moved_from = None
+        frames = self.state.frames if frames is None else frames
+        self._dropout.apply(self.state.model, frames / self.rate.total_frames)
         if self._backstitch_scale and self._minibatches % self._backstitch_interval == 0 and batch.frames:
-            self._step_back(batch, self.state.frames if frames is None else frames)
+            self._step_back(batch, frames)
         self.compute_gradients(batch, logged=self._moved_from is None)
         self._injector.end()
         if self._super_learner is not None:

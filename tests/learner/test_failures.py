@@ -135,7 +135,12 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
         (["--feat.cmvn-opts=--norm-meens=true"], "--feat.cmvn-opts: '--norm-meens=true' is not one of"),
         (["--feat.cmvn-opts=--norm-means=maybe"], "--norm-means: expected true or false, got 'maybe'"),
         (["--egs.opts=--num-utts-subset few"], "--egs.opts: --num-utts-subset: expected a number, got 'few'"),
-        (["--trainer.dropout-schedule=0,0.2"], "--trainer.dropout-schedule 0,0.2: not supported yet"),
+        (
+            ["--trainer.dropout-schedule=0,2"],
+            "--trainer.dropout-schedule: '0,2': a proportion between 0 and 1 expected",
+        ),
+        (["--trainer.optimization.proportional-shrink=5"], "proportional-shrink 5: not supported yet"),
+        (["--trainer.optimization.backstitch-training-scale=0.2"], "needs --trainer.optimization.momentum=0"),
         (["--trainer.rnn.num-chunk-per-minibatch=128="], "minibatch size '128=': '' is not a number from 1"),
         (["--use-gpu=yes"], "--use-gpu yes: learner rank 0 sees no CUDA device"),
     ],
