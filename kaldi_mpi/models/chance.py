@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Chance:
             self._device[device] = torch.Generator(device).manual_seed(self._seed)
         return torch.rand(*shape, dtype=like.dtype, device=device, generator=self._device[device])
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All generators' states, for a checkpoint."""
         return {
             "host": self._host.bit_generator.state,
@@ -60,12 +61,10 @@ class Chance:
             "device": {str(device): generator.get_state() for device, generator in self._device.items()},
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._host.bit_generator.state = state["host"]
         self._common.bit_generator.state = state["common"]
-        states = state["device"]
-        assert isinstance(states, dict)
-        for name, value in states.items():
+        for name, value in state["device"].items():
             device = torch.device(name)
             self._device[device] = torch.Generator(device)
             self._device[device].set_state(value)

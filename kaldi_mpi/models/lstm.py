@@ -211,7 +211,7 @@ class _Lstm(torch.autograd.Function):
             (x if mask is None else mask.reshape(rows, 3)).split(sizes),
         ]
         scale = settings.scale
-        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh, drop in _order(parts, reverse):
+        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh, dropped in _order(parts, reverse):
             s.addmm_(h_old, w_rec)
             s_if2.addcmul_(c_old2, w_if, value=scale)
             s_if.sigmoid_()
@@ -220,13 +220,13 @@ class _Lstm(torch.autograd.Function):
             if mask is None:
                 c.addcmul_(f, c_old, value=scale)
             else:
-                c.mul_(drop[:, 0:1]).addcmul_(f * drop[:, 1:2], c_old, value=scale)
+                c.mul_(dropped[:, 0:1]).addcmul_(f * dropped[:, 1:2], c_old, value=scale)
             o.addcmul_(c, w_o)
             o.sigmoid_()
             torch.tanh(c, out=tanh)
             torch.mul(o, tanh, out=m_k)
             if mask is not None:
-                m_k.mul_(drop[:, 2:3])
+                m_k.mul_(dropped[:, 2:3])
             if w_proj is not None:
                 if b_rp is None:
                     torch.mm(m_k, w_proj, out=out)
@@ -343,7 +343,8 @@ class _Lstm(torch.autograd.Function):
             torch.mm(d_gates, w_all[:, :in_dim], out=dx[ctx.low : ctx.high].view(-1, in_dim))
         keeper: LstmKeeper | None = ctx.keeper
         if keeper is not None:
-            keeper.store(*ctx.sums, x.shape[0])
+            values, derivatives = ctx.sums
+            keeper.store(values, derivatives, x.shape[0])
         dw = d_bias = None
         both = torch.cat([x, h_old if scale == 1.0 else h_old * scale], dim=1)
         if keeper is None or not keeper.keep_gates(both, d_gates):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.formats.tokens import read_matrix
 from kaldi_mpi.learner.network import stand_in
 from kaldi_mpi.models import AcousticModel, build_model, transform_files
-from kaldi_mpi.models.components import BatchNorm
+from kaldi_mpi.models.components import Affine, BatchNorm
 from kaldi_mpi.models.config import Config, Place, parse_config
 from kaldi_mpi.nnet3 import from_torch, read_nnet, to_torch, write_nnet
 from tests.paths import REPO, kaldi_root
@@ -76,7 +76,7 @@ def put_numbers(model: AcousticModel, rng: np.random.Generator) -> None:
             moments = np.concatenate([rng.normal(size=size) * 0.1, rng.uniform(0.5, 1.5, size)])
             module.moments.copy_(torch.from_numpy(moments))
             module.count.fill_(100.0)
-        elif name.startswith("output") and hasattr(module, "linear") and not module.linear.detach().any():
+        elif name.startswith("output") and isinstance(module, Affine) and not module.linear.detach().any():
             module.linear.data.normal_(0, 0.05)
 
 

@@ -79,7 +79,8 @@ class Linear(RowTrained):
 
     def make_rows(self) -> Rows:
         a = self.attributes
-        return Rows(*a["RankInOut"], a["UpdatePeriod"], a["NumSamplesHistory"], a["Alpha"])
+        rank_in, rank_out = a["RankInOut"]
+        return Rows(rank_in, rank_out, a["UpdatePeriod"], a["NumSamplesHistory"], a["Alpha"])
 
     def trained_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.linear, None

@@ -50,7 +50,8 @@ class Tdnn(RowTrained):
 
     def make_rows(self) -> Rows:
         a = self.attributes
-        return Rows(*a["RankInOut"], 4, a["NumSamplesHistory"], a["AlphaInOut"])
+        rank_in, rank_out = a["RankInOut"]
+        return Rows(rank_in, rank_out, 4, a["NumSamplesHistory"], a["AlphaInOut"])
 
     def trained_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.linear, self.bias

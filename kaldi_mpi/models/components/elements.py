@@ -121,9 +121,9 @@ class ScaleAndOffset(ElementTrained):
         return {name: NaturalGradient(self.rank, update_period=1) for name in self.names}
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        scales = self.scales
-        small = scales.abs() < _SMALLEST_SCALE
-        scales = torch.where(small, torch.full_like(scales, _SMALLEST_SCALE).copysign(scales), scales)
+        small = self.scales.abs() < _SMALLEST_SCALE
+        least = torch.full_like(self.scales, _SMALLEST_SCALE).copysign(self.scales)
+        scales = torch.where(small, least, self.scales)
         if self.natural_gradient and torch.is_grad_enabled():
             y: Tensor = _Scaled.apply(x, scales.detach(), self.offsets, self)  # type: ignore[no-untyped-call]
             return y

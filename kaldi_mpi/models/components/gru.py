@@ -112,7 +112,8 @@ class GruNonlinearity(TanhStatistics, RowTrained):
 
     def make_rows(self) -> Rows:
         a = self.attributes
-        return Rows(*a["RankInOut"], a["UpdatePeriod"], 2000.0, a["Alpha"])
+        rank_in, rank_out = a["RankInOut"]
+        return Rows(rank_in, rank_out, a["UpdatePeriod"], 2000.0, a["Alpha"])
 
     def trained_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.w_h, None

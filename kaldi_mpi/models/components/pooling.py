@@ -223,23 +223,23 @@ def _extraction(options: Options, init: Initializer) -> StatisticsExtraction:
 
 def _pooling(options: Options, init: Initializer) -> StatisticsPooling:
     dim = options.positive("input-dim")
-    keys = (("input-period", 1), ("left-context", -1), ("right-context", -1), ("num-log-count-features", 0))
-    numbers = [options.integer(key, default) for key, default in keys]
+    period, left = options.integer("input-period", 1), options.integer("left-context", -1)
+    right, counts = options.integer("right-context", -1), options.integer("num-log-count-features", 0)
     stddevs, floor = options.flag("output-stddevs", False), options.number("variance-floor", 1.0e-10)
     try:
-        return StatisticsPooling(dim, *numbers, stddevs, floor)
+        return StatisticsPooling(dim, period, left, right, counts, stddevs, floor)
     except ValueError as error:
         raise options.place.error(str(error)) from None
 
 
 def _attention(options: Options, init: Initializer) -> RestrictedAttention:
-    keys = ("num-heads", "key-dim", "value-dim", "num-left-inputs", "num-right-inputs")
-    numbers = [options.integer(key, 1) if key == "num-heads" else options.integer(key) for key in keys]
+    heads, key, value = options.integer("num-heads", 1), options.integer("key-dim"), options.integer("value-dim")
+    left, right = options.integer("num-left-inputs"), options.integer("num-right-inputs")
     stride = options.integer("time-stride", 1)
     required = options.integer("num-left-inputs-required", -1), options.integer("num-right-inputs-required", -1)
     context, scale = options.flag("output-context", True), options.number("key-scale", -1.0)
     try:
-        return RestrictedAttention(*numbers, stride, *required, context, scale)
+        return RestrictedAttention(heads, key, value, left, right, stride, *required, context, scale)
     except ValueError as error:
         raise options.place.error(str(error)) from None
 
