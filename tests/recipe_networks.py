@@ -24,8 +24,8 @@ _HEREDOC = re.compile(
 _ASSIGNMENT = re.compile(r"^\s*(?:local\s+|export\s+)?([A-Za-z_]\w*)=")
 # What a script takes from a data directory, a tree or an environment of its own.
 _GIVEN = {
-    "num_targets": "120", "feat_dim": "40", "ivector_dim": "100", "num_leaves": "120", "dim": "40",
-    "input_dim": "40", "num_pdfs": "120", "dir": "exp", "num_targets_phone": "60",
+    "num_targets": "2000", "feat_dim": "40", "ivector_dim": "100", "num_leaves": "2000", "dim": "40",
+    "input_dim": "40", "num_pdfs": "2000", "dir": "exp", "num_targets_phone": "60",
 }  # fmt: skip
 
 # `exit` must not end the shell; some recipes print by Python 2.
@@ -35,7 +35,7 @@ python() { if [ $# -eq 0 ]; then parenthesised | python3; else python3 "$@"; fi;
 python2() { python "$@"; }
 python2.7() { python "$@"; }
 feat-to-dim() { echo 40; }
-tree-info() { echo num-pdfs 120; }
+tree-info() { echo num-pdfs 2000; }
 """
 
 

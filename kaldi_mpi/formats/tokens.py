@@ -167,8 +167,8 @@ class Reader:
             raise self.error(f"integer {value} has more than 32 bits", before)
         return value
 
-    def vector(self) -> FloatArray:
-        """A vector, as float32."""
+    def vector(self, double: bool = False) -> NDArray[Any]:
+        """A vector, as float32, or float64 if `double` (of a binary file that has it so)."""
         before = self.position
         if not self.binary:
             return self._floats(self._bracketed(), before)
@@ -179,10 +179,10 @@ class Reader:
         dim = self.integer()
         if dim < 0:
             raise self.error(f"vector of {dim} elements", before)
-        return np.frombuffer(self._take(dim * dtype.itemsize), dtype).astype(np.float32)
+        return np.frombuffer(self._take(dim * dtype.itemsize), dtype).astype(np.float64 if double else np.float32)
 
-    def matrix(self) -> FloatArray:
-        """A matrix (rows, columns), as float32; Kaldi's compressed matrices are not expected here."""
+    def matrix(self, double: bool = False) -> NDArray[Any]:
+        """A matrix (rows, columns), as float32, or float64 if `double`; no compressed ones are expected here."""
         before = self.position
         if not self.binary:
             rows = [row for row in self._bracketed().split(b"\n") if row.strip()]
@@ -200,7 +200,7 @@ class Reader:
         if min(shape) < 0:
             raise self.error(f"matrix of shape {shape}", before)
         raw = self._take(shape[0] * shape[1] * dtype.itemsize)
-        return np.frombuffer(raw, dtype).astype(np.float32).reshape(shape)
+        return np.frombuffer(raw, dtype).astype(np.float64 if double else np.float32).reshape(shape)
 
     def _bracketed(self) -> bytes:
         """What stands between ``[`` and ``]`` in a text file."""
@@ -271,17 +271,19 @@ class Writer:
         self.stream.write(b"[ " + b"".join(b",".join(b"%d" % v for v in group) + b" " for group in groups))
         self.stream.write(b"]\n")
 
-    def vector(self, values: NDArray[Any]) -> None:
-        array = np.asarray(values, dtype="<f4")
+    def vector(self, values: NDArray[Any], double: bool = False) -> None:
+        array = np.asarray(values, dtype="<f8" if double else "<f4")
         if self.binary:
-            self.stream.write(b"FV " + struct.pack("<bi", 4, len(array)) + array.tobytes())
+            self.stream.write((b"DV " if double else b"FV ") + struct.pack("<bi", 4, len(array)) + array.tobytes())
         else:
             self.stream.write(b" [ " + b"".join(_text(value) + b" " for value in array.tolist()) + b"]\n")
 
-    def matrix(self, values: NDArray[Any]) -> None:
-        array = np.asarray(values, dtype="<f4")
+    def matrix(self, values: NDArray[Any], double: bool = False) -> None:
+        array = np.asarray(values, dtype="<f8" if double else "<f4")
         if self.binary:
-            self.stream.write(b"FM " + struct.pack("<bibi", 4, array.shape[0], 4, array.shape[1]))
+            self.stream.write(
+                (b"DM " if double else b"FM ") + struct.pack("<bibi", 4, array.shape[0], 4, array.shape[1])
+            )
             self.stream.write(array.tobytes())
             return
         if not array.size:

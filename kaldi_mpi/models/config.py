@@ -133,8 +133,11 @@ def _lines_of(path: Path) -> list[tuple[str, Place]]:
     return [(line, Place(str(path), number)) for number, line in enumerate(read_text(path).splitlines(), start=1)]
 
 
-def split_options(text: str) -> dict[str, str]:
+def split_options(text: str, first_wins: bool = False) -> dict[str, str]:
     """``a=1 input=Append(x, y) b=2`` as a dict; a value goes on to the next ``key=``.
+
+    Args:
+        first_wins: of a key given twice, as in nnet3's config lines, whose makers rely on it; else that is an error.
 
     Raises:
         ValueError: something before the first key, or a key given twice.
@@ -145,6 +148,8 @@ def split_options(text: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for key, value in zip(fields[1::2], fields[2::2], strict=True):
         if key in options:
+            if first_wins:
+                continue
             raise ValueError(f"{key} is given twice")
         options[key] = value.strip()
     return options
@@ -215,7 +220,7 @@ def parse_config(lines: Iterable[tuple[str, Place]], source: str) -> Config:
         if not words:
             continue
         try:
-            options = Options(split_options(words[1] if len(words) > 1 else ""), place)
+            options = Options(split_options(words[1] if len(words) > 1 else "", first_wins=True), place)
             _add_line(config, words[0], options, place)
         except ValueError as error:
             raise place.error(str(error)) from error

@@ -6,6 +6,7 @@ components, the same types, options and descriptors.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -14,33 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.models import xconfig_feedforward as feedforward
 from kaldi_mpi.models.config import Config, InputNode, Node, Options, OutputNode, Place, parse_config, split_options
 from kaldi_mpi.models.contexts import computable_in_order, contexts
-from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
+from kaldi_mpi.models.descriptor import parse_descriptor
+from kaldi_mpi.models.xconfig_line import Layer, Line
 
 _LAYER_TYPE = re.compile(r"^[a-z][-a-z0-9]+$")
 _QUOTED = re.compile(r'"([^"]*)"')
-
-
-@dataclass
-class Layer:
-    """What later layers and the config get from a line.
-
-    Attributes:
-        outputs: name of an output ('' is the main one) -> (node name, dimension).
-        lines: config lines.
-        lda_input: of a fixed-affine-layer, the descriptor whose statistics Kaldi takes for its transform: the output
-            of the network in init.config. None: there is no such network.
-        output_delay: of an output, the label delay.
-        lda_delay: of a fixed-affine-layer, by how much later its frames are than the labels of its statistics.
-    """
-
-    name: str
-    outputs: Mapping[str, tuple[str, int]]
-    lines: list[str]
-    lda_input: str | None = None
-    output_delay: int = 0
-    lda_delay: int = 0
 
 
 def parse_xconfig(path: str | os.PathLike[str]) -> Config:
@@ -108,45 +90,6 @@ def _check_contexts(lda_input: str, config: Config, label_delay: int, place: Pla
         )
 
 
-class _Line:
-    """One xconfig line while it is expanded."""
-
-    def __init__(self, kind: str, name: str, options: Options, layers: Mapping[str, Layer], place: Place) -> None:
-        self.kind, self.name, self.options, self.layers, self.place = kind, name, options, layers, place
-
-    def input(self) -> tuple[str, int]:
-        """The descriptor in node names, and its dimension."""
-        text = self.options.text("input", "[-1]")
-        try:
-            tree = parse_descriptor(text, list(self.layers))
-            return str(tree.replace(lambda name: self._find(name)[0])), tree.dim(lambda name: self._find(name)[1])
-        except DescriptorError as error:
-            raise self.place.error(str(error), "input") from error
-
-    def _find(self, name: str) -> tuple[str, int]:
-        layer, _, output = name.partition(".")
-        if name in self.layers:
-            layer, output = name, ""
-        if layer not in self.layers:
-            raise DescriptorError(f"there is no earlier layer named {layer}")
-        outputs = self.layers[layer].outputs
-        if output not in outputs:
-            raise DescriptorError(f"layer {layer} has no output {name!r} that others can use")
-        return outputs[output]
-
-    def passed_on(self, keys: Mapping[str, str]) -> str:
-        """Options that go to the component's line as they are; those whose value is '' are left out."""
-        found = ((key, self.options.text(key, default)) for key, default in keys.items())
-        return "".join(f" {key}={value}" for key, value in found if value != "")
-
-    def affine(self, node: str, input_: tuple[str, int], dim: int, options: str) -> list[str]:
-        component = (
-            f"component name={node} type=NaturalGradientAffineComponent "
-            f"input-dim={input_[1]} output-dim={dim} {options.strip()}"
-        )
-        return [component.strip(), f"component-node name={node} component={node} input={input_[0]}"]
-
-
 def _expand(kind: str, rest: str, layers: Mapping[str, Layer], place: Place) -> Layer:
     if not _LAYER_TYPE.match(kind) or kind not in _LAYERS:
         raise place.error(f"layer type {kind!r} is not supported (known: {', '.join(_LAYERS)})")
@@ -159,18 +102,18 @@ def _expand(kind: str, rest: str, layers: Mapping[str, Layer], place: Place) -> 
     except ValueError as error:
         raise place.error(str(error)) from error
     options = Options(values, place)
-    line = _Line(kind, options.text("name"), options, layers, place)
+    line = Line(kind, options.text("name"), options, layers, place)
     layer = _LAYERS[kind](line)
     options.done(kind)
     return layer
 
 
-def _input(line: _Line) -> Layer:
+def _input(line: Line) -> Layer:
     dim = line.options.positive("dim")
     return Layer(line.name, {"": (line.name, dim)}, [f"input-node name={line.name} dim={dim}"])
 
 
-def _fixed_affine(line: _Line) -> Layer:
+def _fixed_affine(line: Line) -> Layer:
     node, input_ = line.name, line.input()
     dim = line.options.integer("dim", -1)
     path = line.options.text("affine-transform-file")
@@ -189,25 +132,6 @@ def _fixed_affine(line: _Line) -> Layer:
     )
 
 
-def _relu(line: _Line) -> Layer:
-    node, input_, options = line.name, line.input(), line.options
-    dim = options.integer("dim", -1)
-    dim = dim if dim > 0 else input_[1]
-    repair = options.text("self-repair-scale", "1e-05")
-    rms = options.text("target-rms", "1.0")
-    affine = options.text("ng-affine-options", "")
-    affine += line.passed_on({"max-change": "0.75", "learning-rate-factor": "", "bias-stddev": "", "l2-regularize": ""})
-    lines = line.affine(f"{node}.affine", input_, dim, affine)
-    last = f"{node}.affine"
-    for part in line.kind.split("-")[:-1]:
-        type_ = {"relu": "RectifiedLinear", "sigmoid": "Sigmoid", "tanh": "Tanh", "renorm": "Normalize"}[part]
-        settings = f"target-rms={rms} add-log-stddev=false" if part == "renorm" else f"self-repair-scale={repair}"
-        lines.append(f"component name={node}.{part} type={type_}Component dim={dim} {settings}")
-        lines.append(f"component-node name={node}.{part} component={node}.{part} input={last}")
-        last = f"{node}.{part}"
-    return Layer(node, {"": (last, dim)}, lines)
-
-
 @dataclass
 class _LstmOptions:
     cell: int
@@ -217,7 +141,7 @@ class _LstmOptions:
     truncation: str
 
 
-def _lstm_options(line: _Line) -> _LstmOptions:
+def _lstm_options(line: Line) -> _LstmOptions:
     options = line.options
     cell = options.positive("cell-dim")
     delay = options.integer("delay", -1)
@@ -239,7 +163,7 @@ def _lstm_options(line: _Line) -> _LstmOptions:
     )
 
 
-def _fast_lstm(line: _Line) -> Layer:
+def _fast_lstm(line: Line) -> Layer:
     node, (descriptor, input_dim) = line.name, line.input()
     lstm = _lstm_options(line)
     cell, delay = lstm.cell, lstm.delay
@@ -257,10 +181,13 @@ def _fast_lstm(line: _Line) -> Layer:
         f"dim-range-node name={node}.c_trunc input-node={node}.cm_trunc dim-offset=0 dim={cell}",
         f"dim-range-node name={node}.m_trunc input-node={node}.cm_trunc dim-offset={cell} dim={cell}",
     ]
+    if line.kind == "fast-lstm-batchnorm-layer":
+        lines += line.component(f"{node}.m_batchnorm", "BatchNorm", f"{node}.m", f"dim={cell}")
+        return Layer(node, {"": (f"{node}.m_batchnorm", cell)}, lines)
     return Layer(node, {"": (f"{node}.m", cell)}, lines)
 
 
-def _fast_lstmp(line: _Line) -> Layer:
+def _fast_lstmp(line: Line) -> Layer:
     node, (descriptor, input_dim) = line.name, line.input()
     lstm = _lstm_options(line)
     cell, delay = lstm.cell, lstm.delay
@@ -271,19 +198,32 @@ def _fast_lstmp(line: _Line) -> Layer:
     nonrec = nonrec if nonrec > 0 else rec
     if rec + nonrec > cell:
         raise line.place.error("the two projections together are wider than cell-dim", "recurrent-projection-dim")
-    if line.options.number("dropout-proportion", -1.0) != -1.0:
-        raise line.place.error("gate dropout is not supported yet", "dropout-proportion")
+    dropout = line.options.number("dropout-proportion", -1.0)
+    if dropout != -1.0 and not 0.0 <= dropout <= 1.0:
+        raise line.place.error(f"must be between 0 and 1, is {dropout}", "dropout-proportion")
     recurrent = f"Append({descriptor}, IfDefined(Offset({node}.r_trunc, {delay})))"
+    old_cell = f"IfDefined(Offset({node}.c_trunc, {delay}))"
+    mask, mask_node, masked = [], [], ""
+    if dropout != -1.0:
+        # The node's input means nothing: the component has none.
+        mask = [
+            f"component name={node}.dropout_mask type=DropoutMaskComponent output-dim=3 dropout-proportion={dropout}"
+        ]
+        mask_node = [f"component-node name={node}.dropout_mask component={node}.dropout_mask input={node}.dropout_mask"]
+        masked = f", {node}.dropout_mask"
     lines = [
         f"component name={node}.W_all type=NaturalGradientAffineComponent "
         f"input-dim={input_dim + rec} output-dim={4 * cell} {lstm.affine}",
-        f"component name={node}.lstm_nonlin type=LstmNonlinearityComponent cell-dim={cell} {lstm.nonlinearity}",
+        f"component name={node}.lstm_nonlin type=LstmNonlinearityComponent cell-dim={cell} "
+        f"use-dropout={'true' if mask else 'false'} {lstm.nonlinearity}",
         f"component name={node}.cr_trunc type=BackpropTruncationComponent dim={cell + rec}{lstm.truncation}",
+        *mask,
         f"component name={node}.W_rp type=NaturalGradientAffineComponent "
         f"input-dim={cell} output-dim={rec + nonrec} {lstm.affine}",
         f"component-node name={node}.W_all component={node}.W_all input={recurrent}",
+        *mask_node,
         f"component-node name={node}.lstm_nonlin component={node}.lstm_nonlin "
-        f"input=Append({node}.W_all, IfDefined(Offset({node}.c_trunc, {delay})))",
+        f"input=Append({node}.W_all, {old_cell}{masked})",
         f"dim-range-node name={node}.c input-node={node}.lstm_nonlin dim-offset=0 dim={cell}",
         f"dim-range-node name={node}.m input-node={node}.lstm_nonlin dim-offset={cell} dim={cell}",
         f"component-node name={node}.rp component={node}.W_rp input={node}.m",
@@ -292,47 +232,53 @@ def _fast_lstmp(line: _Line) -> Layer:
         f"dim-range-node name={node}.c_trunc input-node={node}.cr_trunc dim-offset=0 dim={cell}",
         f"dim-range-node name={node}.r_trunc input-node={node}.cr_trunc dim-offset={cell} dim={rec}",
     ]
+    if line.kind == "fast-lstmp-batchnorm-layer":
+        lines += line.component(f"{node}.rp_batchnorm", "BatchNorm", f"{node}.rp", f"dim={rec + nonrec}")
+        return Layer(node, {"": (f"{node}.rp_batchnorm", rec + nonrec)}, lines)
     return Layer(node, {"": (f"{node}.rp", rec + nonrec)}, lines)
 
 
-def _objective(line: _Line) -> str:
+def _objective(line: Line) -> str:
     objective = line.options.text("objective-type", "linear")
     if objective not in ("linear", "quadratic"):
         raise line.place.error(f"linear or quadratic expected, found {objective!r}", "objective-type")
     return objective
 
 
-def _output_node(line: _Line, descriptor: str) -> tuple[str, int]:
+def _output_node(line: Line, descriptor: str) -> tuple[str, int]:
     """The config line, and the label delay."""
     delay = line.options.integer("output-delay", 0)
     source = f"Offset({descriptor}, {delay})" if delay else descriptor
     return f"output-node name={line.name} input={source} objective={_objective(line)}", delay
 
 
-def _output(line: _Line) -> Layer:
+def _output(line: Line) -> Layer:
     descriptor, _ = line.input()
     line.options.integer("dim", -1)
     node, delay = _output_node(line, descriptor)
     return Layer(line.name, {}, [node], output_delay=delay)
 
 
-def _output_layer(line: _Line) -> Layer:
+def _output_layer(line: Line) -> Layer:
     node, input_, options = line.name, line.input(), line.options
     dim = options.positive("dim")
-    if options.integer("bottleneck-dim", -1) >= 0:
-        raise line.place.error("is not supported yet", "bottleneck-dim")
-    options.number("orthonormal-constraint", 1.0)  # both only matter with a bottleneck
-    options.text("ng-linear-options", "")
-    affine = options.text("ng-affine-options", "") + line.passed_on(
-        {
-            "learning-rate-factor": "",
-            "l2-regularize": "",
-            "max-change": "1.5",
-            "param-stddev": "0.0",
-            "bias-stddev": "0.0",
-        }
-    )
-    lines = line.affine(f"{node}.affine", input_, dim, affine)
+    bottleneck = options.integer("bottleneck-dim", -1)
+    constraint, linear = options.number("orthonormal-constraint", 1.0), options.text("ng-linear-options", "")
+    rates = line.passed_on({"learning-rate-factor": "", "l2-regularize": "", "max-change": "1.5"})
+    affine = options.text("ng-affine-options", "") + rates
+    affine += line.passed_on({"param-stddev": "0.0", "bias-stddev": "0.0"})
+    lines: list[str] = []
+    if bottleneck >= 0:
+        if not 0 < bottleneck < min(input_[1], dim):
+            least = min(input_[1], dim)
+            raise line.place.error(f"{bottleneck} is not between 0 and {least}, of input and dim", "bottleneck-dim")
+        stddev = constraint / math.sqrt(input_[1])
+        settings = f"orthonormal-constraint={constraint} param-stddev={stddev} input-dim={input_[1]} "
+        # As Kaldi's line has it: max-change twice, of which the first holds.
+        settings += f"output-dim={bottleneck} max-change=0.75 {linear}{rates}"
+        lines += line.component(f"{node}.linear", "Linear", input_[0], settings)
+        input_ = f"{node}.linear", bottleneck
+    lines += line.affine(f"{node}.affine", input_, dim, affine)
     outputs, last = {"affine": (f"{node}.affine", dim)}, f"{node}.affine"
     if options.flag("include-log-softmax", True):
         last = f"{node}.log-softmax"
@@ -343,15 +289,14 @@ def _output_layer(line: _Line) -> Layer:
     return Layer(node, outputs, [*lines, last_line], output_delay=delay)
 
 
-_LAYERS: dict[str, Callable[[_Line], Layer]] = {
+_LAYERS: dict[str, Callable[[Line], Layer]] = {
     "input": _input,
     "fixed-affine-layer": _fixed_affine,
     "fast-lstm-layer": _fast_lstm,
+    "fast-lstm-batchnorm-layer": _fast_lstm,
     "fast-lstmp-layer": _fast_lstmp,
-    "relu-layer": _relu,
-    "relu-renorm-layer": _relu,
-    "sigmoid-layer": _relu,
-    "tanh-layer": _relu,
+    "fast-lstmp-batchnorm-layer": _fast_lstmp,
+    **feedforward.LAYERS,
     "output": _output,
     "output-layer": _output_layer,
 }

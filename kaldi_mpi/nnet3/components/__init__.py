@@ -42,6 +42,8 @@ _READ: dict[str, Callable[[Reader], Any]] = {
     "b": Reader.boolean,
     "vector": Reader.vector,
     "matrix": Reader.matrix,
+    "double vector": lambda reader: reader.vector(True),
+    "double matrix": lambda reader: reader.matrix(True),
     "ints": Reader.integers,
     "pairs": lambda reader: reader.integers(2),
     "ii": lambda reader: (reader.integer(), reader.integer()),
@@ -66,6 +68,8 @@ _WRITE: dict[str, Callable[[Writer, Any], None]] = {
     "b": Writer.boolean,
     "vector": Writer.vector,
     "matrix": Writer.matrix,
+    "double vector": lambda writer, value: writer.vector(value, True),
+    "double matrix": lambda writer, value: writer.matrix(value, True),
     "ints": Writer.integers,
     "pairs": lambda writer, values: writer.integers(values, 2),
     "ii": _pair(Writer.integer),
@@ -118,9 +122,9 @@ def empty_statistics(component: Nnet3Component) -> None:
     for item in KINDS[component.type].fields:
         if item.optional or item.kind == "mark" or item.token in component.values:
             continue
-        if item.kind == "vector":
+        if item.kind.endswith("vector"):
             component.values[item.token] = np.zeros(0, dtype=np.float32)
-        elif item.kind == "matrix":
+        elif item.kind.endswith("matrix"):
             component.values[item.token] = np.zeros((0, 0), dtype=np.float32)
         elif item.kind == "d":
             component.values[item.token] = 0.0

@@ -26,9 +26,9 @@ class Field:
 
     Attributes:
         token: without ``<`` and ``>``.
-        kind: ``i`` int32, ``f`` float, ``d`` double, ``b`` bool, ``vector``, ``matrix``, ``ints``, ``pairs``
-            (int32 vectors), ``ii`` and ``ff`` (two numbers), ``flag`` (a bare token that is there or not),
-            ``mark`` (a bare token that is always there).
+        kind: ``i`` int32, ``f`` float, ``d`` double, ``b`` bool, ``vector``, ``matrix`` (``double vector``, ``double
+            matrix``), ``ints``, ``pairs`` (int32 vectors), ``ii`` and ``ff`` (two numbers), ``flag`` (a bare token
+            that is there or not), ``mark`` (a bare token that is always there).
         optional: whether it may be missing; then the value is `default`.
     """
 

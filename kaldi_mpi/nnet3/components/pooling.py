@@ -55,7 +55,7 @@ KINDS = {
         RestrictedAttention,
         _ATTENTION,
         Field("StatsCount", "d"),
-        Field("EntropyStats", "vector"),
-        Field("PosteriorStats", "matrix"),
+        Field("EntropyStats", "double vector"),
+        Field("PosteriorStats", "double matrix"),
     ),
 }
