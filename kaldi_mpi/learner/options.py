@@ -77,11 +77,13 @@ class DataOptions:
         feat_dir: None with `egs_dir`, if it was not given.
         chunk_widths: labelled frames of chunks, the usual width first.
         chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
-        minibatch: chunks of a learner and step.
+        minibatch: chunks of a learner and step; frames, where they are single.
         seed: of the order, of what is held out, and of the parameters at the start.
         loader_threads: that read, a learner.
         memory: bytes of data that are in memory, and shuffled, at a time.
         skip_bad_utterances: utterances or examples of a part that may be unreadable, those found at opening included.
+        single_frames: whether each labelled frame is drawn alone for training, as in train_dnn.py; passes that only
+            evaluate take chunks of `chunk_widths` all the same.
     """
 
     feat_dir: str | None
@@ -100,6 +102,7 @@ class DataOptions:
     loader_threads: int
     memory: int
     skip_bad_utterances: int
+    single_frames: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class TrainOptions:
         data: what is read.
         phases: strategies in turn, and how long each lasts.
         settings: of the strategies.
-        samples_per_iter: in chunks.
+        samples_per_iter: in chunks; in frames, where they are single.
         faults: disturbances on purpose.
     """
 
@@ -200,8 +203,9 @@ def _parser() -> Parser:
     add("--egs.dir", dest="egs_dir", type=optional, help="train on the examples in this directory of get_egs.sh")
     add("--egs.chunk-width", dest="chunk_widths", type=_widths, help="frames per chunk, and other widths for what is "
         f"left of utterances, as in '20,15' (default: {_CHUNK_WIDTH})")  # fmt: skip
-    add("--egs.frames-per-eg", dest="frames_per_eg", type=count, help="the same for feed-forward networks: takes "
-        "train_dnn.py's defaults of contexts, momentum, samples-per-iter and minibatch-size")  # fmt: skip
+    add("--egs.frames-per-eg", dest="frames_per_eg", type=count, help="for feed-forward networks: minibatches are of "
+        "single frames, out of examples of so many; takes train_dnn.py's defaults of contexts, momentum, "
+        "samples-per-iter and minibatch-size")  # fmt: skip
     add("--egs.chunk-left-context", dest="chunk_left_context", type=whole,
         help="frames before a chunk, beyond the model's own context (default: 40)")  # fmt: skip
     add("--egs.chunk-right-context", dest="chunk_right_context", type=whole, default=0, help="frames after it")
@@ -214,7 +218,8 @@ def _parser() -> Parser:
     add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True),
         help=f"epochs (default: what --strategy says, or {_EPOCHS:g})")  # fmt: skip
     add("--trainer.samples-per-iter", dest="samples_per_iter", type=count,
-        help="chunks per learner between two validations (default: 20000)")  # fmt: skip
+        help="chunks per learner between two validations (default: 20000); with --egs.frames-per-eg "
+        "frames (400000)")  # fmt: skip
     add("--trainer.max-param-change", dest="max_param_change", type=at_least(0, float), default=2.0,
         help="limit on the norm of the whole model's change per minibatch")  # fmt: skip
     add("--trainer.prior-subset-size", dest="prior_subset_size", type=count, default=20000,
@@ -225,7 +230,7 @@ def _parser() -> Parser:
         help="chunks per minibatch and learner: a rule as in '128,64' or '128=64:128/256=32,64', of which the "
         "largest size counts (default: 100)")  # fmt: skip
     add("--trainer.optimization.minibatch-size", dest="minibatch_size", type=_rule,
-        help="the same as train_dnn.py has it, in frames (default with --egs.frames-per-eg: 512)")  # fmt: skip
+        help="the same in frames, as train_dnn.py has it (default with --egs.frames-per-eg: 512)")  # fmt: skip
     add("--trainer.deriv-truncate-margin", dest="deriv_truncate_margin", type=whole, default=8,
         help="frames outside the chunk that still get derivatives")  # fmt: skip
     add("--trainer.optimization.initial-effective-lrate", dest="initial_rate", default=0.0003,
@@ -323,7 +328,7 @@ def _apply_defaults(given: dict[str, Any]) -> None:
     """Settle what train_rnn.py and train_dnn.py have different defaults, names or units for.
 
     train_dnn.py counts minibatches and iterations in frames: it takes one frame out of each example of
-    ``--egs.frames-per-eg``. Here all frames of a chunk go into the same minibatch, of as many frames.
+    ``--egs.frames-per-eg`` at a time.
     """
     frames, size = given.pop("frames_per_eg"), given.pop("minibatch_size")
     if frames is None and size is not None:
@@ -334,28 +339,22 @@ def _apply_defaults(given: dict[str, Any]) -> None:
     rnn = {"chunk_widths": (_CHUNK_WIDTH,), "chunk_left_context": 40, "momentum": 0.5, "samples_per_iter": 20000}
     dnn = {"chunk_widths": (frames,), "chunk_left_context": 0, "momentum": 0.0, "samples_per_iter": 400000}
     if frames is not None:
-        for name, option in (("chunk_widths", "--egs.chunk-width"), ("minibatch", "--trainer.rnn.num-chunk-per-...")):
-            if given[name] is not None:
+        for name, unset, option in (
+            ("chunk_widths", None, "--egs.chunk-width"),
+            ("minibatch", None, "--trainer.rnn.num-chunk-per-..."),
+            ("chunk_left_context_initial", -1, "--egs.chunk-left-context-initial"),
+            ("chunk_right_context_final", -1, "--egs.chunk-right-context-final"),
+        ):
+            if given[name] != unset:
                 raise ConfigError(f"--egs.frames-per-eg and {option} exclude each other")
-        given["minibatch"] = in_chunks(size or MinibatchRule.of(512), frames)
+        given["minibatch"] = size or MinibatchRule.of(512)
     for name, default in (rnn if frames is None else dnn).items():
         if given[name] is None:
             given[name] = default
     given["minibatch"] = given["minibatch"] or MinibatchRule.of(100)
-    if frames is not None:
-        given["samples_per_iter"] = max(1, given["samples_per_iter"] // frames)
+    given["single_frames"] = frames is not None
     if given["feat_dir"] is None and given["egs_dir"] is None:
         raise ConfigError("--feat-dir is needed (or --egs.dir, to train on existing examples)")
-
-
-def in_chunks(rule: MinibatchRule, width: int) -> MinibatchRule:
-    """A minibatch rule of single frames as one of chunks of `width` frames, with about as many frames.
-
-    Sizes become smaller by `width`, at least 1; an eg-size, which counts input rows, larger by the further rows.
-    """
-    return MinibatchRule(
-        tuple((rows + width - 1 if rows else 0, max(1, size // width)) for rows, size in rule.largest_by_size)
-    )
 
 
 def _converted(kind: Callable[[str], Any], text: str, where: str) -> Any:
