@@ -83,15 +83,11 @@ class Dataset:
                 is malformed.
             ConfigError: there are more learners than utterances to train on.
         """
-        parts: tuple[Source, Source, Source]
-        chunking = None
-        if options.egs_dir is not None:
-            parts = _open_egs(options, options.egs_dir, folder, world)
-        else:
-            parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), folder, world)
-            chunking = chunk_shape(options, context)
         single = ChunkShape(1, *extra_context(options, context)) if options.single_frames else None
-        return cls(*parts, chunking, options, single)
+        if options.egs_dir is not None:
+            return cls(*_open_egs(options, options.egs_dir, folder, world), None, options, single)
+        parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), folder, world)
+        return cls(*parts, chunk_shape(options, context), options, single)
 
     @property
     def train_chunking(self) -> ChunkShape | Chunking | None:
