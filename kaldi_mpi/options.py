@@ -109,7 +109,7 @@ class Words:
                 self.complaints.append(f"unrecognized arguments: {word}")
                 continue
             name, equals, value = word[2:].partition("=")
-            full = self._resolve(name)
+            full = self._resolve(name, word)
             if not equals:
                 if not rest or _looks_like_an_option(rest[0]):
                     if full is not None:
@@ -119,7 +119,7 @@ class Words:
             if full is not None:
                 self.pairs.append((full, value))
 
-    def _resolve(self, name: str) -> str | None:
+    def _resolve(self, name: str, word: str) -> str | None:
         """The full name, or None, with a complaint."""
         if name in self._names:
             return name
@@ -131,7 +131,7 @@ class Words:
                 could = ", ".join(f"--{full}" for full in found)
                 self.complaints.append(f"ambiguous option: --{name} could match {could}")
                 return None
-        self.complaints.append(f"unrecognized arguments: --{name}")
+        self.complaints.append(f"unrecognized arguments: {word}")
         return None
 
 

@@ -25,6 +25,7 @@ EOF
 
 python=python3
 dir=
+num_learners=1
 options=()      # each as --name=value
 positional=()
 while [ $# -gt 0 ]; do
@@ -40,6 +41,7 @@ while [ $# -gt 0 ]; do
   esac
   case "$name" in
     --python) python=$value ;;
+    --num-learners) num_learners=$value; options+=("$name=$value") ;;
     --dir) dir=$value; options+=("--dir=$value") ;;
     *) options+=("$name=$value") ;;
   esac
@@ -54,7 +56,10 @@ esac
 if [ -z "$dir" ]; then
   echo "$0: no --dir given" >&2; usage >&2; exit 1
 fi
-if ! "$python" -c 'import kaldi_mpi' 2>/dev/null; then
+case "$num_learners" in
+  ''|*[!0-9]*|0) echo "$0: --num-learners $num_learners: expected a number above 0" >&2; exit 1 ;;
+esac
+if ! "$python" -c 'import kaldi_mpi, importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
   echo "$0: $python cannot import kaldi_mpi: install it there, or name another with --python" >&2; exit 1
 fi
 exec "$python" -m kaldi_mpi start "${options[@]}"

@@ -1,9 +1,9 @@
 """The options of Kaldi's four training programs, once each: which program has it, its default, what becomes of it.
 
 ``steps/nnet3/train_rnn.py``, ``train_dnn.py``, ``train_raw_rnn.py`` and ``train_raw_dnn.py`` share most of their
-options (``steps/libs/nnet3/train/common.py``). A recipe's call is taken as it stands: every option is honoured, translated into
-what it means for learners that stay, or ignored with a line in the log. The table of docs/training.md is checked
-against this one.
+options (``steps/libs/nnet3/train/common.py``). A recipe's call is taken as it stands: every option is honoured,
+translated into what it means for learners that stay, or ignored with a line in the log. The table of docs/training.md
+is checked against this one.
 """
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ OPTIONS: tuple[RecipeOption, ...] = (
     _honoured("egs.chunk-left-context", "chunk_left_context", _WHOLE, 40, "frames before a chunk, beyond the "
         "network's own context", programs=_CHUNKS),
     _honoured("egs.chunk-right-context", "chunk_right_context", _WHOLE, 0, "frames after it", programs=_CHUNKS),
-    _honoured("egs.chunk-left-context-initial", "chunk_left_context_initial", _FROM_MINUS_1, -1, "the same at the beginning of "
-        "an utterance; -1: as elsewhere", programs=_CHUNKS),
-    _honoured("egs.chunk-right-context-final", "chunk_right_context_final", _FROM_MINUS_1, -1, "the same at its end; -1: as "
-        "elsewhere", programs=_CHUNKS),
+    _honoured("egs.chunk-left-context-initial", "chunk_left_context_initial", _FROM_MINUS_1, -1, "the same at the "
+        "beginning of an utterance; -1: as elsewhere", programs=_CHUNKS),
+    _honoured("egs.chunk-right-context-final", "chunk_right_context_final", _FROM_MINUS_1, -1, "the same at its end; "
+        "-1: as elsewhere", programs=_CHUNKS),
     _translated("egs.opts", "egs_opts", text, None, "options of get_egs.sh: `--num-utts-subset N` utterances are held "
         "out (at most a tenth of all); the others are ignored, each with a line"),
     _ignored("egs.stage", _ANY, 0, "no examples are made, features are read as they are needed"),

@@ -4,6 +4,7 @@
 import sys
 
 try:
+    import kaldi_mpi.programs.start  # noqa: F401 - with all that it needs
     from kaldi_mpi.cli import main
 except ImportError as error:
     sys.exit(f"train_rnn.py: {sys.executable} cannot import kaldi_mpi ({error}): put its python3 first on PATH")

@@ -141,7 +141,10 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
             "--trainer.dropout-schedule: '0,2': a proportion between 0 and 1 expected",
         ),
         (["--trainer.optimization.proportional-shrink=50"], "proportional-shrink 50: too large"),
-        (["--trainer.optimization.backstitch-training-scale=0.2"], "needs --trainer.optimization.momentum=0"),
+        (
+            ["--trainer.optimization.backstitch-training-scale=0.2", "--strategy=expair"],
+            "needs --trainer.optimization.momentum=0",
+        ),
         (["--trainer.rnn.num-chunk-per-minibatch=128="], "minibatch size '128=': '' is not a number from 1"),
         (["--use-gpu=yes"], "--use-gpu yes: learner rank 0 sees no CUDA device"),
     ],
