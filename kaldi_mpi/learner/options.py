@@ -250,7 +250,8 @@ def option_names(program: str | None) -> tuple[str, ...]:
 @functools.cache
 def kaldi_names(program: str | None) -> tuple[str, ...]:
     """Those of them that Kaldi has."""
-    return tuple(name for option in options_of(program) for name in (option.name, *option.aliases))
+    there = (option for option in options_of(program) if not option.old)
+    return tuple(name for option in there for name in (option.name, *option.aliases))
 
 
 def _settle(

@@ -58,6 +58,7 @@ class RecipeOption:
         programs: that have it.
         required_by: programs that cannot do without it.
         aliases: other names.
+        old: whether Kaldi has it no longer, but a recipe of Kaldi still gives it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class RecipeOption:
     programs: tuple[str, ...] = PROGRAMS
     required_by: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    old: bool = False
 
     def default_of(self, program: str) -> Any:
         """The value in `program` where the option is not given."""
@@ -192,6 +194,8 @@ OPTIONS: tuple[RecipeOption, ...] = (
     _translated("trainer.rnn.num-chunk-per-minibatch", "minibatch", minibatch_rule, MinibatchRule.of(100),
         "chunks per minibatch and learner, as `128,64` or `128=64:128/256=32,64`; the largest size counts, and what "
         "is left is trained on in smaller ones", programs=_CHUNKS),
+    _ignored("trainer.rnn.num-bptt-steps", _COUNT, None, "chunk-width and deriv-truncate-margin say it", old=True,
+        programs=_CHUNKS),
     _translated(f"{_OPTIMIZATION}minibatch-size", "minibatch_size", minibatch_rule, MinibatchRule.of(512),
         "the same in frames", programs=_FRAMES),
     _translated("trainer.lda.max-lda-jobs", "max_lda_jobs", _COUNT, 10, "lda.mat is estimated from at most this many "
