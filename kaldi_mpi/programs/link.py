@@ -68,8 +68,9 @@ def unlink(recipe: Path) -> None:
     place = recipe / NAME
     if not place.is_symlink():
         raise ConfigError(f"{place}: {'is not a link, and stays' if place.exists() else 'no such link'}")
-    # A link of an earlier installation, now gone, is ours too: nothing else ends in that name.
-    if not _points_to(place, steps_folder()) and place.exists():
+    # One into an installation that is gone is ours too.
+    gone = not place.exists() and Path(os.readlink(place)).name == NAME
+    if not gone and not _points_to(place, steps_folder()):
         raise ConfigError(f"{place}: leads to {os.readlink(place)}, which is not of this installation; it stays")
     try:
         place.unlink()
