@@ -10,6 +10,7 @@ import pytest
 
 import kaldi_mpi
 from kaldi_mpi import cli
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.programs import link
 from tests.paths import REPO
 
@@ -92,5 +93,5 @@ def test_an_installed_package_has_it_too(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(metadata, "distribution", lambda _: Installed(info))
     assert link.steps_folder() == share
     monkeypatch.setattr(metadata, "files", lambda _: None)
-    with pytest.raises(link.ConfigError, match="steps_mpi is neither beside"):
+    with pytest.raises(ConfigError, match="steps_mpi is neither beside"):
         link.steps_folder()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner.options import read
@@ -68,9 +69,9 @@ def test_how_many_learners(monkeypatch: pytest.MonkeyPatch) -> None:
 
     jobs = "--trainer.optimization.num-jobs-final=15"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.setattr(start.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert number("run.pl") == 8 and number("run.pl", jobs) == 12 and number("queue.pl --gpu 4", jobs) == 4
-    monkeypatch.setattr(start.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert number("utils/run.pl", jobs) == 2 and number("run.pl --gpu 1", jobs) == 1
     assert number("queue.pl --mem 4G", jobs) == 12, "this machine's GPUs are not the job's"
     assert number("run.pl", jobs, "--use-gpu=no") == 12
@@ -98,7 +99,7 @@ def test_the_directory_is_the_recipes(tmp_path: Path) -> None:
         start.rnn_main(words)
     with pytest.raises(ConfigError, match=r"--trainer\.input-model none\.raw: no such file"):
         start.rnn_main([*words, "--trainer.input-model=none.raw"])
-    with pytest.raises(ConfigError, match="--cmd run.pl 'x: No closing quotation"):
+    with pytest.raises(ConfigError, match=r"--cmd run\.pl 'x: No closing quotation"):
         start.rnn_main([*words, "--cmd=run.pl 'x"])
 
 
