@@ -129,7 +129,10 @@ def job_command(cmd: str, program: str | None) -> tuple[list[str], str]:
     """
     if not cmd:
         usual = "run.pl" if program is None else "queue.pl"
-        return [usual if shutil.which(usual) else str(steps_folder() / "run.py")], ""
+        try:
+            return [usual if shutil.which(usual) else str(steps_folder() / "run.py")], ""
+        except ConfigError as error:
+            return [], f"--cmd is not given, and {usual} is not on PATH: {error}"
     try:
         command = shlex.split(cmd)
     except ValueError as error:

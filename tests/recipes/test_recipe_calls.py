@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import Any
 
 import pytest
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner.options import TrainOptions, read
+from kaldi_mpi.learner.passed_on import Notes, egs_options, train_options
 from kaldi_mpi.learner.recipe_options import BY_NAME, IGNORED, OPTIONS, PROGRAMS
+from tests.paths import kaldi_root
 from tests.recipe_calls import RecipeCall, kaldi_parses, recipe_calls
 
 pytestmark = pytest.mark.kaldi
@@ -100,6 +104,31 @@ def test_the_table_has_all_that_kaldi_has(program: str) -> None:
     for name in names:
         taken = [isinstance(next(answers), dict) for _ in values]
         assert any(taken) == (program in BY_NAME[name].programs and not BY_NAME[name].old), name
+
+
+@pytest.mark.parametrize("script", ["get_egs.sh", "get_egs_targets.sh"])
+def test_options_inside_egs_opts(script: str) -> None:
+    """Each of the script's variables is an option that has an effect or a line, if it is not harmless."""
+    source = (kaldi_root() / "egs/wsj/s5/steps/nnet3" / script).read_text().partition("parse_options.sh")[0]
+    names = re.findall(r"^([a-z_]+)=", source, re.M)
+    assert len(names) > 15
+    for name in names:
+        notes = Notes()
+        subset = egs_options(f"--{name} 17", False, notes)
+        assert len(notes.lines) + len(notes.warnings) + (subset == 17) == 1, name
+
+
+def test_options_of_nnet3_train() -> None:
+    done = subprocess.run(
+        [str(kaldi_root() / "src/nnet3bin/nnet3-train"), "--help"], capture_output=True, text=True, check=False
+    )
+    names = re.findall(r"^ +--([a-z0-9.-]+) ", done.stderr, re.M)
+    assert len(names) > 40
+    for name in names:
+        if name != "help":
+            notes = Notes()
+            acts = train_options([f"--{name}=1"], notes)
+            assert len(notes.lines) + len(acts) == 1, name
 
 
 def test_what_is_ignored_is_said_once(calls: list[RecipeCall]) -> None:
