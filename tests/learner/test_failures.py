@@ -173,10 +173,8 @@ def test_options_of_train_rnn_are_accepted(toy: Toy, tmp_path: Path) -> None:
         "--trainer.optimization.num-jobs-initial=3", "--trainer.optimization.num-jobs-final=15",
         "--trainer.optimization.shrink-value=0.99", "--feat.online-ivector-dir=", "--cleanup", "true",
     ]  # fmt: skip
-    steering = {
-        "stage": -10, "num_jobs_initial": 3, "num_jobs_final": 15,
-    }  # fmt: skip
-    assert parse(plain + recipe) == dataclasses.replace(parse(plain), **steering)
+    steered = dataclasses.replace(parse(plain), stage=-10, num_jobs_initial=3, num_jobs_final=15)
+    assert parse(plain + recipe) == steered
 
 
 @pytest.mark.parametrize("what", ["longer", "shorter", "missing"])
