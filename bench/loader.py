@@ -21,7 +21,10 @@ and processes: it is what vs_kaldi_native_io (and _any_memory), vs_lhotse and vs
 frames over seconds, with as many workers as threads. share_of_memcpy: float bytes delivered a CPU second over those
 copied.
 
-Then the same for full (FM) instead of compressed (CM) features, and without context: what decompression, packing
+Then single frames beside whole chunks, of features and (if KALDI_ROOT is set) of egs: what train_dnn.py's minibatches
+cost. ``--single-frames`` measures this alone.
+
+Then the first for full (FM) instead of compressed (CM) features, and without context: what decompression, packing
 and context cost. Where `perf` is installed, a profile of one thread by function follows.
 
 The last line of standard output is one JSON object.
@@ -46,10 +49,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from loader_arms import Arm, Arms, Cost, kaldi_pipes, plain_copies, timed
-from synthetic_corpus import DIM, FRAMES_PER_HOUR, write_corpus, write_egs
+from synthetic_corpus import DIM, FRAMES_PER_HOUR, SyntheticCorpus, write_corpus, write_egs
 
 from kaldi_mpi.errors import KaldiMpiError
-from kaldi_mpi.loader import ChunkShape
+from kaldi_mpi.loader import ChunkShape, Corpus, Examples, MinibatchReader, Source
 
 Costs = dict[str, list[Cost]]
 
@@ -125,9 +128,6 @@ def compare_pipes(folder: Path, threads: int, options: argparse.Namespace) -> fl
     if egs is None:
         say("vs_kaldi_pipes: KALDI_ROOT is not set, or has no nnet3 programs")
         return None
-    from kaldi_mpi.loader import MinibatchReader
-    from kaldi_mpi.loader.examples import Examples
-
     examples = Examples.open(egs)
 
     def ours() -> int:
@@ -144,6 +144,47 @@ def compare_pipes(folder: Path, threads: int, options: argparse.Namespace) -> fl
     for name, of_arm in costs.items():
         print(f"{name:24}{rate(of_arm, False) / 1e6:10.3f}{rate(of_arm, True) / 1e6:14.3f}")
     return round(rate(costs["ours"], True) / rate(costs["pipes"], True), 2)
+
+
+def single_frames(corpus: SyntheticCorpus, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """One thread with single frames beside whole chunks of `frames_per_eg`, in minibatches of as many frames."""
+    width, size = options.frames_per_eg, options.minibatch_size
+    whole, single = (ChunkShape(frames, options.frame_left, options.frame_right) for frames in (width, 1))
+    sources: dict[str, Source] = {"features": Corpus.open(corpus.feats_scp, corpus.numbered_labels())}
+    egs = write_egs(corpus, width=width, left=options.frame_left, right=options.frame_right)
+    if egs is not None:
+        sources["egs"] = Examples.open(egs)
+    memory: dict[str, float] = {}
+
+    def arm(name: str, shape: ChunkShape | None, minibatch: int, what: str) -> Arm:
+        def take() -> int:
+            with MinibatchReader(sources[name], shape, minibatch, seed=1, num_epochs=1) as reader:
+                frames = sum(minibatch.frames for minibatch in reader)
+                memory[f"{name}, {what}"] = reader.counters().memory / 1e6
+            return frames
+
+        return lambda: timed(take)
+
+    arms: dict[str, Arm] = {}
+    for name in sources:
+        shape = None if name == "egs" else whole
+        arms[f"{name}, chunks"] = arm(name, shape, max(1, size // width), "chunks")
+        arms[f"{name}, single"] = arm(name, single, size, "single")
+    costs = in_turn(arms, options.rounds, options.seconds)
+    print(f"\nsingle frames and chunks of {width}, contexts {whole.left} and {whole.right}, one thread: million frames")
+    print(f"{'':24}{'a second':>10}{'a CPU second':>14}{'MB':>8}")
+    for name, of_arm in costs.items():
+        print(f"{name:24}{rate(of_arm, False) / 1e6:10.3f}{rate(of_arm, True) / 1e6:14.3f}{memory[name]:8.1f}")
+    return {
+        name: {
+            "frames_per_second": round(rate(costs[f"{name}, single"], False)),
+            "frames_per_cpu_second": round(rate(costs[f"{name}, single"], True)),
+            "vs_chunks": round(rate(costs[f"{name}, single"], True) / rate(costs[f"{name}, chunks"], True), 3),
+            "memory_mb": round(memory[f"{name}, single"], 1),
+            "memory_mb_chunks": round(memory[f"{name}, chunks"], 1),
+        }
+        for name in sources
+    }
 
 
 def limits(kinds: dict[str, Arms], options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -214,6 +255,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--left", type=int, default=40, help="context before")
     add("--right", type=int, default=7, help="context after")
     add("--chunks", type=int, default=128, help="in a minibatch")
+    add("--frames-per-eg", type=int, default=8, help="labelled frames of a chunk, beside single frames")
+    add("--frame-left", type=int, default=16, help="context before a single frame")
+    add("--frame-right", type=int, default=12, help="context after it")
+    add("--minibatch-size", type=int, default=512, help="frames of a minibatch of single ones")
+    add("--single-frames", action="store_true", help="measure these alone")
     add("--minibatches", type=int, default=1_000_000, help="of the epoch's first ones")
     add("--folder", type=Path, help="for the data; by default a temporary one")
     return parser.parse_args(arguments)
@@ -222,6 +268,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything."""
     say(f"load of the machine: {os.getloadavg()[0]:.1f}")
+    frames = single_frames(write_corpus(folder / "frames", options.egs_hours), options)
+    if options.single_frames:
+        return {"single_frames": frames, "hours": options.egs_hours, "cores": os.cpu_count()}
     corpus = write_corpus(folder / "cm", options.hours, alignments=False)
     full = write_corpus(folder / "fm", options.hours, alignments=False, compress=False)
     shape = ChunkShape(options.width, options.left, options.right)
@@ -250,6 +299,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "share_of_memcpy": result["limits"]["CM, with context"]["share"],
         "frames_per_second": first["frames_per_second"],
         **result,
+        "single_frames": frames,
         "hours": options.hours,
         "chunk": [options.width, options.left, options.right],
         "cores": os.cpu_count(),

@@ -118,18 +118,22 @@ typedef struct {
     const km_out *out;
     km_scratch *scratch;
     int32_t n;
-    int32_t first_input; /* t of its first input row */
 } decoding;
+
+/* Rows of one n that are wanted, at consecutive times. */
+typedef struct {
+    int32_t count;
+    int is_part;   /* rows before and after them are passed over; else there must be no other */
+    int64_t first; /* t of the first one; set if they are no part */
+} span;
 
 static int changed(const km_nnet_io *io, km_error *error) {
     return km_fail(error, io->name, "the example is not the one that was there when the index was made");
 }
 
-/* Decodes the rows of one n, of which there must be `rows`, at consecutive times; *first is the first one's
- * t.
- */
-static int rows_of(const decoding *d, const km_nnet_io *io, int32_t rows, int32_t cols, float *out,
-                   int32_t *first, km_error *error) {
+/* Decodes some rows of one n. */
+static int rows_of(const decoding *d, const km_nnet_io *io, span *rows, int32_t cols, float *out,
+                   km_error *error) {
     const km_view view = {NULL, d->cursor->data, d->cursor->begin, d->cursor->end};
     const unsigned char *bytes = km_cursor_bytes(d->cursor, io->indexes);
     km_index index = {0, 0, 0};
@@ -140,9 +144,10 @@ static int rows_of(const decoding *d, const km_nnet_io *io, int32_t rows, int32_
         for (; row + run < io->rows; run++) {
             bytes = km_index_next(bytes, &index);
             if (index.n != d->n) break;
-            if (found + run == 0) *first = index.t;
-            if (found + run >= rows || (int64_t)index.t != (int64_t)*first + found + run)
-                return changed(io, error);
+            if (found + run == 0 && !rows->is_part) rows->first = index.t;
+            if (found + run < rows->count && index.t == rows->first + found + run) continue;
+            if (!rows->is_part) return changed(io, error);
+            break;
         }
         if (run > 0 && km_matrix_rows(&view, &io->matrix, row, run, out + (size_t)found * (size_t)cols,
                                       d->scratch, error) != KM_OK)
@@ -150,7 +155,7 @@ static int rows_of(const decoding *d, const km_nnet_io *io, int32_t rows, int32_
         found += run;
         row += run + (row + run < io->rows); /* and the one that ended the run */
     }
-    return found == rows ? KM_OK : changed(io, error);
+    return found == rows->count ? KM_OK : changed(io, error);
 }
 
 static int write_row(const decoding *d, const km_targets *targets, int32_t at, km_error *error) {
@@ -169,9 +174,9 @@ static int write_row(const decoding *d, const km_targets *targets, int32_t at, k
     return KM_OK;
 }
 
-static int targets_of(const decoding *d, const km_nnet_io *io, km_error *error) {
+/* Writes the targets of all rows of the n; the first one's t is to be `first`. */
+static int targets_of(const decoding *d, const km_nnet_io *io, int64_t first, km_error *error) {
     const unsigned char *bytes = km_cursor_bytes(d->cursor, io->indexes);
-    const int32_t first = d->first_input + d->shape->left;
     km_index index = {0, 0, 0};
     km_targets targets;
     if (io->cols != d->examples->num_pdfs) return changed(io, error);
@@ -184,8 +189,7 @@ static int targets_of(const decoding *d, const km_nnet_io *io, km_error *error) 
             km_targets_skip(&targets);
             continue;
         }
-        if (found >= d->shape->width || (int64_t)index.t != (int64_t)first + found)
-            status = changed(io, error);
+        if (found >= d->shape->width || index.t != first + found) status = changed(io, error);
         if (status == KM_OK) status = km_targets_next(&targets, error);
         if (status == KM_OK) status = write_row(d, &targets, found++, error);
     }
@@ -194,23 +198,56 @@ static int targets_of(const decoding *d, const km_nnet_io *io, km_error *error) 
     return status;
 }
 
-static int decode(decoding *d, const km_roles *roles, km_error *error) {
-    const km_examples *examples = d->examples;
-    const int32_t rows = d->shape->left + d->shape->width + d->shape->right;
-    int32_t ignored;
-    if (rows_of(d, &roles->input, rows, examples->feat_dim, d->out->feats, &d->first_input, error) != KM_OK)
-        return KM_FAILED;
-    if ((roles->ivector.name_length != 0) != (examples->ivector_dim > 0) ||
-        (int64_t)d->first_input + d->shape->left > INT32_MAX)
-        return changed(&roles->input, error);
-    if (examples->ivector_dim > 0 && d->out->ivector != NULL &&
-        rows_of(d, &roles->ivector, 1, examples->ivector_dim, d->out->ivector, &ignored, error) != KM_OK)
-        return KM_FAILED;
-    return targets_of(d, &roles->output, error);
+/* Writes the targets of the labelled row `frame` of the n; its time goes into *t. */
+static int target_of(const decoding *d, const km_nnet_io *io, int32_t frame, int32_t *t, km_error *error) {
+    const unsigned char *bytes = km_cursor_bytes(d->cursor, io->indexes);
+    km_index index = {0, 0, 0};
+    km_targets targets;
+    if (io->cols != d->examples->num_pdfs) return changed(io, error);
+    km_targets_begin(&targets, d->cursor, io);
+    int32_t labelled = 0;
+    int status = KM_OK;
+    for (int32_t row = 0; status == KM_OK && labelled <= frame && row < io->rows; row++) {
+        bytes = km_index_next(bytes, &index);
+        if (index.n != d->n) {
+            km_targets_skip(&targets);
+            continue;
+        }
+        status = km_targets_next(&targets, error);
+        if (status == KM_OK && targets.count > 0 && labelled++ == frame) {
+            *t = index.t;
+            status = write_row(d, &targets, 0, error);
+        }
+    }
+    km_targets_free(&targets);
+    if (status == KM_OK && labelled <= frame) return changed(io, error);
+    return status;
 }
 
-int km_examples_chunk(const km_examples *examples, const km_shape *shape, int32_t unit, const km_view *view,
-                      const km_out *out, km_scratch *scratch, km_error *error) {
+static int decode_ivector(const decoding *d, const km_nnet_io *ivector, km_error *error) {
+    span one = {1, 0, 0};
+    if (d->examples->ivector_dim == 0 || d->out->ivector == NULL) return KM_OK;
+    return rows_of(d, ivector, &one, d->examples->ivector_dim, d->out->ivector, error);
+}
+
+static int decode(const decoding *d, const km_roles *roles, int32_t frame, km_error *error) {
+    const km_examples *examples = d->examples;
+    span rows = {d->shape->left + d->shape->width + d->shape->right, frame != KM_WHOLE, 0};
+    if ((roles->ivector.name_length != 0) != (examples->ivector_dim > 0))
+        return changed(&roles->input, error);
+    if (frame != KM_WHOLE) {
+        int32_t t = 0;
+        if (target_of(d, &roles->output, frame, &t, error) != KM_OK) return KM_FAILED;
+        rows.first = (int64_t)t - d->shape->left;
+    }
+    if (rows_of(d, &roles->input, &rows, examples->feat_dim, d->out->feats, error) != KM_OK ||
+        decode_ivector(d, &roles->ivector, error) != KM_OK)
+        return KM_FAILED;
+    return frame != KM_WHOLE ? KM_OK : targets_of(d, &roles->output, rows.first + d->shape->left, error);
+}
+
+int km_examples_chunk(const km_examples *examples, const km_shape *shape, int32_t unit, int32_t frame,
+                      const km_view *view, const km_out *out, km_scratch *scratch, km_error *error) {
     const int64_t begin = examples->begin[unit], end = examples->end[unit];
     /* Its own, because the bytes must stay while the scratch is used to decode them; empty where the bytes
      * are in memory. */
@@ -220,10 +257,10 @@ int km_examples_chunk(const km_examples *examples, const km_shape *shape, int32_
     const unsigned char *bytes = km_view_bytes(view, begin, end - begin, &own, error);
     if (bytes != NULL) {
         km_cursor cursor = {bytes, begin, end, end, begin, 0};
-        decoding d = {examples, shape, &cursor, out, scratch, examples->n[unit], 0};
+        const decoding d = {examples, shape, &cursor, out, scratch, examples->n[unit]};
         status = km_example_roles(&cursor, examples->output, &roles, error);
         if (status == KM_OK && cursor.at != end) status = changed(&roles.input, error);
-        if (status == KM_OK) status = decode(&d, &roles, error);
+        if (status == KM_OK) status = decode(&d, &roles, frame, error);
     }
     scratch->bytes_read += own.bytes_read;
     km_scratch_free(&own);
@@ -235,7 +272,7 @@ int km_examples_read(const km_examples *examples, const km_shape *shape, int32_t
                      km_error *error) {
     const km_view view = {examples->files + examples->file_of[unit], NULL, 0, 0};
     km_scratch scratch = {0};
-    const int status = km_examples_chunk(examples, shape, unit, &view, out, &scratch, error);
+    const int status = km_examples_chunk(examples, shape, unit, KM_WHOLE, &view, out, &scratch, error);
     km_scratch_free(&scratch);
     return status;
 }

@@ -34,10 +34,15 @@ int km_examples_read(const km_examples *examples, const km_shape *shape, int32_t
                      km_error *error);
 /* python: end */
 
-/* Writes one unit, of the given shape. `view` is of the unit's archive. On failure error->utterance is the
- * unit. Any number of threads may read one km_examples. */
-int km_examples_chunk(const km_examples *examples, const km_shape *shape, int32_t unit, const km_view *view,
-                      const km_out *out, km_scratch *scratch, km_error *error);
+/* In place of a frame's number: all of them. */
+enum { KM_WHOLE = -1 };
+
+/* Writes one unit, of the given shape, with frame KM_WHOLE; else of its labelled frames the one of this
+ * number, from 0 (frames without a label have none), with shape->left rows before it and shape->right after
+ * it: the width is 1. `view` is of the unit's archive. On failure error->utterance is the unit. Any number of
+ * threads may read one km_examples. */
+int km_examples_chunk(const km_examples *examples, const km_shape *shape, int32_t unit, int32_t frame,
+                      const km_view *view, const km_out *out, km_scratch *scratch, km_error *error);
 
 /* The inputs and outputs of an example that matter here; name_length 0: there is no such one. */
 typedef struct {

@@ -35,8 +35,16 @@ int32_t km_layout_chunk(const km_plan_config *config, const km_cut *cut, int32_t
 
 static void count_unit(const km_plan_config *config, int32_t unit, int64_t *chunks) {
     const km_cut cut = km_layout_cut(config, unit);
-    for (int32_t number = 0; number < cut.count; number++)
+    /* All but a few are of the principal width and in the middle: single frames are too many to look at each.
+     */
+    const int32_t middle = config->shape_of == NULL ? cut.cover.principal - 2 : 0;
+    for (int32_t number = 0; number < cut.count; number++) {
+        if (number == 1 && middle > 0) {
+            chunks[config->shape_at[0][0][0]] += middle;
+            number += middle;
+        }
         chunks[km_layout_chunk(config, &cut, unit, number, NULL)]++;
+    }
 }
 
 void km_layout_count(const km_plan_config *config, int64_t *chunks) {

@@ -1,13 +1,14 @@
 /* The plan: which chunks there are, and which of them each rank takes at each step of each epoch. It reads no
  * data: it is made of the lengths of utterances alone (or of the shapes of examples).
  *
- * Units are utterances, cut into chunks of one or several shapes, or examples, of which each is a chunk. An
- * epoch is a permutation of all units (or of runs of them), drawn by (seed, epoch) and cut into *pools*: as
- * many units as have at most pool_bytes on disk (or one unit, if that has more). Within a pool all chunks are
- * permuted, drawn by (seed, epoch, pool). Walking through the epoch's chunks in this order, each one joins
- * the group of its shape, and a group that has N * B chunks is a *step*: of N ranks with B chunks each, B
- * being that of the shape. What is left at the end of the epoch are steps too. So groups may have chunks of
- * earlier pools, and no chunk is lost.
+ * Units are utterances, cut into chunks of one or several shapes, or examples, of which each is a chunk or is
+ * cut into its labelled frames, as an utterance into chunks of width 1. An epoch is a permutation of all
+ * units (or of runs of them), drawn by (seed, epoch) and cut into *pools*: as many units as have at most
+ * pool_bytes on disk (or one unit, if that has more). Within a pool all chunks are permuted, drawn by (seed,
+ * epoch, pool). Walking through the epoch's chunks in this order, each one joins the group of its shape, and
+ * a group that has N * B chunks is a *step*: of N ranks with B chunks each, B being that of the shape. What
+ * is left at the end of the epoch are steps too. So groups may have chunks of earlier pools, and no chunk is
+ * lost.
  *
  * Of a step's M chunks rank r takes M*r/N .. M*(r+1)/N - 1; where M < N, M ranks take one each, and other
  * ones at the next such step of the epoch. So minibatches of two ranks in an epoch never differ by more than
@@ -32,7 +33,7 @@ typedef struct {
     int64_t pool_bytes;
     int64_t run_bytes; /* units that lie together on disk, up to so many bytes, are permuted together; 0: each
                           alone */
-    const int32_t *shape_of; /* examples: the shape of each unit; borrowed. NULL: units are utterances, */
+    const int32_t *shape_of; /* whole examples: the shape of each unit; borrowed. NULL: units are */
     km_split split;          /* cut by this, and the shape is */
     int32_t shape_at[KM_MAX_WIDTHS][2][2]; /* [width][chunk is the first][chunk is the last] */
     int32_t num_shapes;

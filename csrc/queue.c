@@ -115,9 +115,10 @@ static task find_chunk(const km_queue *queue, const km_step *step, int64_t i, co
 static int fill_chunk(const km_queue *queue, const km_shape *shape, const task *what, const km_out *out,
                       km_scratch *scratch, km_error *error) {
     const km_queue_config *config = &queue->config;
+    const int32_t frame = config->single_frames ? what->chunk.number : KM_WHOLE;
     if (config->examples != NULL)
-        return km_examples_chunk(config->examples, shape, what->chunk.utterance, &what->view, out, scratch,
-                                 error);
+        return km_examples_chunk(config->examples, shape, what->chunk.utterance, frame, &what->view, out,
+                                 scratch, error);
     return km_corpus_chunk(config->corpus, shape, &what->chunk, &what->view, &what->ivectors, out, scratch,
                            error);
 }

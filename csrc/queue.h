@@ -53,6 +53,7 @@ typedef struct {
 typedef struct {
     const km_corpus *corpus;     /* one of these two, */
     const km_examples *examples; /* the other is NULL */
+    int32_t single_frames;       /* a chunk is one labelled frame of an example, not all of it */
     km_units units;
     km_plan *plan;
     int32_t num_shapes;

@@ -19,6 +19,12 @@ Verb = Callable[[Sequence[str]], "int | None"]
 # name -> (module, function, what it does); those that stand in for a script of Kaldi's have its name
 VERBS = {
     "launch": ("kaldi_mpi.launch", "main", "start N learners under mpiexec and watch over them"),
+    "start": ("kaldi_mpi.programs.start", "general_main", "start a training, as steps_mpi/train.sh does"),
+    "train-rnn": ("kaldi_mpi.programs.start", "rnn_main", "the same with train_rnn.py's options"),
+    "train-dnn": ("kaldi_mpi.programs.start", "dnn_main", "the same with train_dnn.py's options"),
+    "train-raw-rnn": ("kaldi_mpi.programs.start", "raw_rnn_main", "the same with train_raw_rnn.py's options"),
+    "train-raw-dnn": ("kaldi_mpi.programs.start", "raw_dnn_main", "the same with train_raw_dnn.py's options"),
+    "link": ("kaldi_mpi.programs.link", "main", "put steps_mpi into a recipe's directory"),
     "train": ("kaldi_mpi.learner.run", "main", "be one learner of a training (inside mpiexec)"),
     "progress": ("kaldi_mpi.learner.progress", "main", "run a command that trains and show its progress"),
     "journal": ("kaldi_mpi.averaging.journal", "main", "tell of a training's exchanges"),
@@ -52,7 +58,7 @@ def usage() -> str:
 
 
 def run(program: str, function: Verb, arguments: Sequence[str]) -> int:
-    """Run a program: its log in Kaldi's form, and the user's errors as one ERROR line and status 1.
+    """Run a program: its log in Kaldi's form, and the user's errors as an ERROR line each and status 1.
 
     Args:
         program: its name in the log.
@@ -66,7 +72,8 @@ def run(program: str, function: Verb, arguments: Sequence[str]) -> int:
     try:
         return function(arguments) or 0
     except KaldiMpiError as error:
-        log.logger.error("%s", error)
+        for line in str(error).splitlines():  # several where several things are wrong
+            log.logger.error("%s", line)
         return 1
 
 

@@ -8,7 +8,7 @@ options that have no default. These are the rules of Kaldi's ``steps/nnet3/train
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
 from kaldi_mpi.errors import ConfigError
@@ -80,3 +80,67 @@ def kaldi_options(text: str, known: Sequence[str], where: str) -> dict[str, str]
             raise ConfigError(f"{where}: {word!r} is not one of {', '.join('--' + k for k in known)}")
         found[name] = value if equals else "true"
     return found
+
+
+class Words:
+    """A command line of options that take one value each, taken apart by argparse's rules but all at once.
+
+    argparse ends at the first mistake; here all of them are found. Where an abbreviated name could be one of several,
+    those in `first` have precedence, so that a recipe's abbreviations stay unique whatever names are added to Kaldi's.
+
+    Attributes:
+        pairs: (name, value) in the order given, the names in full, without their dashes.
+        complaints: what cannot be understood.
+
+    Args:
+        words: the command line.
+        names: all that there are.
+        first: those of them that Kaldi has.
+    """
+
+    def __init__(self, words: Sequence[str], names: Collection[str], first: Collection[str] = ()) -> None:
+        self.pairs: list[tuple[str, str]] = []
+        self.complaints: list[str] = []
+        self._names, self._first = frozenset(names), frozenset(first)
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("--") or word == "--":
+                self.complaints.append(f"unrecognized arguments: {word}")
+                continue
+            name, equals, value = word[2:].partition("=")
+            full = self._resolve(name, word)
+            if not equals:
+                if not rest or _looks_like_an_option(rest[0]):
+                    if full is not None:
+                        self.complaints.append(f"argument --{full}: expected one argument")
+                    continue
+                value = rest.pop(0)
+            if full is not None:
+                self.pairs.append((full, value))
+
+    def _resolve(self, name: str, word: str) -> str | None:
+        """The full name, or None, with a complaint."""
+        if name in self._names:
+            return name
+        for group in (self._first, self._names):
+            found = sorted(full for full in group if full.startswith(name)) if name else []
+            if len(found) == 1:
+                return found[0]
+            if found:
+                could = ", ".join(f"--{full}" for full in found)
+                self.complaints.append(f"ambiguous option: --{name} could match {could}")
+                return None
+        self.complaints.append(f"unrecognized arguments: {word}")
+        return None
+
+
+def _looks_like_an_option(word: str) -> bool:
+    """Whether argparse would not take it for a value: numbers and what has spaces are values."""
+    if not word.startswith("-") or word == "-" or " " in word:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False

@@ -1,18 +1,7 @@
 #!/usr/bin/env bash
 # Trains an nnet3 acoustic model with N persistent MPI learners, in place of steps/nnet3/train_rnn.py.
 
-# Begin configuration section.
-num_learners=2      # learners, one process each, on this machine unless --mpiexec-opts says otherwise
-num_servers=0       # 1 with --dedicated-server true: one more process
-cmd=                # how to run it: run.pl, queue.pl ... or what stands beside this script; may carry options
-mpiexec=            # the mpiexec to use; default: the Python environment's own, else the one on PATH
-mpiexec_opts=       # more options for mpiexec, e.g. "--hostfile hosts"
-python=python3      # of the environment where kaldi_mpi is installed
-# End configuration section.
-
 set -eu -o pipefail
-
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
   cat <<EOF
@@ -22,19 +11,22 @@ Usage: $0 [options] <data-dir> <ali-dir> <exp-dir>
           data/train_hires exp/tri_ali exp/lstm
 The network stands in <exp-dir>/configs/network.xconfig.
 Main options, as "--name value" or "--name=value":
-  --num-learners <n|2>          # number of learners
-  --cmd <run.pl|queue.pl ...>   # how to run the job
-  --mpiexec <program>           # which mpiexec
-  --mpiexec-opts <string>       # more options for it
+  --num-learners <n>            # number of learners, one process each, on this machine unless --mpiexec-opts says
+                                # otherwise; default: the GPUs that the job has, else num-jobs-final, at most the cores
+  --cmd <run.pl|queue.pl ...>   # how to run the job; may carry options; default: run.pl, or what stands beside this
+  --mpiexec <program>           # which mpiexec; default: the Python environment's own, else the one on PATH
+  --mpiexec-opts <string>       # more options for it, e.g. "--hostfile hosts"
   --python <program|python3>    # Python of the environment with kaldi_mpi
-All other options go to the learners: those of steps/nnet3/train_rnn.py by their names there
+All other options are those of steps/nnet3/train_rnn.py and train_dnn.py by their names there
 (--feat.online-ivector-dir, --egs.dir, --egs.chunk-width=20,15, ...; with --egs.dir, --feat-dir is not needed), and
---strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi train --help" lists them.
+--strategy, --frames-per-average and others (docs/strategies.md); "$python -m kaldi_mpi start --help" lists them.
 EOF
 }
 
+python=python3
 dir=
-options=()      # for the learners, each as --name=value
+num_learners=1
+options=()      # each as --name=value
 positional=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -48,12 +40,8 @@ while [ $# -gt 0 ]; do
     *) positional+=("$1"); shift; continue ;;
   esac
   case "$name" in
-    --num-learners) num_learners=$value ;;
-    --cmd) cmd=$value ;;
-    --mpiexec) mpiexec=$value ;;
-    --mpiexec-opts) mpiexec_opts=$value ;;
     --python) python=$value ;;
-    --dedicated-server) options+=("$name=$value"); if [ "$value" = true ]; then num_servers=1; fi ;;
+    --num-learners) num_learners=$value; options+=("$name=$value") ;;
     --dir) dir=$value; options+=("--dir=$value") ;;
     *) options+=("$name=$value") ;;
   esac
@@ -71,29 +59,7 @@ fi
 case "$num_learners" in
   ''|*[!0-9]*|0) echo "$0: --num-learners $num_learners: expected a number above 0" >&2; exit 1 ;;
 esac
-if [ -z "$cmd" ]; then
-  if command -v run.pl >/dev/null; then cmd=run.pl; else cmd=$here/run.py; fi
-fi
-if ! "$python" -c 'import kaldi_mpi' 2>/dev/null; then
+if ! "$python" -c 'import kaldi_mpi, importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
   echo "$0: $python cannot import kaldi_mpi: install it there, or name another with --python" >&2; exit 1
 fi
-
-mkdir -p "$dir/log"
-log=$dir/log/train.log
-launch=("$python" -m kaldi_mpi launch --num-learners $((num_learners + num_servers)))
-[ -z "$mpiexec" ] || launch+=(--mpiexec "$mpiexec")
-[ -z "$mpiexec_opts" ] || launch+=("--mpiexec-opts=$mpiexec_opts")
-
-status=0
-# $cmd unquoted: it may carry options of its own, as in Kaldi's cmd.sh.
-# shellcheck disable=SC2086
-"$python" -m kaldi_mpi progress "$dir/progress.json" -- \
-  $cmd --num-threads "$num_learners" "$log" \
-  "${launch[@]}" -- "$python" -m kaldi_mpi train "${options[@]}" || status=$?
-if [ $status -ne 0 ]; then
-  echo "$0: training failed; the reason, from $log:" >&2
-  grep -a -E '^(ERROR|WARNING) |Error' "$log" | tail -n 5 >&2 || tail -n 5 "$log" >&2
-  exit 1
-fi
-grep -a -o "iteration final: Overall.*" "$log" | head -n 2 || true
-echo "$0: trained $dir/final.mdl with $num_learners learner(s)"
+exec "$python" -m kaldi_mpi start "${options[@]}"

@@ -61,6 +61,7 @@ KINDS = {
             "test_bad_input.py",
             "test_disk.py",
             "test_egs.py",
+            "test_single_frames.py",
         ),
     ),
 }

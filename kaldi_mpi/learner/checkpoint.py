@@ -28,6 +28,7 @@ from kaldi_mpi.transport.world import World
 # Options that may differ between the run that saved and the run that goes on: they change no result.
 _FREE = (
     "dir", "checkpoint_interval", "resume", "loader_threads", "skip_bad_utterances", "binary", "journal", "faults",
+    "stage", "exit_stage", "cleanup", "remove_egs", "preserve_model_interval", "compute_per_dim_accuracy",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from kaldi_mpi.loader import (
     Examples,
     Labels,
     MinibatchReader,
+    MinibatchRule,
     PdfAlignments,
     Source,
     new_buffers,
@@ -56,6 +57,7 @@ class Dataset:
         train: trained on; valid: held out; diagnostic: some of `train`, to compare with `valid`.
         chunking: how features are cut; None: examples, which have their own shapes.
         options: the same on all ranks.
+        single: a frame with its context, where training takes frames one by one; None: it takes chunks.
     """
 
     train: Source
@@ -63,6 +65,7 @@ class Dataset:
     diagnostic: Source
     chunking: ChunkShape | Chunking | None
     options: DataOptions
+    single: ChunkShape | None = None
 
     @classmethod
     def open(
@@ -80,21 +83,38 @@ class Dataset:
                 is malformed.
             ConfigError: there are more learners than utterances to train on.
         """
+        single = ChunkShape(1, *extra_context(options, context)) if options.single_frames else None
         if options.egs_dir is not None:
-            return cls(*_open_egs(options, options.egs_dir, folder, world), None, options)
+            return cls(*_open_egs(options, options.egs_dir, folder, world), None, options, single)
         parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), folder, world)
-        return cls(*parts, chunk_shape(options, context), options)
+        return cls(*parts, chunk_shape(options, context), options, single)
+
+    @property
+    def train_chunking(self) -> ChunkShape | Chunking | None:
+        """How `train` is cut for training."""
+        return self.single or self.chunking
+
+    @property
+    def whole_minibatch(self) -> MinibatchRule:
+        """How many whole chunks make a minibatch, where training takes single frames: those of about as many frames."""
+        rule = self.options.minibatch
+        if self.single is None:
+            return rule
+        return MinibatchRule.of(max(1, rule.largest(self.single.rows) // self.options.chunk_widths[0]))
 
     def plan(self, size: int) -> ChunkPlan:
         """The steps of training on `train` with `size` ranks."""
         options = self.options
         return ChunkPlan(
-            self.train, self.chunking, options.minibatch, size=size, seed=options.seed, memory=options.memory
+            self.train, self.train_chunking, options.minibatch, size=size, seed=options.seed, memory=options.memory
         )
 
     def usual_minibatch(self, plan: ChunkPlan) -> int:
-        """Chunks of a learner's minibatch of the principal width; of examples, of the shape that most of them have."""
-        shape_of = getattr(self.train, "shape_of", None)
+        """Chunks of a learner's minibatch of the principal width; of examples, of the shape that most of them have.
+
+        Frames, where they are single.
+        """
+        shape_of = getattr(self.train, "shape_of", None) if self.train_chunking is None else None
         usual = 0 if shape_of is None else int(np.bincount(shape_of).argmax())
         return self.options.minibatch.largest(plan.shapes[usual].rows)
 
@@ -105,6 +125,7 @@ class Dataset:
         *,
         rank: int,
         size: int,
+        trains: bool = True,
         seed: int | None = None,
         shuffle: bool = True,
         first_step: int = 0,
@@ -115,17 +136,22 @@ class Dataset:
     ) -> DeviceBatches:
         """Minibatches of `source`, one of the parts, on `device`; see `MinibatchReader` for the arguments.
 
+        With `trains` false they are of whole chunks, whatever the training takes: these cost less for each frame.
+
         Raises:
             DataError: memory or threads cannot be had.
         """
         options, streams = self.options, streams_of(device)
+        chunking, minibatch = (
+            (self.train_chunking, options.minibatch) if trains else (self.chunking, self.whole_minibatch)
+        )
         buffers = None
         if streams is not None:
-            buffers = new_buffers(source, self.chunking, options.minibatch, depth, page_locked(streams))
+            buffers = new_buffers(source, chunking, minibatch, depth, page_locked(streams))
         reader = MinibatchReader(
             source,
-            self.chunking,
-            options.minibatch,
+            chunking,
+            minibatch,
             seed=options.seed if seed is None else seed,
             rank=rank,
             size=size,

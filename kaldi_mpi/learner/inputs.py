@@ -67,9 +67,8 @@ def check_egs(options: DataOptions, context: Context, takes_ivectors: bool) -> N
         )
     widths, wanted = read_text(info / "frames_per_eg"), ",".join(map(str, options.chunk_widths))
     if widths != wanted:
-        raise ConfigError(
-            f"the examples in {options.egs_dir} are of {widths} frames, and --egs.chunk-width asks for {wanted}"
-        )
+        option = "--egs.frames-per-eg" if options.single_frames else "--egs.chunk-width"
+        raise ConfigError(f"the examples in {options.egs_dir} are of {widths} frames, and {option} asks for {wanted}")
     theirs, ours = read_text(info / "final.ie.id", ""), _extractor_id(options.online_ivector_dir)
     if theirs and ours and theirs != ours:
         raise ConfigError(

@@ -1,13 +1,13 @@
-"""The options of a training: Kaldi's names where Kaldi has them (``steps/nnet3/train_rnn.py``), ours beside.
+"""The options of a training: Kaldi's (`recipe_options`), by their names there, and ours beside.
 
-Every option of train_rnn.py is accepted, so that a recipe's call can be kept; those without a meaning for
-persistent learners are logged once and ignored, those that would change the result if ignored are refused.
+A command line is read whole, and everything that is wrong with it is told at once, a line each.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,56 +17,16 @@ from kaldi_mpi.averaging.sequence import PhaseSpec, parse_sequence
 from kaldi_mpi.averaging.settings import add_options, settings_of
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
+from kaldi_mpi.learner import recipe_options
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Fault, parse_faults
+from kaldi_mpi.learner.passed_on import Notes, egs_options, train_options
+from kaldi_mpi.learner.recipe_options import DNN, IGNORED, NOT_YET, PROGRAMS, RAW_DNN, RAW_RNN, RNN, options_of
 from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
-from kaldi_mpi.options import Parser, at_least, boolean, optional
+from kaldi_mpi.options import Parser, Words, at_least, boolean, optional
 
 _EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
-_CHUNK_WIDTH = 20
-
-# Accepted for the recipe's sake: they steer jobs, archives and schedulers that do not exist here.
-_IGNORED = [
-    "lang",
-    "egs.stage",
-    "egs.cmd",
-    "trainer.shuffle-buffer-size",
-    "trainer.lda.rand-prune",
-    "trainer.num-jobs-compute-prior",
-    "trainer.add-option",
-    "trainer.compute-per-dim-accuracy",
-    "trainer.optimization.num-jobs-initial",
-    "trainer.optimization.num-jobs-final",
-    "trainer.optimization.num-jobs-step",
-    "trainer.optimization.combine-sum-to-one-penalty",
-    "stage",
-    "cmd",
-    "cleanup",
-    "cleanup.remove-egs",
-    "cleanup.preserve-model-interval",
-    "reporting.email",
-    "reporting.interval",
-]
-
-# What Kaldi does with these is not done yet; a recipe's call is taken all the same, and the log says so.
-_NOT_YET = [
-    "trainer.presoftmax-prior-scale-power",
-    "trainer.optimization.shrink-value",
-    "trainer.optimization.shrink-saturation-threshold",
-    "trainer.optimization.max-models-combine",
-    "trainer.max-models-combine",
-    "trainer.optimization.max-objective-evaluations",
-    "trainer.max-objective-evaluations",
-    "trainer.optimization.do-final-combination",
-]
-
-# Not there yet: any value but the one that switches it off is an error, not a silent change of the training.
-_REFUSED = {
-    "trainer.input-model": ("",),
-    "trainer.optimization.proportional-shrink": ("0", "0.0"),
-    "exit-stage": ("",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +35,15 @@ class DataOptions:
 
     Attributes:
         feat_dir: None with `egs_dir`, if it was not given.
+        ali_dir: "" in the raw programs, which have none.
+        targets_scp: of the raw programs.
+        use_dense_targets: whether these are matrices of all outputs.
+        image_augmentation: options of nnet3-egs-augment-image.
         chunk_widths: labelled frames of chunks, the usual width first.
         chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
-        minibatch: chunks of a learner and step.
+        minibatch: chunks of a learner and step; frames, where they are single.
+        single_frames: whether each labelled frame is drawn alone for training, as in train_dnn.py; passes that only
+            evaluate take chunks of `chunk_widths` all the same.
         seed: of the order, of what is held out, and of the parameters at the start.
         loader_threads: that read, a learner.
         memory: bytes of data that are in memory, and shuffled, at a time.
@@ -86,6 +52,9 @@ class DataOptions:
 
     feat_dir: str | None
     ali_dir: str
+    targets_scp: str | None
+    use_dense_targets: bool
+    image_augmentation: str | None
     egs_dir: str | None
     cmvn: CmvnOptions
     online_ivector_dir: str | None
@@ -96,6 +65,7 @@ class DataOptions:
     chunk_left_context_initial: int
     chunk_right_context_final: int
     minibatch: MinibatchRule
+    single_frames: bool
     seed: int
     loader_threads: int
     memory: int
@@ -104,18 +74,25 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """One training, as asked for; see `parse` for the options' names and meanings.
+    """One training, as asked for; `recipe_options` and `_add_own` have the options' names and meanings.
 
     Attributes:
+        program: that of Kaldi's whose defaults hold: rnn, dnn, raw-rnn or raw-dnn.
         dir: where the model goes.
-        xconfig: the network.
+        xconfig: the network; need not be there with `input_model`.
         data: what is read.
         phases: strategies in turn, and how long each lasts.
         settings: of the strategies.
-        samples_per_iter: in chunks.
+        samples_per_iter: in chunks; in frames, where they are single.
+        shrink_value: scales the parameters where the saturation is above its threshold; 1: never (train_dnn.py).
+        proportional_shrink: the parameters' scale is 1 - this times the learning rate; 0: none.
+        stage, exit_stage: see `stages.stages_to_do`.
+        num_jobs_initial, num_jobs_final, num_jobs_step: Kaldi's, which no learner takes for its number.
+        cleanup: whether the models of iterations go at the end, but for each `preserve_model_interval`-th.
         faults: disturbances on purpose.
     """
 
+    program: str
     dir: str
     xconfig: str
     data: DataOptions
@@ -129,11 +106,29 @@ class TrainOptions:
     dropout_schedule: DropoutSchedule
     backstitch_scale: float
     backstitch_interval: int
+    shrink_value: float
+    shrink_saturation_threshold: float
+    proportional_shrink: float
     initial_rate: float
     final_rate: float
     deriv_truncate_margin: int
+    input_model: str | None
+    presoftmax_prior_scale_power: float
     prior_subset_size: int
+    compute_average_posteriors: bool
     max_lda_jobs: int
+    do_final_combination: bool
+    max_models_combine: int
+    max_objective_evaluations: int
+    num_jobs_initial: int
+    num_jobs_final: int
+    num_jobs_step: int
+    compute_per_dim_accuracy: bool
+    stage: int
+    exit_stage: int | None
+    cleanup: bool
+    remove_egs: bool
+    preserve_model_interval: int
     use_gpu: str
     binary: bool
     checkpoint_interval: int | None
@@ -141,24 +136,10 @@ class TrainOptions:
     journal: bool
     faults: tuple[Fault, ...]
 
-
-def _widths(text: str) -> tuple[int, ...]:
-    """``20,15`` as train_rnn.py takes it: the usual width, then others."""
-    try:
-        widths = tuple(int(width) for width in text.split(","))
-    except ValueError:
-        widths = (0,)
-    if min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"expected widths above 0 as in '20' or '20,15', got {text!r}")
-    return widths
-
-
-def _rule(text: str) -> MinibatchRule:
-    """A rule of minibatch sizes, as ``nnet3-merge-egs --minibatch-size`` takes it."""
-    try:
-        return MinibatchRule.parse(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    @property
+    def raw(self) -> bool:
+        """Whether the model is a network alone, without a transition model and priors."""
+        return self.program in (RAW_RNN, RAW_DNN)
 
 
 def _faults(text: str) -> tuple[Fault, ...]:
@@ -168,86 +149,38 @@ def _faults(text: str) -> tuple[Fault, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _parser() -> Parser:
+def make_parser(prog: str, program: str | None) -> Parser:
+    """Of every option one action; those of Kaldi have None as their default, which `_settle` replaces."""
     parser = Parser(
-        prog="kaldi-mpi train",
-        description="Train an nnet3 acoustic model with N persistent learners (started by mpiexec).",
-        epilog="e.g.: mpiexec -n 4 python -m kaldi_mpi train --feat-dir data/train_hires --ali-dir exp/tri_ali "
-        "--dir exp/lstm --strategy periodic --frames-per-average 100000",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog=prog,
+        description="Train an nnet3 acoustic model with N persistent learners.",
+        epilog="Options are --name value or --name=value. Those about jobs, archives and queues are ignored, each with "
+        "a line in the log.",
     )
+    recipe = parser.add_argument_group("Kaldi's options")
+    for option in options_of(program):
+        names = [f"--{name}" for name in (option.name, *option.aliases)]
+        action = "append" if option.dest == "train_opts" else "store"
+        recipe.add_argument(
+            *names, dest=option.dest or option.name, type=option.kind, action=action, metavar="X",
+            help=argparse.SUPPRESS if option.use == IGNORED else option.note.replace("%", "%%"),
+        )  # fmt: skip
+    _add_own(parser)
+    return parser
+
+
+def _add_own(parser: Parser) -> None:
+    """The options that Kaldi does not have."""
     count, whole = at_least(1), at_least(0)
-    add = parser.add_argument
-    add("--feat-dir", type=optional, help="data directory of the features (not needed with --egs.dir)")
-    add("--ali-dir", required=True, help="alignment directory: ali.*.gz, final.mdl, tree")
-    add("--dir", required=True, help="where the model and logs go")
+    group = parser.add_argument_group("options of our own")
+    add = group.add_argument
     add("--xconfig", type=optional, help="the network: an xconfig, or Kaldi's final.config (default: final.config "
         "or network.xconfig in DIR/configs)")  # fmt: skip
-    add(
-        "--strategy",
-        default="allreduce",
-        help=f"{', '.join(NAMES)}; or several in turn, as in 'allreduce:1ep,adpsgd-random:14ep,periodic:1ep'",
-    )
+    add("--strategy", default="allreduce",
+        help=f"{', '.join(NAMES)}; or several in turn, as in 'allreduce:1ep,expair:14ep,periodic:1ep'")  # fmt: skip
     add_options(parser)
-    add(
-        "--feat.cmvn-opts",
-        dest="cmvn_opts",
-        default="",
-        help="such as '--norm-means=false --norm-vars=false'",
-    )
-    add("--feat.online-ivector-dir", dest="online_ivector_dir", type=optional,
-        help="directory of ivector_online.scp, for networks that take i-vectors")  # fmt: skip
-    add("--egs.dir", dest="egs_dir", type=optional, help="train on the examples in this directory of get_egs.sh")
-    add("--egs.chunk-width", dest="chunk_widths", type=_widths, help="frames per chunk, and other widths for what is "
-        f"left of utterances, as in '20,15' (default: {_CHUNK_WIDTH})")  # fmt: skip
-    add("--egs.frames-per-eg", dest="frames_per_eg", type=count, help="the same for feed-forward networks: takes "
-        "train_dnn.py's defaults of contexts, momentum, samples-per-iter and minibatch-size")  # fmt: skip
-    add("--egs.chunk-left-context", dest="chunk_left_context", type=whole,
-        help="frames before a chunk, beyond the model's own context (default: 40)")  # fmt: skip
-    add("--egs.chunk-right-context", dest="chunk_right_context", type=whole, default=0, help="frames after it")
-    add("--egs.chunk-left-context-initial", dest="chunk_left_context_initial", type=at_least(-1), default=-1,
-        help="the same at the beginning of an utterance; -1: as elsewhere")  # fmt: skip
-    add("--egs.chunk-right-context-final", dest="chunk_right_context_final", type=at_least(-1), default=-1,
-        help="the same at its end")  # fmt: skip
-    add("--egs.opts", dest="egs_opts", default="", help="of get_egs.sh; --num-utts-subset N is used")
-    add("--trainer.srand", dest="seed", type=int, default=0, help="seed of everything random")
-    add("--trainer.num-epochs", dest="num_epochs", type=at_least(0, float, True),
-        help=f"epochs (default: what --strategy says, or {_EPOCHS:g})")  # fmt: skip
-    add("--trainer.samples-per-iter", dest="samples_per_iter", type=count,
-        help="chunks per learner between two validations (default: 20000)")  # fmt: skip
-    add("--trainer.max-param-change", dest="max_param_change", type=at_least(0, float), default=2.0,
-        help="limit on the norm of the whole model's change per minibatch")  # fmt: skip
-    add("--trainer.prior-subset-size", dest="prior_subset_size", type=count, default=20000,
-        help="chunks over which the priors are estimated")  # fmt: skip
-    add("--trainer.lda.max-lda-jobs", dest="max_lda_jobs", type=count, default=10,
-        help="LDA statistics come from at most this many times samples-per-iter chunks")  # fmt: skip
-    add("--trainer.rnn.num-chunk-per-minibatch", dest="minibatch", type=_rule,
-        help="chunks per minibatch and learner: a rule as in '128,64' or '128=64:128/256=32,64', of which the "
-        "largest size counts (default: 100)")  # fmt: skip
-    add("--trainer.optimization.minibatch-size", dest="minibatch_size", type=_rule,
-        help="the same as train_dnn.py has it, in frames (default with --egs.frames-per-eg: 512)")  # fmt: skip
-    add("--trainer.deriv-truncate-margin", dest="deriv_truncate_margin", type=whole, default=8,
-        help="frames outside the chunk that still get derivatives")  # fmt: skip
-    add("--trainer.optimization.initial-effective-lrate", dest="initial_rate", default=0.0003,
-        type=at_least(0, float, True), help="effective learning rate at the start")  # fmt: skip
-    add("--trainer.optimization.final-effective-lrate", dest="final_rate", default=0.00003,
-        type=at_least(0, float, True), help="effective learning rate at the end")  # fmt: skip
-    add(
-        "--trainer.optimization.momentum",
-        dest="momentum",
-        type=at_least(0, float),
-        help="momentum (default: 0.5)",
-    )
-    add("--trainer.dropout-schedule", dest="dropout_schedule", default="",
-        help="how dropout changes with the data, as in '0,0@0.20,0.5@0.5,0' or 'lstm*=0,0.3,0'")  # fmt: skip
-    add("--trainer.optimization.backstitch-training-scale", dest="backstitch_scale", type=at_least(0, float),
-        default=0.0, help="backstitch: how far to step back first; 0: not at all")  # fmt: skip
-    add("--trainer.optimization.backstitch-training-interval", dest="backstitch_interval", type=count, default=1,
-        help="minibatches from one backstitch to the next")  # fmt: skip
     add("--natural-gradient", dest="natural_gradient", type=boolean, default=True,
         help="false: plain gradients, for which Kaldi's learning rates do not hold")  # fmt: skip
-    add("--use-gpu", default="auto", choices=["auto", "yes", "true", "wait", "no", "false"],
-        help="auto takes a GPU where there is one; yes, true and wait fail without")  # fmt: skip
     add("--loader-threads", type=count, default=1, help="reading threads per learner")
     add("--loader-memory", dest="memory", type=count, default=128,
         help="MB of data in memory per learner, out of which chunks are shuffled")  # fmt: skip
@@ -260,113 +193,192 @@ def _parser() -> Parser:
     add("--inject", dest="faults", type=_faults, default=(),
         help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")  # fmt: skip
     add("--resume", type=boolean, default=True, help="go on from DIR's checkpoint, where there is one")
-    for name in (*_IGNORED, *_NOT_YET):
-        add(f"--{name}", action="append", help=argparse.SUPPRESS)
-    for name in _REFUSED:
-        add(f"--{name}", help=argparse.SUPPRESS)
-    return parser
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainOptions:
-    """The options of a command line.
+def parse(arguments: Sequence[str]) -> TrainOptions:
+    """The options of a learner's command line; the log gets a line for each that does nothing.
 
     Raises:
-        ConfigError: an unknown, malformed or not yet supported option, named in one line.
+        ConfigError: all that is wrong with them, a line each.
     """
-    given = vars(_parser().parse_args(arguments))
-    for name, harmless in _REFUSED.items():
-        value = given.pop(name.replace("-", "_"))
-        if value is not None and value not in harmless:
-            raise ConfigError(f"--{name} {value}: not supported yet")
-    for name in _IGNORED:
-        if given.pop(name.replace("-", "_")) is not None:
-            logger.info("option --%s has no meaning for persistent learners and is ignored", name)
-    for name in _NOT_YET:
-        if given.pop(name.replace("-", "_")) is not None:
-            logger.warning("option --%s: what it steers is not done yet; the training goes on without it", name)
-    _apply_defaults(given)
+    options, notes = read(arguments)
+    for line in notes.lines:
+        logger.info("%s", line)
+    for line in notes.warnings:
+        logger.warning("%s", line)
+    return options
+
+
+def read(arguments: Sequence[str], prog: str = "kaldi-mpi train") -> tuple[TrainOptions, Notes]:
+    """The same, with what is to be logged beside it; errors begin with `prog`."""
+    arguments = list(arguments)
+    program, arguments = _program_of(arguments)
+    parser = make_parser(prog, program)
+    if "--help" in arguments or "-h" in arguments:
+        parser.parse_args(["--help"])
+    words = Words(arguments, option_names(program), kaldi_names(program))
+    complaints = [f"{prog}: {complaint}" for complaint in words.complaints]
+    values = parser.parse_args([])
+    for name, value in words.pairs:
+        try:
+            parser.parse_args([f"--{name}={value}"], values)
+        except ConfigError as error:
+            complaints += str(error).splitlines()
+    given, notes = vars(values), Notes()
+    options = _settle(given, program, dict(words.pairs), notes, complaints)
+    if complaints or options is None:
+        raise ConfigError("\n".join(complaints))
+    return options, notes
+
+
+def _program_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take ``--program=rnn`` out of the arguments: it decides which options there are."""
+    rest = [word for word in arguments if not word.startswith("--program=")]
+    found = [word.partition("=")[2] for word in arguments if word.startswith("--program=")]
+    if found and found[-1] not in PROGRAMS:
+        raise ConfigError(f"--program={found[-1]}: must be one of {', '.join(PROGRAMS)}")
+    return (found[-1] if found else None), rest
+
+
+@functools.cache
+def option_names(program: str | None) -> tuple[str, ...]:
+    """The names, without dashes, of all options of a training by `program` (None: of train.sh)."""
+    actions = make_parser("", program)._actions
+    return tuple(name[2:] for action in actions for name in action.option_strings if name.startswith("--"))
+
+
+@functools.cache
+def kaldi_names(program: str | None) -> tuple[str, ...]:
+    """Those of them that Kaldi has."""
+    there = (option for option in options_of(program) if not option.old)
+    return tuple(name for option in there for name in (option.name, *option.aliases))
+
+
+def _settle(
+    given: dict[str, Any], program: str | None, words: dict[str, str], notes: Notes, complaints: list[str]
+) -> TrainOptions | None:
+    """Defaults, what options have to do with each other, and what the log should say; None if anything is wrong."""
+
+    def checked(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except ConfigError as error:
+            complaints.extend(str(error).splitlines())
+            return None
+
+    decided = program or (RNN if given["frames_per_eg"] is None else DNN)
+    given["single_frames"] = decided in (DNN, RAW_DNN)
+    _note_options(given, decided, words, notes)
+    checked(lambda: _apply_defaults(given, decided))
+    if complaints:
+        return None
+    given.update(checked(lambda: train_options(given.pop("train_opts") or (), notes)) or {})
+    given["num_utts_subset"] = checked(
+        lambda: egs_options(given.pop("egs_opts") or "", given["egs_dir"] is not None, notes)
+    )
+    # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
+    given["cmvn"] = checked(lambda: parse_cmvn_opts(given.pop("cmvn_opts") or "", where="--feat.cmvn-opts"))
+    given["settings"] = checked(lambda: settings_of(given, given["seed"]))
+    phases = checked(lambda: parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES))
+    if complaints:
+        return None
+    given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
+    checked(lambda: check_settings([phase.name for phase in phases], given["settings"]))
+    checked(lambda: _check_together(given))
+    if complaints:
+        return None
+    given["xconfig"] = given["xconfig"] or _network_in(Path(given["dir"]) / "configs")
+    given["memory"] *= 2**20
+    data = DataOptions(**{field.name: given[field.name] for field in dataclasses.fields(DataOptions)})
+    names = [field.name for field in dataclasses.fields(TrainOptions) if field.name not in ("data", "program")]
+    return TrainOptions(data=data, program=decided, **{name: given[name] for name in names})
+
+
+def _note_options(given: dict[str, Any], program: str, words: dict[str, str], notes: Notes) -> None:
+    """A line for each option that does nothing, and one for a number of jobs."""
+    for option in options_of(None if program in (RNN, DNN) else program):
+        word = next((words[name] for name in (option.name, *option.aliases) if name in words), None)
+        if word is None:
+            continue
+        if option.use == IGNORED and given[option.name] != option.default_of(program):
+            notes.lines.append(f"option --{option.name} {word} is ignored: {option.note}")
+        value = given.get(option.dest)
+        if option.name in NOT_YET and value is not None and value not in NOT_YET[option.name]:
+            notes.warnings.append(f"option --{option.name} {word}: what it steers is not done yet; the training goes "
+                "on without it")  # fmt: skip
+    jobs = [given[f"num_jobs_{end}"] for end in ("initial", "final")]
+    if any(jobs):
+        first, last = (recipe_options.BY_NAME[f"trainer.optimization.num-jobs-{end}"].default if n is None else n
+            for n, end in zip(jobs, ("initial", "final"), strict=True))  # fmt: skip
+        notes.lines.append(
+            f"jobs from {first} to {last}: learning rates are effective ones, of the averaged model, and stay so: "
+            f"each of N learners applies N times them, where Kaldi's jobs apply {first} to {last} times"
+        )
+
+
+def _apply_defaults(given: dict[str, Any], program: str) -> None:
+    """Put in the defaults of `program`, and settle what the programs have different names or units for.
+
+    train_dnn.py counts minibatches and iterations in frames.
+    """
+    complaints = []
+    if program in (RNN, RAW_RNN) and given.get("minibatch_size") is not None:
+        complaints.append(
+            "--trainer.optimization.minibatch-size counts frames, of feed-forward networks: it needs "
+            "--egs.frames-per-eg (recurrent ones have --trainer.rnn.num-chunk-per-minibatch)"
+        )
+    if program in (DNN, RAW_DNN):
+        for name in ("egs.chunk-width", "trainer.rnn.num-chunk-per-minibatch", "egs.chunk-left-context-initial",
+            "egs.chunk-right-context-final"):  # fmt: skip
+            if given.get(recipe_options.BY_NAME[name].dest) not in (None, -1):
+                complaints.append(f"--egs.frames-per-eg and --{name} exclude each other")
+    for option in recipe_options.OPTIONS:
+        if option.dest and given.get(option.dest) is None:
+            given[option.dest] = option.default_of(program) if program in option.programs else None
+        if program in option.required_by and not given[option.dest]:
+            complaints.append(f"--{option.name} is needed")
+    if given["feat_dir"] is None and given["egs_dir"] is None and program != RAW_RNN:
+        complaints.append("--feat-dir is needed (or --egs.dir, to train on existing examples)")
+    if program == RAW_DNN and given["targets_scp"] is None and given["egs_dir"] is None:
+        complaints.append("--targets-scp is needed (or --egs.dir, to train on existing examples)")
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    defaults = {"ali_dir": "", "use_dense_targets": True, "compute_average_posteriors": False,
+        "shrink_value": 1.0, "shrink_saturation_threshold": 0.4, "deriv_truncate_margin": 8,
+        "chunk_right_context": 0, "chunk_left_context": 0, "chunk_left_context_initial": -1,
+        "chunk_right_context_final": -1}  # fmt: skip
+    for name, value in defaults.items():
+        given[name] = value if given[name] is None else given[name]
+    if program in (DNN, RAW_DNN):
+        given["chunk_widths"], given["minibatch"] = (given["frames_per_eg"],), given["minibatch_size"]
+
+
+def _check_together(given: dict[str, Any]) -> None:
+    """Raises ConfigError where options exclude each other, all of it at once."""
+    complaints = []
+    if given["momentum"] >= 1:
+        complaints.append(f"--trainer.optimization.momentum {given['momentum']}: must be below 1")
     if given["backstitch_scale"] and given["momentum"]:
-        raise ConfigError(
+        complaints.append(
             "--trainer.optimization.backstitch-training-scale: needs --trainer.optimization.momentum=0, as in Kaldi"
         )
-    if given["momentum"] >= 1:
-        raise ConfigError(f"--trainer.optimization.momentum {given['momentum']}: must be below 1")
-    given["dropout_schedule"] = DropoutSchedule.parse(given["dropout_schedule"])
-    egs = _words_to_options(given.pop("egs_opts"))
-    # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
-    given["cmvn"] = parse_cmvn_opts(given.pop("cmvn_opts"), where="--feat.cmvn-opts")
-    subset = egs.get("num-utts-subset", "300")
-    given["num_utts_subset"] = _converted(at_least(1), subset, "--egs.opts: --num-utts-subset")
-    given["settings"] = settings_of(given, given["seed"])
-    phases = parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES)
-    given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
-    check_settings([phase.name for phase in phases], given["settings"])
-    if given["backstitch_scale"] and any(phase.name == "allreduce" for phase in phases):
-        raise ConfigError(
+    if given["backstitch_scale"] and any(phase.name == "allreduce" for phase in given["phases"]):
+        complaints.append(
             "--trainer.optimization.backstitch-training-scale: under allreduce learners must not move apart; take "
             "--strategy periodic or an asynchronous one"
         )
-    given["xconfig"] = given["xconfig"] or _network_in(Path(given["dir"]) / "configs")
-    given["memory"] *= 2**20
-    names = [field.name for field in dataclasses.fields(DataOptions)]
-    data = DataOptions(**{name: given.pop(name) for name in names})
-    return TrainOptions(data=data, **given)
+    # Of one learner, at the start; with more of them it is looked at where their number is known.
+    shrink = given["proportional_shrink"] * max(given["initial_rate"], given["final_rate"])
+    if shrink > 0.5:
+        complaints.append(
+            f"--trainer.optimization.proportional-shrink {given['proportional_shrink']:g}: too large, it scales the "
+            f"parameters by {1 - shrink:g} each iteration, and Kaldi wants more than 0.5"
+        )
+    if complaints:
+        raise ConfigError("\n".join(complaints))
 
 
 def _network_in(configs: Path) -> str:
     """What Kaldi's xconfig_to_configs.py has made, where a recipe has called it; else the xconfig itself."""
     final = configs / "final.config"
     return str(final if final.exists() else configs / "network.xconfig")
-
-
-def _apply_defaults(given: dict[str, Any]) -> None:
-    """Settle what train_rnn.py and train_dnn.py have different defaults, names or units for.
-
-    train_dnn.py counts minibatches and iterations in frames: it takes one frame out of each example of
-    ``--egs.frames-per-eg``. Here all frames of a chunk go into the same minibatch, of as many frames.
-    """
-    frames, size = given.pop("frames_per_eg"), given.pop("minibatch_size")
-    if frames is None and size is not None:
-        raise ConfigError(
-            "--trainer.optimization.minibatch-size counts frames, of feed-forward networks: it needs "
-            "--egs.frames-per-eg (recurrent ones have --trainer.rnn.num-chunk-per-minibatch)"
-        )
-    rnn = {"chunk_widths": (_CHUNK_WIDTH,), "chunk_left_context": 40, "momentum": 0.5, "samples_per_iter": 20000}
-    dnn = {"chunk_widths": (frames,), "chunk_left_context": 0, "momentum": 0.0, "samples_per_iter": 400000}
-    if frames is not None:
-        for name, option in (("chunk_widths", "--egs.chunk-width"), ("minibatch", "--trainer.rnn.num-chunk-per-...")):
-            if given[name] is not None:
-                raise ConfigError(f"--egs.frames-per-eg and {option} exclude each other")
-        given["minibatch"] = in_chunks(size or MinibatchRule.of(512), frames)
-    for name, default in (rnn if frames is None else dnn).items():
-        if given[name] is None:
-            given[name] = default
-    given["minibatch"] = given["minibatch"] or MinibatchRule.of(100)
-    if frames is not None:
-        given["samples_per_iter"] = max(1, given["samples_per_iter"] // frames)
-    if given["feat_dir"] is None and given["egs_dir"] is None:
-        raise ConfigError("--feat-dir is needed (or --egs.dir, to train on existing examples)")
-
-
-def in_chunks(rule: MinibatchRule, width: int) -> MinibatchRule:
-    """A minibatch rule of single frames as one of chunks of `width` frames, with about as many frames.
-
-    Sizes become smaller by `width`, at least 1; an eg-size, which counts input rows, larger by the further rows.
-    """
-    return MinibatchRule(
-        tuple((rows + width - 1 if rows else 0, max(1, size // width)) for rows, size in rule.largest_by_size)
-    )
-
-
-def _converted(kind: Callable[[str], Any], text: str, where: str) -> Any:
-    """A value inside a string of options, with the error that argparse gives for options of its own."""
-    try:
-        return kind(text)
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _words_to_options(text: str) -> dict[str, str]:
-    """``--a 1 --b 2`` as get_egs.sh takes them (parse_options.sh style)."""
-    words = text.replace("=", " ").split()
-    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=False)}

@@ -79,6 +79,8 @@ def train(options: TrainOptions, everyone: World) -> None:
     settings, folder = options.settings, Path(options.dir)
 
     # What can be wrong is looked for before anything is read that takes long.
+    if options.raw:
+        raise ConfigError(f"train-{options.program}: networks without a transition model are not trained yet")
     check_files(options.data, options.xconfig)
     world = everyone
     if settings.dedicated_server:

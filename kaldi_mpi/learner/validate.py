@@ -50,7 +50,7 @@ class IterationEnd:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """How a pass cuts its data: the chunks of the training, this learner's share of them, and its device."""
+    """How a pass cuts its data: whole chunks, this learner's share of them, and its device."""
 
     dataset: Dataset
     world: World
@@ -68,6 +68,7 @@ class Pass:
             self.device,
             rank=self.world.rank,
             size=self.world.size,
+            trains=False,
             seed=seed or 0,
             shuffle=seed is not None,
             num_epochs=1,
@@ -97,7 +98,7 @@ def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[
 def compute_prob(model: AcousticModel, source: Source, how: Pass) -> Score:
     """Log-probability and accuracy of `model` on all of `source`, each learner taking its share.
 
-    Every rank gets the same score. Chunks are cut as in training; labels count by their weights.
+    Every rank gets the same score. Labels count by their weights.
     """
     sums = np.zeros(3)
     for batch in how.batches(source):

@@ -103,13 +103,25 @@ def shapes_of(source: Source, chunking: Cut) -> list[ChunkShape]:
     """All shapes that chunks of a source may have.
 
     Raises:
-        ConfigError: a chunking for examples, which are cut already, or none for features.
+        ConfigError: for examples, which are cut already, a chunking that is not of single frames, or one of more
+            context than they have; none for features.
     """
     own: list[ChunkShape] | None = getattr(source, "shapes", None)
     if own is not None:
-        if chunking is not None:
-            raise ConfigError("examples are cut already: they have their own shapes, and take no chunking")
-        return own
+        if chunking is None:
+            return own
+        if not isinstance(chunking, ChunkShape) or chunking.width != 1 or chunking.label_delay:
+            raise ConfigError(
+                "examples are cut already: they have their own shapes, and take no chunking but one of single frames"
+            )
+        for name in ("left", "right"):
+            least = min(getattr(shape, name) for shape in own)
+            if least < getattr(chunking, name):
+                raise ConfigError(
+                    f"there are examples with {least} context rows on the {name}, and {getattr(chunking, name)} are "
+                    "needed around each frame"
+                )
+        return [chunking]
     if chunking is None:
         raise ConfigError("features need a chunking: the width of chunks and their context")
     return _chunking(chunking).shapes()
@@ -135,7 +147,8 @@ class ChunkPlan:
 
     Args:
         source: a `Corpus` or `Examples`.
-        chunking: how utterances are cut; None for examples.
+        chunking: how utterances are cut; None for whole examples. A `ChunkShape` of width 1 cuts either into single
+            frames: of examples into their labelled ones.
         minibatch: chunks that one rank takes at a step: a number, or a rule for each size of chunks.
         size: number of ranks.
         seed: of the order, 0 .. 2**64-1.
@@ -185,8 +198,9 @@ class ChunkPlan:
         config.num_shapes = len(self.shapes)
         config.chunks_per_minibatch = borrow(chunks, "int32_t", np.int32)
         config.num_ranks, config.shuffle, config.seed = size, shuffle, seed
-        if chunking is None:
+        if hasattr(source, "shape_of"):
             config.run_bytes = min(_RUN_BYTES, memory // 2 // _RUNS_IN_A_POOL)
+        if chunking is None:
             config.shape_of = borrow(source.shape_of, "int32_t", np.int32)  # type: ignore[attr-defined]
         else:
             _chunking(chunking).fill(config)

@@ -186,7 +186,8 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
 
     Args:
         source: what to read, a `Corpus` or `Examples`.
-        chunking: how utterances are cut: chunks of one shape, or of several; None for examples.
+        chunking: how utterances are cut: chunks of one shape, or of several; None for whole examples, and a
+            `ChunkShape` of width 1 for their labelled frames, one by one.
         minibatch: chunks that one rank takes at a step: a number, or a rule for each size of chunks.
         seed: of the order, 0 .. 2**64-1.
         rank: this rank.
@@ -254,7 +255,7 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
         check_range("bytes per second", bytes_per_second, 0, 2**62)
         if on_request and (first_step or num_epochs is not None):
             raise ConfigError("a reader on request has neither a first step nor a number of epochs")
-        self._source = source
+        self._source, self._is_cut = source, chunking is not None
         needed = _largest(source, chunking, minibatch)
         if buffers is None:
             buffers = new_buffers(source, chunking, minibatch, depth)
@@ -292,6 +293,7 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
         examples = getattr(source, "c_examples", None)
         config.corpus = corpus if corpus is not None else ffi.NULL
         config.examples = examples if examples is not None else ffi.NULL
+        config.single_frames = examples is not None and self._is_cut
         units = config.units
         units.num_units = source.num_units
         units.files = corpus.files if corpus is not None else examples.files  # type: ignore[union-attr]

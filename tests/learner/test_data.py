@@ -26,7 +26,7 @@ from kaldi_mpi.learner.batches import Batch, DeviceBatches, page_locked
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.export import write_cmvn_opts
 from kaldi_mpi.learner.objective import label_scores, log_likelihood, right_weight
-from kaldi_mpi.learner.options import TrainOptions, in_chunks, parse
+from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.run import train
 from kaldi_mpi.learner.schedule import TicketMap
 from kaldi_mpi.learner.step import LearnerStep
@@ -509,11 +509,14 @@ def test_options_of_a_feed_forward_network() -> None:
     base = ["--feat-dir=f", "--ali-dir=a", "--dir=d", "--egs.frames-per-eg=8"]
     options = parse(base)
     assert (options.data.chunk_widths, options.data.chunk_left_context) == ((8,), 0)
-    assert options.data.minibatch == MinibatchRule.of(64)
-    assert (options.momentum, options.samples_per_iter) == (0.0, 50000)
+    assert options.data.single_frames and options.data.minibatch == MinibatchRule.of(512)
+    assert (options.momentum, options.samples_per_iter) == (0.0, 400000)
     options = parse([*base, "--trainer.optimization.minibatch-size=256,128", "--trainer.samples-per-iter=80"])
-    assert (options.data.minibatch, options.samples_per_iter) == (MinibatchRule.of(32), 10)
-    assert in_chunks(MinibatchRule.parse("21=64:128,256/40=4"), 8) == MinibatchRule(((28, 32), (47, 1)))
+    assert (options.data.minibatch, options.samples_per_iter) == (MinibatchRule.of(256), 80)
+    assert not parse(base[:-1]).data.single_frames
+    for other in ("chunk-width=20", "chunk-left-context-initial=0", "chunk-right-context-final=0"):
+        with pytest.raises(ConfigError, match=f"--egs.frames-per-eg and --egs.{other[:-3]}"):
+            parse([*base, f"--egs.{other}"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -139,8 +140,11 @@ def run_alone(toy: Toy, folder: Path, *options: str) -> None:
             ["--trainer.dropout-schedule=0,2"],
             "--trainer.dropout-schedule: '0,2': a proportion between 0 and 1 expected",
         ),
-        (["--trainer.optimization.proportional-shrink=5"], "proportional-shrink 5: not supported yet"),
-        (["--trainer.optimization.backstitch-training-scale=0.2"], "needs --trainer.optimization.momentum=0"),
+        (["--trainer.optimization.proportional-shrink=50"], "proportional-shrink 50: too large"),
+        (
+            ["--trainer.optimization.backstitch-training-scale=0.2", "--strategy=expair"],
+            "needs --trainer.optimization.momentum=0",
+        ),
         (["--trainer.rnn.num-chunk-per-minibatch=128="], "minibatch size '128=': '' is not a number from 1"),
         (["--use-gpu=yes"], "--use-gpu yes: learner rank 0 sees no CUDA device"),
     ],
@@ -169,7 +173,8 @@ def test_options_of_train_rnn_are_accepted(toy: Toy, tmp_path: Path) -> None:
         "--trainer.optimization.num-jobs-initial=3", "--trainer.optimization.num-jobs-final=15",
         "--trainer.optimization.shrink-value=0.99", "--feat.online-ivector-dir=", "--cleanup", "true",
     ]  # fmt: skip
-    assert parse(plain + recipe) == parse(plain)
+    steered = dataclasses.replace(parse(plain), stage=-10, num_jobs_initial=3, num_jobs_final=15)
+    assert parse(plain + recipe) == steered
 
 
 @pytest.mark.parametrize("what", ["longer", "shorter", "missing"])

@@ -1,0 +1,67 @@
+"""What of a training is to be done: ``--stage`` skips what an earlier run has done, ``--exit-stage`` stops early.
+
+The numbers are Kaldi's (``steps/nnet3/train_*.py``); an iteration is the stretch between two validations.
+
+    stage           acoustic model              raw network
+    LDA             -3                          -2
+    prior scale     -2                          (none)
+    initial model   -1                          -1
+    iteration i      i                           i
+    combination     number of iterations        the same
+    priors          the same + 1                average output
+
+The stages before these make examples and a network for LDA's statistics; here features are read as they are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kaldi_mpi.learner.options import TrainOptions
+
+_LDA, _LDA_RAW, _PRIOR_SCALE, _INITIAL = -3, -2, -2, -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What is to be done.
+
+    Attributes:
+        lda: estimate lda.mat, where the network has one and no input model is given.
+        prior_scale: write presoftmax_prior_scale.vec.
+        initial: begin with a new model, or the input model; else with that of `first_iteration`.
+        first_iteration, end_iteration: those to train are first_iteration .. end_iteration - 1.
+        combine: the last models, where --trainer.optimization.do-final-combination is on.
+        priors: and final.mdl; of a raw network its average output, where that is asked for.
+        exits: whether the training ends before its last iteration, and nothing comes after.
+    """
+
+    lda: bool
+    prior_scale: bool
+    initial: bool
+    first_iteration: int
+    end_iteration: int
+    combine: bool
+    priors: bool
+    exits: bool
+
+
+def stages_to_do(options: TrainOptions, num_iterations: int) -> Stages:
+    """What `options` leave to do of a training of `num_iterations`.
+
+    As in Kaldi, an exit stage that is no iteration has no effect, and iterations before `stage` are passed over even
+    where the exit stage is among them.
+    """
+    stage, leave, fresh = options.stage, options.exit_stage, options.input_model is None
+    exits = leave is not None and 0 <= leave < num_iterations
+    end = leave if exits and leave is not None else num_iterations
+    return Stages(
+        lda=fresh and stage <= (_LDA_RAW if options.raw else _LDA),
+        prior_scale=fresh and not options.raw and stage <= _PRIOR_SCALE,
+        initial=stage <= _INITIAL,
+        first_iteration=min(max(0, stage), end),
+        end_iteration=end,
+        combine=not exits and options.do_final_combination and stage <= num_iterations,
+        priors=not exits and stage <= num_iterations + 1 and (not options.raw or options.compute_average_posteriors),
+        exits=exits,
+    )
