@@ -80,15 +80,25 @@ class Descriptor:
         )
 
     def normalized(self) -> Descriptor:
-        """The form that Kaldi writes: no Append in an Append or alone, Offset merged and next to the names."""
+        """The form that Kaldi writes.
+
+        No Append in an Append or alone, sums of two terms, Offset merged and next to the names, Scale inside of all
+        that moves in time, numbers in six digits.
+        """
         if not self.op:
             return self
+        if self.op == "Const":
+            return Descriptor("Const", (_digits(self.arguments[0]), self.arguments[1]))
         parts = [part.normalized() if isinstance(part, Descriptor) else part for part in self.arguments]
         if self.op == "Append":
             flat: list[Descriptor | str] = []
             for part in parts:
                 flat.extend(part.arguments if isinstance(part, Descriptor) and part.op == "Append" else [part])
             return Descriptor("Append", tuple(flat)) if len(flat) > 1 else self.children[0].normalized()
+        if self.op == "Sum":
+            return _nested_sum(tuple(part for part in parts if isinstance(part, Descriptor)))
+        if self.op == "Scale" and isinstance(parts[1], Descriptor):
+            return _scaled(float(str(parts[0])), parts[1])
         if self.op == "Offset" and len(parts) == 2 and isinstance(parts[0], Descriptor):
             inner, offset = parts[0], self.integer(1)
             if inner.op in ("Append", "Sum"):
@@ -115,6 +125,27 @@ class Descriptor:
         if any(dim != dims[0] for dim in dims):
             raise DescriptorError(f"terms of different dimensions {dims} in {self}")
         return dims[0]
+
+
+def _digits(number: Descriptor | str) -> str:
+    return f"{float(str(number)):g}"
+
+
+def _nested_sum(terms: tuple[Descriptor, ...]) -> Descriptor:
+    first, *rest = terms
+    return Descriptor("Sum", (first, _nested_sum(tuple(rest)))) if rest else first
+
+
+def _scaled(factor: float, inner: Descriptor) -> Descriptor:
+    """Scale(factor, inner), the factor at the names."""
+    if not inner.op:
+        return Descriptor("Scale", (_digits(str(factor)), inner))
+    if inner.op == "Scale":
+        return _scaled(factor * float(str(inner.arguments[0])), inner.children[0])
+    if inner.op == "Const":
+        return Descriptor("Const", (_digits(str(factor * float(str(inner.arguments[0])))), inner.arguments[1]))
+    scaled = (_scaled(factor, part) if isinstance(part, Descriptor) else part for part in inner.arguments)
+    return Descriptor(inner.op, tuple(scaled))
 
 
 def parse_descriptor(text: str, previous: Sequence[str] | None = None) -> Descriptor:
