@@ -139,7 +139,7 @@ def _nested_sum(terms: tuple[Descriptor, ...]) -> Descriptor:
 def _scaled(factor: float, inner: Descriptor) -> Descriptor:
     """Scale(factor, inner), the factor at the names."""
     if not inner.op:
-        return Descriptor("Scale", (_digits(str(factor)), inner))
+        return inner if factor == 1.0 else Descriptor("Scale", (_digits(str(factor)), inner))
     if inner.op == "Scale":
         return _scaled(factor * float(str(inner.arguments[0])), inner.children[0])
     if inner.op == "Const":

@@ -122,7 +122,7 @@ def test_the_mean_is_conserved_with_random_delays_and_one_learner_100_times_slow
     name: str, size: int, seed: int
 ) -> None:
     """To 1e-6 of the models, through many hundred exchanges between learners at work."""
-    steps = [30, *[2400 // (size - 1)] * (size - 1)]
+    steps = [30, *[3600 // (size - 1)] * (size - 1)]
     models = starting_models(size, 12)
     run = simulation(GOSSIP[name], models, steps)
     delays = np.random.default_rng(seed).uniform(0.1, 3.0, (size, size))
