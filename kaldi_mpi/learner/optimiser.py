@@ -142,7 +142,7 @@ class KaldiSgd:
     def _constrain(self, change: torch.Tensor | None) -> None:
         """(5), on the parameters or on what they become by `change`."""
         for c in self._flat.components:
-            if c.module is None or not c.module.attributes.get("OrthonormalConstraint"):
+            if c.module is None or not c.module.constrained:
                 continue
             if change is None:
                 c.module.constrain()

@@ -120,11 +120,9 @@ def recompute_batch_norm(model: AcousticModel, source: Source, how: Pass) -> Non
     modules = [module for module in model.by_name.values() if isinstance(module, BatchNorm)]
     if not modules:
         return
-    mode = model.mode
-    mode.dropout = mode.batch_statistics = mode.collect = True
-    for batch in how.batches(source):
-        model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
-    mode.test()
+    with model.mode.evaluating(collect=True):
+        for batch in how.batches(source):
+            model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
     for module in modules:
         sums = module.take_sums()
         module.set_sums(torch.from_numpy(how.world.sum_float64(sums.numpy())))
@@ -137,12 +135,11 @@ def mean_posterior(model: AcousticModel, source: Source, how: Pass, max_chunks: 
     As Kaldi's ``compute_average_posterior`` and ``nnet3-am-adjust-priors``: (K,) float64, summing to 1. As there,
     batch-norm takes its means from each minibatch, and dropout is on.
     """
-    model.mode.dropout = model.mode.batch_statistics = True
     total = np.zeros(model.output_dim)
-    for batch in how.batches(source, seed, max_chunks):
-        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
-        total += output[labelled_rows(batch)].double().exp().sum(dim=0).cpu().numpy()
-    model.mode.test()
+    with model.mode.evaluating():
+        for batch in how.batches(source, seed, max_chunks):
+            output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+            total += output[labelled_rows(batch)].double().exp().sum(dim=0).cpu().numpy()
     total = how.world.sum_float64(total)
     # A posterior that underflows everywhere would make a prior of zero and its log infinite.
     total = np.maximum(total / total.sum(), 1e-20)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,15 @@ class Mode:
     def train(self) -> None:
         """As nnet3-train works."""
         self.dropout = self.batch_statistics = self.store = True
+
+    @contextlib.contextmanager
+    def evaluating(self, collect: bool = False) -> Iterator[None]:
+        """For a block, as nnet3-compute-from-egs works: dropout on, batch-norm by minibatch; then test mode."""
+        self.dropout, self.batch_statistics, self.collect = True, True, collect
+        try:
+            yield
+        finally:
+            self.test()
 
     def test(self) -> None:
         """As nnet3-compute works."""

@@ -233,11 +233,6 @@ class AcousticModel(nn.Module):
         for component in self.by_name.values():
             component.use_natural_gradient()
 
-    def learning_rate(self) -> float:
-        """The rate of the model file, before learning-rate-factors."""
-        rates = (c.learning_rate / c.learning_rate_factor for c in self.by_name.values() if c.learning_rate_factor)
-        return next(rates)
-
     def updatable_components(self) -> list[Component]:
         """The trained components, in the model file's order."""
         return [

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kaldi_mpi.models.components import Call
+from kaldi_mpi.models.components import BackpropTruncation, Call
 from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, Node, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
 from kaldi_mpi.models.graph import IVECTOR, Graph
+from kaldi_mpi.models.lstm import LstmSettings
 from kaldi_mpi.models.lstm_group import LstmGroup, recognise
 from kaldi_mpi.models.rows import MISSING, Gather
 from kaldi_mpi.models.times import MOVES, Axis, Mask, Times, defined, moved, offsets_of
@@ -40,8 +41,8 @@ class Expression:
     parts: tuple[Leaf | Expression, ...]
     scale: float = 1.0
     columns: int = 0
-    pieces: tuple[Gather, ...] = ()
     count: int = 0
+    order: Gather | None = None  # of Switch: where each of the parts' rows belongs
 
 
 Source = Leaf | Expression
@@ -69,6 +70,7 @@ class FusedLstm:
     """An LSTM layer computed as one operation; `stride` frames lie between its rows."""
 
     group: LstmGroup
+    settings: LstmSettings
     source: Source
     mask: Source | None
     times: tuple[int, ...]
@@ -211,7 +213,7 @@ class _Maker:
                 return sources[0]
             # Rows are put together part after part; this is where each belongs.
             back = np.argsort(np.concatenate(order), kind="stable")
-            return Expression("Switch", tuple(sources), pieces=(Gather(back),))
+            return Expression("Switch", tuple(sources), order=Gather(back))
         return Expression(op, tuple(self.source(part, at, there) for part in parts))
 
     def leaf(self, name: str, at: Times, there: Mask) -> Leaf:
@@ -279,6 +281,15 @@ class _Maker:
             return None
         self.times[group.value] = times
         mask = None if group.mask is None else self.source(group.mask, times)
-        return FusedLstm(
-            group, self.source(group.inputs, times), mask, tuple(times.tolist()), stride, self.window(times)
+        truncation = self.graph.components[group.truncation]
+        assert isinstance(truncation, BackpropTruncation)
+        settings = LstmSettings(
+            delay=group.delay,
+            scale=truncation.scale,
+            clipping_threshold=truncation.clipping_threshold,
+            zeroing_threshold=truncation.zeroing_threshold,
+            zeroing_interval=truncation.zeroing_interval,
+            recurrence_interval=truncation.recurrence_interval,
         )
+        source = self.source(group.inputs, times)
+        return FusedLstm(group, settings, source, mask, tuple(times.tolist()), stride, self.window(times))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models.components import Affine, BackpropTruncation, Call, ComponentModule, Linear, LstmNonlinearity
+from kaldi_mpi.models.components import Affine, Call, ComponentModule, Linear, LstmNonlinearity
 from kaldi_mpi.models.components.preconditioned import RowTrained
 from kaldi_mpi.models.config import ComponentNode
-from kaldi_mpi.models.lstm import LstmSettings, lstm
+from kaldi_mpi.models.lstm import lstm
 from kaldi_mpi.models.plan import FusedLstm, Leaf, Plan, Recurrence, Source, Step
 
 
@@ -74,7 +74,8 @@ class _Values:
         if source.op == "Scale":
             return parts[0] * source.scale
         if source.op == "Switch":
-            return source.pieces[0](torch.cat(parts))
+            assert source.order is not None
+            return source.order(torch.cat(parts))
         assert source.op == "Sum"
         total = parts[0]
         for part in parts[1:]:
@@ -119,27 +120,18 @@ class _Values:
 
     def fused(self, step: FusedLstm) -> None:
         group, names = step.group, self.components
-        w_all, nonlinearity, truncation = names[group.w_all], names[group.nonlinearity], names[group.truncation]
+        w_all, nonlinearity = names[group.w_all], names[group.nonlinearity]
         projection = names[group.projection] if group.projection else None
         assert isinstance(w_all, Affine | Linear) and isinstance(nonlinearity, LstmNonlinearity)
-        assert isinstance(truncation, BackpropTruncation)
         assert projection is None or isinstance(projection, Affine | Linear)
         x = self.evaluate(step.source)
-        settings = LstmSettings(
-            delay=group.delay,
-            scale=truncation.scale,
-            clipping_threshold=truncation.clipping_threshold,
-            zeroing_threshold=truncation.zeroing_threshold,
-            zeroing_interval=truncation.zeroing_interval,
-            recurrence_interval=truncation.recurrence_interval,
-        )
         begin, end = step.window
         self.whole[group.value] = lstm(
             x,
             w_all.linear,
             w_all.bias if isinstance(w_all, Affine) else w_all.linear.new_zeros(w_all.output_dim),
             nonlinearity.peepholes,
-            settings,
+            step.settings,
             first=step.times[0],
             stride=step.stride,
             # Times of the first and last row with derivatives; none where the window is empty.

@@ -93,7 +93,9 @@ def trained(net: str, name: str, folder: Path, natural_gradient: bool = True) ->
     model.mode.chance = chance
     for module in model.by_name.values():
         module.zero_statistics()
-    rate = FixedRate(model.learning_rate(), model.learning_rate(), NEVER)
+    rates = (c.learning_rate / c.learning_rate_factor for c in model.by_name.values() if c.learning_rate_factor)
+    own = next(rates)
+    rate = FixedRate(own, own, NEVER)
     state = TrainingState(model, flat, KaldiSgd(flat, case["momentum"], case["max_param_change"]), [])
     (folder / "log").mkdir(exist_ok=True)
     low, high = case["min_deriv_time"], case["max_deriv_time_relative"]

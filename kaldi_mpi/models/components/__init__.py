@@ -60,6 +60,9 @@ def make_component(spec: ComponentSpec, init: Initializer) -> ComponentModule:
     if spec.type not in _MAKERS:
         raise spec.place.error(f"component type {spec.type} is not supported yet", spec.name)
     options = Options(spec.options, spec.place)
-    component = _MAKERS[spec.type](options, init)
+    try:
+        component = _MAKERS[spec.type](options, init)
+    except ValueError as error:  # what the component itself says of its settings
+        raise spec.place.error(str(error), spec.name) from None
     options.done(spec.type)
     return component

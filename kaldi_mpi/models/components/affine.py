@@ -109,11 +109,11 @@ def constrain_orthonormal(component: ComponentModule, matrix: Tensor) -> bool:
     Returns:
         whether it was this minibatch's turn.
     """
-    constraint = float(component.attributes.get("OrthonormalConstraint", 0.0))
-    if not constraint or not component.mode.chance.decide_together(
+    if not component.constrained or not component.mode.chance.decide_together(
         component.name, "orthonormal", _CONSTRAINT_PROBABILITY
     ):
         return False
+    constraint = float(component.attributes["OrthonormalConstraint"])
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     product = wide @ wide.t()
     nu = torch.full((), 0.125, dtype=matrix.dtype, device=matrix.device)

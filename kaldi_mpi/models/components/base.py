@@ -126,6 +126,11 @@ class ComponentModule(nn.Module):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Takes back what `training_state` gave."""
 
+    @property
+    def constrained(self) -> bool:
+        """Whether `constrain` can ever change anything."""
+        return bool(self.attributes.get("OrthonormalConstraint", 0.0))
+
     def constrain(self) -> bool:
         """After an update, in place on the parameters: what constraints the component has (orthonormal).
 
@@ -144,8 +149,10 @@ class ComponentModule(nn.Module):
             total.zero_()
 
     def update_statistics(self, factor: float | Tensor, momentum: float) -> None:
-        """Of components whose statistics go through the update (see training.md 1.5): add `factor` times what has been
-        collected, then keep `momentum` times of it."""
+        """Of components whose statistics go through the update with the parameters, as in nnet3-train.
+
+        Add `factor` times what has been collected, then keep `momentum` times of it.
+        """
 
     def take_rates(self, options: Options) -> None:
         self.learning_rate = options.number("learning-rate", 0.001)

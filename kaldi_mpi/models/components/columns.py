@@ -93,25 +93,16 @@ class Pnorm(ComponentModule):
 
 def _permute(options: Options, init: Initializer) -> Permute:
     text = options.text("column-map")
-    try:
-        return Permute([int(part) for part in text.split(",") if part.strip()])
-    except ValueError as error:
-        raise options.place.error(str(error), "column-map") from None
+    return Permute([int(part) for part in text.split(",") if part.strip()])
 
 
 def _product(options: Options, init: Initializer) -> ElementwiseProduct:
-    try:
-        return ElementwiseProduct(options.positive("input-dim"), options.positive("output-dim"))
-    except ValueError as error:
-        raise options.place.error(str(error), "input-dim") from None
+    return ElementwiseProduct(options.positive("input-dim"), options.positive("output-dim"))
 
 
 def _sum_block(options: Options, init: Initializer) -> SumBlock:
     in_, out = options.positive("input-dim"), options.positive("output-dim")
-    try:
-        return SumBlock(in_, out, options.number("scale", 1.0))
-    except ValueError as error:
-        raise options.place.error(str(error), "input-dim") from None
+    return SumBlock(in_, out, options.number("scale", 1.0))
 
 
 def _sum_group(options: Options, init: Initializer) -> SumGroup:
@@ -120,17 +111,11 @@ def _sum_group(options: Options, init: Initializer) -> SumGroup:
     else:
         in_, out = options.positive("input-dim"), options.positive("output-dim")
         sizes = [in_ // out] * out
-    try:
-        return SumGroup(sizes)
-    except ValueError as error:
-        raise options.place.error(str(error), "sizes") from None
+    return SumGroup(sizes)
 
 
 def _pnorm(options: Options, init: Initializer) -> Pnorm:
-    try:
-        return Pnorm(options.positive("input-dim"), options.positive("output-dim"))
-    except ValueError as error:
-        raise options.place.error(str(error), "input-dim") from None
+    return Pnorm(options.positive("input-dim"), options.positive("output-dim"))
 
 
 MAKERS = {

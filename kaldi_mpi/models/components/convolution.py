@@ -268,10 +268,7 @@ def _convolution(options: Options, init: Initializer) -> TimeHeightConvolution:
         linear.zero_()
         at = offsets.index((0, 0)) * filters_in
         linear[:, at : at + filters_in] = torch.eye(filters_in)
-    try:
-        component = TimeHeightConvolution(filters_in, *heights, offsets, required_times, linear, bias)
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    component = TimeHeightConvolution(filters_in, *heights, offsets, required_times, linear, bias)
     component.take_rates(options)
     rank_in, rank_out = options.integer("rank-in", -1), options.integer("rank-out", -1)
     component.attributes = {

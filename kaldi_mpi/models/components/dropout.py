@@ -230,20 +230,14 @@ def _general(options: Options, init: Initializer) -> GeneralDropout:
     p = _proportion(options, 0.5)
     share, regions = options.number("specaugment-max-proportion", 0.0), options.integer("specaugment-max-regions", 1)
     continuous, test = options.flag("continuous", False), options.flag("test-mode", False)
-    try:
-        component = GeneralDropout(dim, block_dim, period, p, share, regions, continuous)
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    component = GeneralDropout(dim, block_dim, period, p, share, regions, continuous)
     component.attributes["TestMode"] = test
     return component
 
 
 def _time_mask(options: Options, init: Initializer) -> SpecAugmentTimeMask:
     dim, share = options.positive("dim"), options.number("zeroed-proportion", 0.25)
-    try:
-        return SpecAugmentTimeMask(dim, share, options.integer("time-mask-max-frames", 10))
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    return SpecAugmentTimeMask(dim, share, options.integer("time-mask-max-frames", 10))
 
 
 def _mask(options: Options, init: Initializer) -> DropoutMask:

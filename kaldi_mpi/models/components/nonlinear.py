@@ -259,10 +259,7 @@ def _stored(cls: type[Stored]) -> Callable[[Options, Initializer], Stored]:
     def make(options: Options, init: Initializer) -> Stored:
         dim = options.positive("dim")
         block_dim = options.integer("block-dim", dim)
-        try:
-            component = cls(dim, block_dim)
-        except ValueError as error:
-            raise options.place.error(str(error), "block-dim") from None
+        component = cls(dim, block_dim)
         component.repair_scale = options.number("self-repair-scale", 0.0)
         if not 0 <= component.repair_scale < _LARGEST_REPAIR:
             raise options.place.error(

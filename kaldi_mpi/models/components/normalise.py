@@ -119,7 +119,7 @@ class BatchNorm(ComponentModule):
         """What has been collected since the last call: rows, sums of x and of x^2, (1 + 2 * block_dim,) float64."""
         sums, rows = self.pending if self.pending is not None else (torch.zeros_like(self.moments), 0)
         self.pending = None
-        return torch.cat([torch.tensor([float(rows)]), sums.double().cpu()]).double()
+        return torch.cat([torch.tensor([rows], dtype=torch.float64), sums.double().cpu()])
 
     def set_sums(self, sums: Tensor) -> None:
         """Take mean, variance and count of such sums; nothing changes if there are no rows."""
@@ -134,19 +134,13 @@ def _normalize(options: Options, init: Initializer) -> Normalize:
     dim = options.integer("dim", -1)
     dim = dim if dim > 0 else options.positive("input-dim")
     block_dim = options.integer("block-dim", dim)
-    try:
-        return Normalize(dim, options.number("target-rms", 1.0), block_dim, options.flag("add-log-stddev", False))
-    except ValueError as error:
-        raise options.place.error(str(error), "block-dim") from None
+    return Normalize(dim, options.number("target-rms", 1.0), block_dim, options.flag("add-log-stddev", False))
 
 
 def _batch_norm(options: Options, init: Initializer) -> BatchNorm:
     dim = options.positive("dim")
     block_dim = options.integer("block-dim", dim)
-    try:
-        component = BatchNorm(dim, block_dim, options.number("epsilon", 1e-3), options.number("target-rms", 1.0))
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    component = BatchNorm(dim, block_dim, options.number("epsilon", 1e-3), options.number("target-rms", 1.0))
     component.attributes["TestMode"] = options.flag("test-mode", False)
     return component
 

@@ -215,10 +215,7 @@ class RestrictedAttention(ComponentModule):
 def _extraction(options: Options, init: Initializer) -> StatisticsExtraction:
     dim = options.positive("input-dim")
     periods = options.integer("input-period", 1), options.integer("output-period", 1)
-    try:
-        return StatisticsExtraction(dim, *periods, options.flag("include-variance", True))
-    except ValueError as error:
-        raise options.place.error(str(error), "output-period") from None
+    return StatisticsExtraction(dim, *periods, options.flag("include-variance", True))
 
 
 def _pooling(options: Options, init: Initializer) -> StatisticsPooling:
@@ -226,10 +223,7 @@ def _pooling(options: Options, init: Initializer) -> StatisticsPooling:
     period, left = options.integer("input-period", 1), options.integer("left-context", -1)
     right, counts = options.integer("right-context", -1), options.integer("num-log-count-features", 0)
     stddevs, floor = options.flag("output-stddevs", False), options.number("variance-floor", 1.0e-10)
-    try:
-        return StatisticsPooling(dim, period, left, right, counts, stddevs, floor)
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    return StatisticsPooling(dim, period, left, right, counts, stddevs, floor)
 
 
 def _attention(options: Options, init: Initializer) -> RestrictedAttention:
@@ -238,10 +232,7 @@ def _attention(options: Options, init: Initializer) -> RestrictedAttention:
     stride = options.integer("time-stride", 1)
     required = options.integer("num-left-inputs-required", -1), options.integer("num-right-inputs-required", -1)
     context, scale = options.flag("output-context", True), options.number("key-scale", -1.0)
-    try:
-        return RestrictedAttention(heads, key, value, left, right, stride, *required, context, scale)
-    except ValueError as error:
-        raise options.place.error(str(error)) from None
+    return RestrictedAttention(heads, key, value, left, right, stride, *required, context, scale)
 
 
 MAKERS = {

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kaldi_mpi.models.components.columns import ElementwiseProduct, Permute, Pnorm, SumBlock, SumGroup
-from kaldi_mpi.nnet3.components.fields import Field, Kind, Values
+from kaldi_mpi.nnet3.components.fields import Field, settings
 
 _DIMS = (Field("InputDim", "i"), Field("OutputDim", "i"))
 
 
-def _of_dims(cls: type[Any]) -> Kind:
-    return Kind(
-        _DIMS,
-        lambda values: cls(values.pop("InputDim"), values.pop("OutputDim")),
-        lambda module: {"InputDim": module.input_dim, "OutputDim": module.output_dim},
-    )
-
-
-def _sum_block(values: Values) -> SumBlock:
-    return SumBlock(values.pop("InputDim"), values.pop("OutputDim"), values.pop("Scale"))
-
+_NAMES = {"InputDim": "input_dim", "OutputDim": "output_dim"}
 
 KINDS = {
-    Permute.kind: Kind(
-        (Field("ColumnMap", "ints"),),
-        lambda values: Permute(values.pop("ColumnMap")),
-        lambda module: {"ColumnMap": module.column_map},
-    ),
-    ElementwiseProduct.kind: _of_dims(ElementwiseProduct),
-    Pnorm.kind: _of_dims(Pnorm),
-    SumBlock.kind: Kind(
-        (*_DIMS, Field("Scale", "f")),
-        _sum_block,
-        lambda module: {"InputDim": module.input_dim, "OutputDim": module.output_dim, "Scale": module.scale},
-    ),
-    SumGroup.kind: Kind(
-        (Field("Sizes", "ints"),),
-        lambda values: SumGroup(values.pop("Sizes")),
-        lambda module: {"Sizes": module.sizes},
-    ),
+    Permute.kind: settings(Permute, (Field("ColumnMap", "ints"),), {"ColumnMap": "column_map"}),
+    ElementwiseProduct.kind: settings(ElementwiseProduct, _DIMS, _NAMES),
+    Pnorm.kind: settings(Pnorm, _DIMS, _NAMES),
+    SumBlock.kind: settings(SumBlock, (*_DIMS, Field("Scale", "f")), {**_NAMES, "Scale": "scale"}),
+    SumGroup.kind: settings(SumGroup, (Field("Sizes", "ints"),), {"Sizes": "sizes"}),
 }

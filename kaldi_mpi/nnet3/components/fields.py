@@ -6,10 +6,11 @@ Source: the Read and Write functions of Kaldi's components (commit f4007661).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +69,40 @@ class Kind:
     to_file: Callable[[Any], Values]
 
 
+def settings(cls: Callable[..., ComponentModule], fields: tuple[Field, ...], names: Mapping[str, str]) -> Kind:
+    """A kind of which the file has what the module is made with.
+
+    Args:
+        fields: all, in the file's order.
+        names: of those that are arguments, by token and in the arguments' order, the module's attribute; other fields
+            are carried along.
+    """
+
+    def to_torch(values: Values) -> ComponentModule:
+        return cls(*(values.pop(token) for token in names))
+
+    def to_file(module: Any) -> Values:
+        return {token: getattr(module, name) for token, name in names.items()}
+
+    return Kind(fields, to_torch, to_file)
+
+
 def tensor(values: Values, token: str, dims: int) -> Tensor:
     """Take a matrix or vector that must not be empty."""
     array: FloatArray = values.pop(token)
     if array.ndim != dims or not array.size:
         raise ValueError(f"<{token}> has shape {array.shape}")
     return torch.from_numpy(array.copy())
+
+
+def sums(average: FloatArray, count: float) -> Tensor:
+    """The sums of which a file has the `average` over `count` rows, float64."""
+    return torch.from_numpy(average.astype(np.float64) * count)
+
+
+def mean(total: Tensor, count: Tensor) -> FloatArray:
+    """The average that a file has of such sums; of no rows, the sums themselves."""
+    return array(total / count if count.item() else total)
 
 
 def array(value: Tensor) -> FloatArray:

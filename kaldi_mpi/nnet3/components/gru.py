@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from kaldi_mpi.models.components.gru import GruNonlinearity, OutputGruNonlinearity, TanhStatistics
-from kaldi_mpi.nnet3.components.fields import COMMON, Field, Kind, Values, array, tensor
+from kaldi_mpi.nnet3.components.fields import COMMON, Field, Kind, Values, array, mean, sums, tensor
 
 
 def _take_statistics(module: TanhStatistics, values: Values) -> None:
@@ -15,17 +12,16 @@ def _take_statistics(module: TanhStatistics, values: Values) -> None:
         average = values.pop(token)
         if average.shape != total.shape:
             raise ValueError(f"<{token}> has shape {average.shape}")
-        total.copy_(torch.from_numpy(average.astype(np.float64)) * count)
+        total.copy_(sums(average, count))
     module.count.fill_(count)
 
 
 def _statistics(module: TanhStatistics) -> Values:
-    count = module.count.item()
     return {
         "CellDim": module.cell_dim,
-        "ValueAvg": array(module.value_sum / count if count else module.value_sum),
-        "DerivAvg": array(module.deriv_sum / count if count else module.deriv_sum),
-        "Count": count,
+        "ValueAvg": mean(module.value_sum, module.count),
+        "DerivAvg": mean(module.deriv_sum, module.count),
+        "Count": module.count.item(),
     }
 
 

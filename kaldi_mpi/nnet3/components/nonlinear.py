@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from kaldi_mpi.formats.tokens import FloatArray
 from kaldi_mpi.models.components import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
 from kaldi_mpi.models.components.nonlinear import Stored
-from kaldi_mpi.nnet3.components.fields import Field, Kind, Values, array, optional
+from kaldi_mpi.nnet3.components.fields import Field, Kind, Values, mean, optional, sums
 
 _NONLINEAR = (
     Field("Dim", "i"),
@@ -40,7 +37,7 @@ def _make(cls: type[Stored]) -> Callable[[Values], Stored]:
         averages = (("value_sum", values.pop("ValueAvg"), count), ("deriv_sum", values.pop("DerivAvg"), count),
                     ("oderiv_sum", squares, oderiv_count))  # fmt: skip
         for name, average, rows in averages:
-            setattr(module, name, torch.from_numpy(average.astype(np.float64) * rows))
+            setattr(module, name, sums(average, rows))
         module.count.fill_(count)
         module.oderiv_count.fill_(oderiv_count)
         module.repair_scale = values.pop("SelfRepairScale", 0.0)
@@ -51,21 +48,16 @@ def _make(cls: type[Stored]) -> Callable[[Values], Stored]:
     return make
 
 
-def _mean(total: Tensor, count: float) -> FloatArray:
-    return array(total / count if count else total)
-
-
 def _values(module: Stored) -> Values:
-    count, oderiv_count = module.count.item(), module.oderiv_count.item()
     values: Values = {"NumDimsSelfRepaired": 0.0, "NumDimsProcessed": 0.0, **module.attributes}
     values |= {
         "Dim": module.input_dim,
         "BlockDim": None if module.block_dim == module.input_dim else module.block_dim,
-        "ValueAvg": _mean(module.value_sum, count),
-        "DerivAvg": _mean(module.deriv_sum, count),
-        "Count": count,
-        "OderivRms": np.sqrt(_mean(module.oderiv_sum, oderiv_count)),
-        "OderivCount": oderiv_count,
+        "ValueAvg": mean(module.value_sum, module.count),
+        "DerivAvg": mean(module.deriv_sum, module.count),
+        "Count": module.count.item(),
+        "OderivRms": np.sqrt(mean(module.oderiv_sum, module.oderiv_count)),
+        "OderivCount": module.oderiv_count.item(),
         "SelfRepairScale": module.repair_scale,
     }
     return values | {token: getattr(module, name) for token, name in _THRESHOLDS.items()}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from kaldi_mpi.models.components.pooling import RestrictedAttention, StatisticsExtraction, StatisticsPooling
-from kaldi_mpi.nnet3.components.fields import Field, Kind, Values
+from kaldi_mpi.nnet3.components.fields import Field, settings
 
 _EXTRACTION = {
     "InputDim": "input_dim",
@@ -38,24 +37,21 @@ _ATTENTION = {
 _KINDS = {"IncludeVarinance": "b", "OutputStddevs": "b", "OutputContext": "b", "VarianceFloor": "f", "KeyScale": "f"}
 
 
-def _kind(cls: type[Any], names: Mapping[str, str], *more: Field) -> Kind:
-    def make(values: Values) -> Any:
-        return cls(**{name: values.pop(token) for token, name in names.items()})
-
-    def values_of(module: Any) -> Values:
-        return {token: getattr(module, name) for token, name in names.items()}
-
-    return Kind((*(Field(token, _KINDS.get(token, "i")) for token in names), *more), make, values_of)
+def _fields(names: Mapping[str, str]) -> tuple[Field, ...]:
+    return tuple(Field(token, _KINDS.get(token, "i")) for token in names)
 
 
 KINDS = {
-    StatisticsExtraction.kind: _kind(StatisticsExtraction, _EXTRACTION),
-    StatisticsPooling.kind: _kind(StatisticsPooling, _POOLING),
-    RestrictedAttention.kind: _kind(
+    StatisticsExtraction.kind: settings(StatisticsExtraction, _fields(_EXTRACTION), _EXTRACTION),
+    StatisticsPooling.kind: settings(StatisticsPooling, _fields(_POOLING), _POOLING),
+    RestrictedAttention.kind: settings(
         RestrictedAttention,
+        (
+            *_fields(_ATTENTION),
+            Field("StatsCount", "d"),
+            Field("EntropyStats", "double vector"),
+            Field("PosteriorStats", "double matrix"),
+        ),
         _ATTENTION,
-        Field("StatsCount", "d"),
-        Field("EntropyStats", "double vector"),
-        Field("PosteriorStats", "double matrix"),
     ),
 }

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from kaldi_mpi.models.components import BackpropTruncation, LstmNonlinearity
-from kaldi_mpi.nnet3.components.fields import COMMON, Field, Kind, Values, array, optional, tensor
-
-_TRUNCATION = {
-    "Scale": "scale",
-    "ClippingThreshold": "clipping_threshold",
-    "ZeroingThreshold": "zeroing_threshold",
-    "ZeroingInterval": "zeroing_interval",
-    "RecurrenceInterval": "recurrence_interval",
-}
+from kaldi_mpi.nnet3.components.fields import COMMON, Field, Kind, Values, array, mean, optional, settings, sums, tensor
 
 
 def _lstm_nonlinearity(values: Values) -> LstmNonlinearity:
@@ -26,34 +17,21 @@ def _lstm_nonlinearity(values: Values) -> LstmNonlinearity:
     for token, total in (("ValueAvg", module.value_sum), ("DerivAvg", module.deriv_sum)):
         average = values.pop(token)
         if average.size:
-            total.copy_(torch.from_numpy(average.astype(np.float64)) * count)
+            total.copy_(sums(average, count))
     module.count.fill_(count)
     return module
 
 
-def _truncation(values: Values) -> BackpropTruncation:
-    settings = {name: values.pop(token) for token, name in _TRUNCATION.items()}
-    return BackpropTruncation(values.pop("Dim"), **settings)
-
-
 def _lstm_values(module: LstmNonlinearity) -> Values:
-    count = module.count.item()
-    averages = {
-        token: (total / count if count else total).to("cpu", torch.float32).numpy().copy()
-        for token, total in (("ValueAvg", module.value_sum), ("DerivAvg", module.deriv_sum))
-    }
     return {
         "SelfRepairProb": np.zeros(5, dtype=np.float32),
         **module.attributes,
-        **averages,
+        "ValueAvg": mean(module.value_sum, module.count),
+        "DerivAvg": mean(module.deriv_sum, module.count),
         "Params": array(module.peepholes),
         "UseDropout": module.use_dropout,
-        "Count": count,
+        "Count": module.count.item(),
     }
-
-
-def _truncation_values(module: BackpropTruncation) -> Values:
-    return {"Dim": module.input_dim, **{token: getattr(module, name) for token, name in _TRUNCATION.items()}}
 
 
 KINDS = {
@@ -71,7 +49,8 @@ KINDS = {
         _lstm_nonlinearity,
         _lstm_values,
     ),
-    BackpropTruncation.kind: Kind(
+    BackpropTruncation.kind: settings(
+        BackpropTruncation,
         (
             Field("Dim", "i"),
             Field("Scale", "f"),
@@ -84,7 +63,13 @@ KINDS = {
             Field("NumElementsProcessed", "d"),
             Field("NumZeroingBoundaries", "d"),
         ),
-        _truncation,
-        _truncation_values,
+        {
+            "Dim": "input_dim",
+            "Scale": "scale",
+            "ClippingThreshold": "clipping_threshold",
+            "ZeroingThreshold": "zeroing_threshold",
+            "ZeroingInterval": "zeroing_interval",
+            "RecurrenceInterval": "recurrence_interval",
+        },
     ),
 }
