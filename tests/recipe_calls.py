@@ -1,31 +1,26 @@
 """All calls of Kaldi's four training programs in the recipes of a real Kaldi, as the recipes' shell would make them.
 
-A script is not run: its assignments up to the call are, in their order, in a shell that can do nothing else; then the
-shell takes the call apart. Variables that nothing is put into get a value that suits the option.
+The shell that knows a script's assignments takes the call apart. Variables that nothing is put into get a value that
+suits the option.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.paths import kaldi_root
+from tests.recipe_scripts import evaluated, scripts
 
 _CALL = re.compile(r"steps/nnet3/train_(raw_)?(rnn|dnn)\.py\s")
-_ASSIGNMENT = re.compile(r"^\s*(?:local\s+|export\s+)?([A-Za-z_]\w*)=")
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "SHELLOPTS", "BASH_ENV", "IFS")
-# `exit` must not end the shell.
-_STUBS = "exit() { :; }\ntree-info() { echo num-pdfs 120; }\nfeat-to-dim() { echo 40; }\n"
+_STUBS = "tree-info() { echo num-pdfs 120; }"
 _WORDS = ("dir", "scp", "cmd", "opts", "email", "lang", "model", "schedule")  # options whose values are no numbers
 
 
@@ -40,24 +35,16 @@ class RecipeCall:
 
 @functools.lru_cache(maxsize=1)
 def recipe_calls() -> list[RecipeCall]:
-    """Every call in the recipes' scripts; a script that is linked or copied counts once."""
-    egs, found, seen = kaldi_root() / "egs", [], set()
-    for folder, _, files in os.walk(egs, followlinks=False):
-        for name in sorted(files):
-            path = Path(folder) / name
-            if path.suffix != ".sh" or path.is_symlink() or path.resolve() in seen:
+    """Every call in the recipes' scripts."""
+    found = []
+    for script, text in scripts():
+        source = text.replace("\\\n", " ")
+        for match in _CALL.finditer(source):
+            line = source[source.rfind("\n", 0, match.start()) + 1 : match.start()]
+            if line.lstrip().startswith(("#", "echo")):
                 continue
-            seen.add(path.resolve())
-            source = path.read_text(encoding="utf-8", errors="replace")
-            source = source.replace("\\\n", " ")
-            for match in _CALL.finditer(source):
-                line = source[source.rfind("\n", 0, match.start()) + 1 : match.start()]
-                if line.lstrip().startswith(("#", "echo")):
-                    continue
-                program = ("raw-" if match[1] else "") + match[2]
-                text = _command(source[match.end() :])
-                arguments = _evaluated(source[: match.start()], text)
-                found.append(RecipeCall(str(path.relative_to(egs)), program, arguments))
+            program = ("raw-" if match[1] else "") + match[2]
+            found.append(RecipeCall(script, program, _arguments(source[: match.start()], source[match.end() :])))
     return sorted(found, key=lambda call: (call.script, call.arguments))
 
 
@@ -74,22 +61,12 @@ def _command(rest: str) -> str:
     return rest
 
 
-def _evaluated(before: str, text: str) -> tuple[str, ...]:
-    lines = []
-    for line in before.splitlines():
-        name = _ASSIGNMENT.match(line)
-        if name is None or name[1] in _KEPT or line.count("'") % 2 or line.count('"') % 2 or line.endswith(("(", "|")):
-            continue
-        lines.append(f"eval {shlex.quote(line.strip().removeprefix('local '))} 2>/dev/null")
+def _arguments(before: str, rest: str) -> tuple[str, ...]:
+    """The words of the call that `rest` begins with."""
+    text = _command(rest)
     # What the shell would find empty takes the next option for its value, or is no number.
-    lines += [f': "${{{name}:={value}}}"' for name, value in _plausible(text)]
-    script = "\n".join([_STUBS, "dir=exp/x", *lines, f"printf '%s\\0' {text}"])
-    done = subprocess.run(
-        ["bash", "-c", script],
-        capture_output=True, text=True, timeout=20, check=False, cwd="/", stdin=subprocess.DEVNULL,
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
-    )  # fmt: skip
-    return tuple(done.stdout.split("\0")[:-1])
+    more = [f': "${{{name}:={value}}}"' for name, value in _plausible(text)]
+    return tuple(evaluated(before, f"printf '%s\\0' {text}", [_STUBS, "dir=exp/x"], more).split("\0")[:-1])
 
 
 def _plausible(text: str) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models import xconfig_feedforward as feedforward
 from kaldi_mpi.models.config import Config, InputNode, Node, Options, OutputNode, Place, parse_config, split_options
-from kaldi_mpi.models.contexts import computable_in_order, contexts
+from kaldi_mpi.models.contexts import contexts
 from kaldi_mpi.models.descriptor import parse_descriptor
 from kaldi_mpi.models.xconfig_line import Layer, Line
 
@@ -78,7 +77,7 @@ def _check_contexts(lda_input: str, config: Config, label_delay: int, place: Pla
     inputs = [node for node in config.nodes if isinstance(node, InputNode)]
     try:
         lda: list[Node] = [*inputs, OutputNode("output", parse_descriptor(lda_input))]
-        part, whole = (contexts(partial(computable_in_order, nodes)) for nodes in (lda, config.nodes))
+        part, whole = contexts(lda), contexts(config.nodes)
     except KeyError:
         return  # no output, or another input than the network's: told where the network is built
     if part[0] > whole[0] or part[1] > whole[1]:

@@ -26,8 +26,7 @@ from tests.recipe_networks import RecipeNetwork, recipe_networks
 
 pytestmark = [pytest.mark.kaldi, pytest.mark.timeout(1500)]
 
-# Refused by Kaldi's own parser at this commit: options that are gone, or layers that only a second model has.
-PARTS = 8
+PARTS = 8  # so that a part stays within a test's time
 
 
 @pytest.fixture(scope="module")

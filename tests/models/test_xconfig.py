@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.models import parse_xconfig, parse_xconfig_text
-from kaldi_mpi.models.contexts import computable_in_order, contexts
+from kaldi_mpi.models.contexts import contexts
 from kaldi_mpi.models.descriptor import DescriptorError, parse_descriptor
 from tests.paths import REPO, kaldi_root
 
@@ -178,7 +177,7 @@ def test_contexts_are_the_models() -> None:
     for text in texts:
         config = parse_xconfig_text(INPUT + text)
         model = build_model(config, seed=0)
-        assert contexts(partial(computable_in_order, config.nodes)) == (model.left_context, model.right_context)
+        assert contexts(config.nodes) == (model.left_context, model.right_context)
 
 
 def recipes_xconfig(folder: Path) -> Path:
