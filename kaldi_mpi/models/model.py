@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.models.chance import Mode
 from kaldi_mpi.models.components import ComponentModule, FixedAffine, Initializer, make_component, split_transform
+from kaldi_mpi.models.computation import Compiler, Computation
 from kaldi_mpi.models.config import ComponentNode, Config, InputNode, OutputNode
 from kaldi_mpi.models.graph import IVECTOR, Graph
-from kaldi_mpi.models.plan import Plan, Planner
-from kaldi_mpi.models.run import run_plan
+from kaldi_mpi.models.run import run_computation
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AcousticModel(nn.Module):
         for name, component in components.items():
             component.name, component.mode = name, self.mode
         self.graph = Graph(config, self.by_name)
-        self.planner = Planner(self.graph)
+        self.compiler = Compiler(self.graph)
         self.outputs = [node.name for node in config.nodes if isinstance(node, OutputNode)]
         all_inputs = [node for node in config.nodes if isinstance(node, InputNode)]
         inputs = [node for node in all_inputs if node.name != IVECTOR]
@@ -83,7 +83,7 @@ class AcousticModel(nn.Module):
         self.main_output = "output" if "output" in self.outputs else self.outputs[0]
         self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim(self.main_output)
         self.left_context, self.right_context = self.graph.contexts(self.outputs)
-        self._plan = functools.lru_cache(maxsize=256)(self._make_plan)
+        self._computation = functools.lru_cache(maxsize=256)(self._compile)
 
     def train(self, mode: bool = True) -> AcousticModel:
         """Work as nnet3-train does; with False as nnet3-compute does."""
@@ -140,8 +140,8 @@ class AcousticModel(nn.Module):
         """
         self._check_shapes(feats, ivectors)
         asked = tuple((name, tuple(times)) for name, times in wanted.items())
-        plan = self._plan(asked, (first, first + feats.shape[1] - 1), deriv, None)
-        values = run_plan(self.by_name, plan, self._inputs(feats, ivectors))
+        computation = self._computation(asked, (first, first + feats.shape[1] - 1), deriv, None)
+        values = run_computation(self.by_name, computation, self._inputs(feats, ivectors))
         return {name: values[name].transpose(0, 1) for name in wanted}
 
     def whole_utterance(self, feats: Tensor, ivector: Tensor | None = None) -> Tensor:
@@ -191,9 +191,9 @@ class AcousticModel(nn.Module):
         node = self._node_of(component).name
         self._check_shapes(feats, ivectors)
         asked = ((node, tuple(range(num_out))),)
-        plan = self._plan(asked, (first, first + feats.shape[1] - 1), (None, None), node)
+        computation = self._computation(asked, (first, first + feats.shape[1] - 1), (None, None), node)
         with torch.no_grad():
-            return run_plan(self.by_name, plan, self._inputs(feats, ivectors), node)[node].transpose(0, 1)
+            return run_computation(self.by_name, computation, self._inputs(feats, ivectors), node)[node].transpose(0, 1)
 
     def _node_of(self, component: str) -> ComponentNode:
         for node in self.config.nodes:
@@ -261,14 +261,14 @@ class AcousticModel(nn.Module):
             have = "none" if ivectors is None else f"{tuple(ivectors.shape)}"
             raise ValueError(f"i-vectors: {have} given, {wanted or 'none'} expected")
 
-    def _make_plan(
+    def _compile(
         self,
         wanted: tuple[tuple[str, tuple[int, ...]], ...],
         given: tuple[int, int],
         deriv: tuple[int | None, int | None],
         only_input: str | None,
-    ) -> Plan:
-        return self.planner.plan(dict(wanted), given, deriv, only_input)
+    ) -> Computation:
+        return self.compiler.compile(dict(wanted), given, deriv, only_input)
 
 
 def missing_transforms(config: Config) -> list[tuple[str, str]]:

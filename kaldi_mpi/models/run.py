@@ -1,4 +1,4 @@
-"""Runs a plan: values of all nodes, forward, in a way that autograd can run backward."""
+"""Runs a computation: values of all nodes, forward, in a way that autograd can run backward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kaldi_mpi.models.components import Affine, Call, ComponentModule, Linear, LstmNonlinearity
 from kaldi_mpi.models.components.preconditioned import RowTrained
+from kaldi_mpi.models.computation import Computation, FusedLstm, Leaf, Recurrence, Source, Step
 from kaldi_mpi.models.config import ComponentNode
 from kaldi_mpi.models.lstm import lstm
-from kaldi_mpi.models.plan import FusedLstm, Leaf, Plan, Recurrence, Source, Step
 
 
 class _WithinWindow(torch.autograd.Function):
@@ -175,13 +175,13 @@ def _keep(module: ComponentModule, x: Tensor, derivative: Tensor) -> bool:
     return True
 
 
-def run_plan(
+def run_computation(
     components: Mapping[str, ComponentModule],
-    plan: Plan,
+    computation: Computation,
     inputs: Mapping[str, Tensor],
     only_input: str | None = None,
 ) -> dict[str, Tensor]:
-    """Values of the nodes that the plan computes: (rows, B, columns) by name.
+    """Values of the nodes of a computation: (rows, B, columns) by name.
 
     Args:
         components: by name.
@@ -191,7 +191,7 @@ def run_plan(
     like = next(iter(inputs.values()))
     values = _Values(components, like, like.shape[1])
     values.whole.update(inputs)
-    for step in plan.steps:
+    for step in computation.steps:
         if isinstance(step, Recurrence):
             values.recurrence(step)
         elif isinstance(step, FusedLstm):

@@ -206,8 +206,8 @@ def test_derivative_range_of_a_feed_forward_network() -> None:
 
 def frames_of(model: AcousticModel, given: tuple[int, int], wanted: Sequence[int]) -> dict[str, tuple[int, int]]:
     """First and last frame of each node that is computed for the output's frames `wanted`."""
-    plan = model.planner.plan({"output": wanted}, given)
-    return {name: (times[0], times[-1]) for name, times in plan.times.items()}
+    computation = model.compiler.compile({"output": wanted}, given)
+    return {name: (times[0], times[-1]) for name, times in computation.times.items()}
 
 
 def test_only_needed_nodes_and_frames() -> None:
@@ -229,7 +229,7 @@ def test_frames_that_lie_apart() -> None:
     )
     model = model_of(text)
     assert (model.left_context, model.right_context) == (6, 6)
-    times = model.planner.plan({"output": [0]}, (-6, 6)).times
+    times = model.compiler.compile({"output": [0]}, (-6, 6)).times
     assert times["b.tanh"] == (0,) and times["a.tanh"] == (-3, 0, 3)
     x = torch.randn(2, 16, 4)
     whole = model(x, -6, 4)
@@ -355,8 +355,8 @@ def test_step_by_step_is_the_fused_layer(layer: str) -> None:
     """Values and gradients of the general recurrence, and of the one operation for LSTM layers."""
     text = f"input dim=3 name=input\n{layer}\noutput-layer name=output dim=4 param-stddev=0.3"
     fused, general = model_of(text).double(), model_of(text).double()
-    general.planner.groups = dict.fromkeys(general.planner.groups)
-    assert any(fused.planner.groups.values())
+    general.compiler.groups = dict.fromkeys(general.compiler.groups)
+    assert any(fused.compiler.groups.values())
     x = torch.randn(3, 12, 3, dtype=torch.float64)
     found = []
     for model in (fused, general):
@@ -379,7 +379,7 @@ def test_the_cell_can_be_used_outside() -> None:
         for s in config.components
     ]
     model, plain = build_model(config_of(*specs, *lines), seed=0), build_model(config, seed=0)
-    assert not any(model.planner.groups.values()) and any(plain.planner.groups.values())
+    assert not any(model.compiler.groups.values()) and any(plain.compiler.groups.values())
     x = torch.randn(2, 5, 3)
     cell, m = model.node_input("output.affine", x, 0, 5), plain.node_input("output.affine", x, 0, 5)
     # m = o tanh(c) with 0 < o < 1.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kaldi_mpi.formats.tokens import FloatArray
@@ -95,7 +96,7 @@ def tensor(values: Values, token: str, dims: int) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def sums(average: FloatArray, count: float) -> Tensor:
+def sums(average: NDArray[Any], count: float) -> Tensor:
     """The sums of which a file has the `average` over `count` rows, float64."""
     return torch.from_numpy(average.astype(np.float64) * count)
 

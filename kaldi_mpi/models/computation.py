@@ -1,7 +1,8 @@
 """What a request makes a network compute: the rows of every node and where each input row is found.
 
-A plan depends on shapes alone (which input frames there are, which outputs are wanted, where derivatives end), so it is
-made once for each shape of minibatch; running it takes no decisions and never looks at a value.
+A computation (nnet3's name for it too) depends on shapes alone: which input frames there are, which outputs are wanted,
+where derivatives end. So it is made once for each shape of minibatch; running it takes no decisions and looks at no
+value.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class FusedLstm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The steps of a request, in order, and where the wanted rows are.
+class Computation:
+    """The steps of a request, in order.
 
     Attributes:
         times: of each node that is computed, or given.
@@ -90,8 +91,8 @@ class Plan:
     times: Mapping[str, tuple[int, ...]]
 
 
-class Planner:
-    """Makes the plans of one network."""
+class Compiler:
+    """Makes the computations of one network."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -99,14 +100,14 @@ class Planner:
             unit: recognise(graph, unit) for unit in graph.units if isinstance(unit, frozenset)
         }
 
-    def plan(
+    def compile(
         self,
         wanted: Mapping[str, Sequence[int]],
         given: tuple[int, int],
         deriv: tuple[int | None, int | None] = (None, None),
         only_input: str | None = None,
-    ) -> Plan:
-        """The plan for frames `wanted` of some nodes.
+    ) -> Computation:
+        """The computation of frames `wanted` of some nodes.
 
         Args:
             given: first and last time of the input of frames; an i-vector has time 0.
@@ -132,20 +133,20 @@ class Planner:
                     f"{min(asked)} to {max(asked)} are asked for"
                 )
         needed = graph.needed(axis, {name: axis.mask(asked) for name, asked in wanted.items()}, able)
-        return _Maker(self, axis, able, needed, deriv, given).plan(only_input)
+        return _Maker(self, axis, able, needed, deriv, given).compile(only_input)
 
 
 class _Maker:
     def __init__(
         self,
-        planner: Planner,
+        compiler: Compiler,
         axis: Axis,
         able: Mapping[str, Mask],
         needed: Mapping[str, Mask],
         deriv: tuple[int | None, int | None],
         given: tuple[int, int],
     ) -> None:
-        self.planner, self.graph, self.axis, self.able, self.deriv = planner, planner.graph, axis, able, deriv
+        self.compiler, self.graph, self.axis, self.able, self.deriv = compiler, compiler.graph, axis, able, deriv
         self.times: dict[str, Times] = {name: axis.of(mask) for name, mask in needed.items()}
         for node in self.graph.nodes.values():
             if isinstance(node, InputNode) and node.name in self.times:
@@ -153,7 +154,7 @@ class _Maker:
                 every = np.array([0]) if node.name == IVECTOR else np.arange(given[0], given[1] + 1)
                 self.times[node.name] = every
 
-    def plan(self, only_input: str | None) -> Plan:
+    def compile(self, only_input: str | None) -> Computation:
         steps: list[Step | Recurrence | FusedLstm] = []
         for unit in self.graph.units:
             if isinstance(unit, frozenset):
@@ -162,7 +163,7 @@ class _Maker:
             elif unit.name in self.times and not isinstance(unit, InputNode):
                 bare = unit.name == only_input
                 steps.append(self.step(unit, self.times[unit.name], bare))
-        return Plan(tuple(steps), {name: tuple(times.tolist()) for name, times in self.times.items()})
+        return Computation(tuple(steps), {name: tuple(times.tolist()) for name, times in self.times.items()})
 
     def window(self, times: Times) -> tuple[int, int]:
         """Rows [begin, end) of those at `times` that get derivatives."""
@@ -228,7 +229,7 @@ class _Maker:
     # Recurrences
 
     def recurrence(self, unit: frozenset[str]) -> Recurrence | FusedLstm:
-        group = self.planner.groups[unit]
+        group = self.compiler.groups[unit]
         if group is not None:
             fused = self.fused(group)
             if fused is not None:
