@@ -55,6 +55,9 @@ class Toy:
             "--trainer.samples-per-iter=60",
             "--trainer.optimization.initial-effective-lrate=0.03",
             "--trainer.optimization.final-effective-lrate=0.01",
+            # What comes out is then what the steps have made.
+            "--trainer.optimization.do-final-combination=false",
+            "--trainer.optimization.shrink-value=1.0",
             *more,
         ]
 

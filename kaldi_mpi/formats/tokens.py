@@ -304,6 +304,15 @@ def read_matrix(path: str | os.PathLike[str]) -> FloatArray:
     return Reader(path).matrix()
 
 
+def read_vector(path: str | os.PathLike[str]) -> FloatArray:
+    """A vector from a file of its own, for example presoftmax_prior_scale.vec.
+
+    Raises:
+        DataError: names the file and the byte offset.
+    """
+    return Reader(path).vector()
+
+
 def write_matrix(path: str | os.PathLike[str], matrix: NDArray[Any], binary: bool = True) -> None:
     """Write a matrix to a file of its own, for example lda.mat."""
     with atomic_write(path) as stream:

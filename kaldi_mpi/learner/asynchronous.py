@@ -103,7 +103,12 @@ class AsynchronousPhase:
                     self._connect()
                 for first, end in self._segments():
                     self._segment(first, end)
-                    yield from self._meet(end)
+                    try:
+                        yield from self._meet(end)
+                    except GeneratorExit:  # all learners have met, and leave here
+                        if self._leads:
+                            self._disconnect()
+                        raise
                 if self._leads:
                     self._disconnect()
             finally:
@@ -112,7 +117,7 @@ class AsynchronousPhase:
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
         flat, strategy, messages = self._state.flat, self._strategy, self._peers.messages
-        is_new = self._state.step == self._phase.first_step
+        is_new = self._state.step in (self._phase.first_step, self._state.begun_at)
         if self._phase.dedicated_server:
             command_server(self._peers, True, "start", self._phase.number, is_new, flat.to_numpy())
         on_gpu = flat.values.device.type == "cuda"
@@ -199,9 +204,11 @@ class AsynchronousPhase:
     def _train_on(self, batch: Batch, ticket: int) -> None:
         """One step of this learner, or of its super-learner."""
         began = time.monotonic()
-        if self._iterations_begun:
-            self._log.end_iteration(self._iterations_begun.pop(0) - 1)
         frames = round(self._dataset.train.total_frames * self._map.epochs(ticket))
+        if self._iterations_begun:
+            iteration = self._iterations_begun.pop(0)
+            self._log.end_iteration(iteration - 1)
+            self._learner.begin_iteration(iteration, frames)
         self._learner.compute(batch, frames)
         self._learner.change(frames, self._reader.plan.chunks_of_step(ticket), self._change)
         values = self._state.flat.values

@@ -39,7 +39,8 @@ def fingerprint(options: TrainOptions, size: int) -> str:
     """A digest of all that decides how a training goes: options, network, number of ranks."""
     fields = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
     fields["data"] = {k: v for k, v in fields["data"].items() if k not in _FREE}
-    text = json.dumps([fields, Path(options.xconfig).read_text(encoding="utf-8"), size], sort_keys=True)
+    network = Path(options.input_model or options.xconfig).read_bytes()
+    text = json.dumps([fields, hashlib.sha256(network).hexdigest(), size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -40,6 +40,7 @@ _UNSHUFFLED_MEMORY = 16 * 2**20
 
 # What get_egs.sh sets aside for nnet3-compute-prob: of held-out utterances, and of the training's.
 DIAGNOSTIC_EGS = ("valid_diagnostic.egs", "train_diagnostic.egs")
+COMBINE_EGS = "combine.egs"  # and for nnet3-combine
 
 
 class Context(NamedTuple):
@@ -55,6 +56,8 @@ class Dataset:
 
     Attributes:
         train: trained on; valid: held out; diagnostic: some of `train`, to compare with `valid`.
+        combination: some of `train`, by which the final combination chooses: get_egs.sh's combine.egs, of the same
+            utterances as `diagnostic`, which it is where there is no such file.
         chunking: how features are cut; None: examples, which have their own shapes.
         options: the same on all ranks.
         single: a frame with its context, where training takes frames one by one; None: it takes chunks.
@@ -63,6 +66,7 @@ class Dataset:
     train: Source
     valid: Source
     diagnostic: Source
+    combination: Source
     chunking: ChunkShape | Chunking | None
     options: DataOptions
     single: ChunkShape | None = None
@@ -194,7 +198,7 @@ def chunk_shape(options: DataOptions, context: Context) -> ChunkShape | Chunking
 
 def _open_corpora(
     options: DataOptions, alignments: PdfAlignments, folder: Path, world: World
-) -> tuple[Corpus, Corpus, Corpus]:
+) -> tuple[Corpus, Corpus, Corpus, Corpus]:
     """The aligned utterances, split by the seed; rank 0 writes down which ones are held out.
 
     Each file is read once. The parts share the labels, which take two bytes a frame: the alignments, all of them at a
@@ -243,10 +247,12 @@ def _open_corpora(
             "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
             len(train), parts[0].total_frames, len(valid), parts[1].total_frames, len(scp) - len(keys),
         )  # fmt: skip
-    return parts
+    return (*parts, parts[2])
 
 
-def _open_egs(options: DataOptions, egs_dir: str, folder: Path, world: World) -> tuple[Examples, Examples, Examples]:
+def _open_egs(
+    options: DataOptions, egs_dir: str, folder: Path, world: World
+) -> tuple[Examples, Examples, Examples, Examples]:
     """Rank 0 makes the index of the examples, by one pass over them, for all ranks and for later runs."""
     index, skip_bad = folder / "egs.index", options.skip_bad_utterances
     if world.rank == 0:
@@ -255,9 +261,12 @@ def _open_egs(options: DataOptions, egs_dir: str, folder: Path, world: World) ->
     if world.rank != 0:
         train = Examples.open(egs_dir, index_cache=index, skip_bad=skip_bad)
     valid, diagnostic = (Examples.open(Path(egs_dir) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
+    combining = Path(egs_dir) / COMBINE_EGS
+    combination = Examples.open(combining, skip_bad=skip_bad) if combining.is_file() else diagnostic
     if world.size > train.num_units:
         raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {egs_dir}")
-    for part, name in ((valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1])):
+    parts = (valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1]), (combination, COMBINE_EGS)
+    for part, name in parts:
         ours, theirs = (part.feat_dim, part.ivector_dim), (train.feat_dim, train.ivector_dim)
         if ours != theirs:
             raise DataError(
@@ -269,4 +278,4 @@ def _open_egs(options: DataOptions, egs_dir: str, folder: Path, world: World) ->
             "training on %d examples, %d frames, in %d archives of %s; %d examples, %d frames held out",
             train.num_units, train.total_frames, len(train.paths), egs_dir, valid.num_units, valid.total_frames,
         )  # fmt: skip
-    return train, valid, diagnostic
+    return train, valid, diagnostic, combination

@@ -54,13 +54,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def write_final_model(
-    folder: Path, model: AcousticModel, transitions: TransitionModel, priors: NDArray[np.float64], binary: bool
+    path: Path, model: AcousticModel, transitions: TransitionModel, priors: NDArray[np.float64], binary: bool
 ) -> None:
-    """DIR/final.mdl: the alignment model's transitions, the trained network, the priors of its pdf-ids.
+    """final.mdl: transitions trained on the alignments, the trained network, the priors of its pdf-ids.
 
     Raises:
         DataError: it could not be written; an earlier final.mdl is then still whole.
     """
-    path = folder / "final.mdl"
     write_am(make_am(model, transitions, priors.astype(np.float32)), path, binary=binary)
     logger.info("wrote %s", path)

@@ -13,8 +13,11 @@ from kaldi_mpi.loader.tables import peek_columns
 from kaldi_mpi.log import logger
 
 
-def check_files(options: DataOptions, xconfig: str) -> None:
+def check_files(options: DataOptions, xconfig: str, input_model: str | None = None) -> None:
     """Look for every file that the training will need, before any work.
+
+    Args:
+        xconfig: the network; need not be there with `input_model`.
 
     Raises:
         DataError: a directory or file is missing; names it and the option that gave it.
@@ -36,7 +39,10 @@ def check_files(options: DataOptions, xconfig: str) -> None:
         for name in names:
             if not (Path(folder) / name).is_file():
                 raise DataError(f"no such file (needed in {option})", file=str(Path(folder) / name))
-    if not Path(xconfig).is_file():
+    if input_model is not None:
+        if not Path(input_model).is_file():
+            raise DataError("no such file (--trainer.input-model)", file=input_model)
+    elif not Path(xconfig).is_file():
         raise DataError("no such file (the network's xconfig)", file=xconfig)
 
 

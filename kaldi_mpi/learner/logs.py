@@ -34,18 +34,25 @@ class Score:
         log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
         accuracy: share of frames whose most probable pdf-id is the right one.
         frames: how many, by the weights of their labels.
+        by_class: the accuracy of each pdf-id, -1 where it does not occur; None: not asked for.
     """
 
     log_likelihood: float
     accuracy: float
     frames: int
+    by_class: tuple[float, ...] | None = None
 
     def lines(self) -> list[str]:
-        """The two lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
-        return [
-            f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} per frame, over {self.frames} frames.",
-            f"Overall accuracy for 'output' is {self.accuracy:.6g} per frame, over {self.frames} frames.",
+        """The lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
+        over = f"per frame, over {self.frames} frames."
+        lines = [
+            f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} {over}",
+            f"Overall accuracy for 'output' is {self.accuracy:.6g} {over}",
         ]
+        if self.by_class is not None:
+            vector = " ".join(f"{accuracy:.6g}" for accuracy in self.by_class)
+            lines.append(f"Overall per-dim accuracy vector for 'output' is  [ {vector} ] {over}")
+        return lines
 
 
 class IterationLogs:
@@ -70,9 +77,13 @@ class IterationLogs:
 
     def compute_prob(self, which: str, iteration: int | str, score: Score) -> None:
         """What ``nnet3-compute-prob`` says of the ``valid`` or ``train`` set; also goes to the main log."""
-        for line in score.lines():
+        for line in score.lines()[:2]:
             logger.info("%s, iteration %s: %s", which, iteration, line)
         self._write(f"compute_prob_{which}.{iteration}.log", "nnet3-compute-prob", score.lines())
+
+    def combine(self, lines: Sequence[str]) -> None:
+        """What ``nnet3-combine`` says."""
+        self._write("combine.log", "nnet3-combine", lines)
 
     def _write(self, name: str, program: str, lines: Sequence[str]) -> None:
         with atomic_write(self._folder / name, "w", sync=False) as stream:
@@ -246,6 +257,10 @@ class TrainingLog:
         self._logs.train(iteration, self._rank, float(self._objective), round(self._objective_weight))
         self._objective, self._objective_weight = torch.zeros((), dtype=torch.float64), 0.0
         self.loader.log(iteration)
+
+    def combination(self, lines: Sequence[str]) -> None:
+        """Write what the final combination found, in nnet3-combine's words."""
+        self._logs.combine(lines)
 
     def validation(self, name: int | str, valid: Score, diagnostic: Score, spread: float | None) -> None:
         """Keep and log the scores of a validation; `spread` is the models' mean squared distance from their mean."""

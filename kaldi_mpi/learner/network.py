@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.tokens import read_matrix, read_vector, write_matrix
+from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE
 from kaldi_mpi.learner.dataset import Context, Dataset
 from kaldi_mpi.learner.validate import Pass, lda_statistics
 from kaldi_mpi.loader import Examples
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
-from kaldi_mpi.models.components import BatchNorm, NoOp
+from kaldi_mpi.models.components import BatchNorm, FixedScale, NoOp
 from kaldi_mpi.models.components.dropout import GeneralDropout, SpecAugmentTimeMask
 from kaldi_mpi.models.config import ComponentNode, InputNode, read_config
+from kaldi_mpi.nnet3 import read_nnet, to_torch
 from kaldi_mpi.transport.world import World
 
 # What may stand between the network's input and a transform that is estimated: it has nothing that is trained.
@@ -25,31 +27,50 @@ _BEFORE_TRANSFORMS = (GeneralDropout.kind, SpecAugmentTimeMask.kind, BatchNorm.k
 
 
 class Network:
-    """The model that an xconfig, or a final.config that Kaldi made of one, describes; built once, on the CPU.
+    """The model that an xconfig, a final.config that Kaldi made of one, or a model file describes.
+
+    It is built once, on the CPU.
 
     Attributes:
         model: its transforms that no file has yet (``lda.mat``) are stand-ins until `estimate_transforms`.
         missing: these: (component, path).
+        scaled: components that take ``presoftmax_prior_scale.vec``; 1 until `scale_by_priors`.
 
     Args:
         xconfig: the file.
         seed: of the parameters at the start.
         world: rank 0 says for all which transforms there are.
+        input_model: a model file (.raw or .mdl) that is trained further in place of the xconfig's; or None.
 
     Raises:
         ConfigError: the xconfig is malformed.
-        DataError: a transform cannot be read.
+        DataError: a transform or the input model cannot be read.
     """
 
-    def __init__(self, xconfig: str, seed: int, world: World) -> None:
-        self._xconfig = xconfig
+    def __init__(self, xconfig: str, seed: int, world: World, input_model: str | None = None) -> None:
+        self._source = xconfig if input_model is None else input_model
+        self.missing: list[tuple[str, str]] = []
+        self.scaled: list[str] = []
+        if input_model is not None:
+            self.model: AcousticModel = to_torch(read_nnet(input_model))
+            return
         config = read_config(xconfig) if xconfig.endswith(".config") else parse_xconfig(xconfig)
-        self.missing: list[tuple[str, str]] = world.broadcast(missing_transforms(config))
+        self.missing = world.broadcast(missing_transforms(config))
         transforms = {
             path: stand_in(config, component) if (component, path) in self.missing else read_matrix(path)
             for component, path in transform_files(config)
         }
-        self.model: AcousticModel = build_model(config, seed=seed, transforms=transforms)
+        vectors = {spec.name: spec.options["scales"] for spec in config.components if "scales" in spec.options}
+        self.scaled = [name for name, path in vectors.items() if Path(path).name == PRIOR_SCALE_FILE]
+        outputs = {
+            spec.name: int(spec.options["output-dim"]) for spec in config.components if "output-dim" in spec.options
+        }
+        for name, path in vectors.items():
+            if name in self.scaled:
+                transforms[path] = np.ones((1, _width_of(config, name, outputs)), np.float32)
+            else:
+                transforms[path] = read_vector(path)
+        self.model = build_model(config, seed=seed, transforms=transforms)
 
     @property
     def context(self) -> Context:
@@ -60,7 +81,7 @@ class Network:
         """Raises ConfigError if the output does not have the tree's pdf-ids."""
         if self.model.output_dim != num_pdfs:
             raise ConfigError(
-                f"{self._xconfig}: the output has dim={self.model.output_dim}, but the tree has {num_pdfs} pdf-ids"
+                f"{self._source}: the output has dim={self.model.output_dim}, but the tree has {num_pdfs} pdf-ids"
             )
 
     def check_input(self, feat_dim: int, ivector_dim: int, ivectors_can_be_given: bool) -> None:
@@ -71,12 +92,12 @@ class Network:
         """
         model = self.model
         if model.input_dim != feat_dim:
-            raise ConfigError(f"{self._xconfig}: the input has dim={model.input_dim}, but the features have {feat_dim}")
+            raise ConfigError(f"{self._source}: the input has dim={model.input_dim}, but the features have {feat_dim}")
         if model.ivector_dim != ivector_dim:
             have = f"i-vectors of {ivector_dim}" if ivector_dim else "none"
             wanted = f"an i-vector of dim={model.ivector_dim}" if model.ivector_dim else "no i-vector"
             hint = " (--feat.online-ivector-dir gives them)" if ivectors_can_be_given else ""
-            raise ConfigError(f"{self._xconfig}: the network takes {wanted}, but the data have {have}{hint}")
+            raise ConfigError(f"{self._source}: the network takes {wanted}, but the data have {have}{hint}")
 
     def check_data(self, dataset: Dataset, num_pdfs: int) -> None:
         """Raises ConfigError if the network does not fit the data, or examples do not fit the tree."""
@@ -88,6 +109,19 @@ class Network:
             raise ConfigError(
                 f"the examples in {options.egs_dir} have {train.num_pdfs} pdf-ids, but the tree has {num_pdfs}"
             )
+
+    def scale_by_priors(self, path: Path) -> None:
+        """Put ``presoftmax_prior_scale.vec`` into the components that take it.
+
+        Raises:
+            DataError: it cannot be read, or has another size.
+        """
+        for name in self.scaled:
+            component = self.model.by_name[name]
+            scales = read_vector(path)
+            if not isinstance(component, FixedScale) or len(scales) != component.input_dim:
+                raise DataError(f"{len(scales)} numbers, and {name} has {component.input_dim} columns", file=str(path))
+            component.scales.copy_(torch.from_numpy(np.asarray(scales, np.float32)))
 
     def estimate_transforms(self, dataset: Dataset, world: World, max_chunks: int) -> None:
         """Estimate the missing transforms, on all learners together, over about `max_chunks` chunks.
@@ -105,6 +139,13 @@ class Network:
         for component, path in self.missing:
             self.model.set_transform(component, read_matrix(path))
         self.missing = []
+
+
+def _width_of(config: Config, component: str, outputs: dict[str, int]) -> int:
+    """Columns of what a component gets, which is the output of another."""
+    node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
+    of_nodes = {n.name: outputs.get(n.component, 0) for n in config.nodes if isinstance(n, ComponentNode)}
+    return node.input.dim(of_nodes.__getitem__)
 
 
 def stand_in(config: Config, component: str) -> NDArray[np.float32]:

@@ -50,5 +50,16 @@ def right_weight(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
     return (weights.sum(dim=2, dtype=torch.float64) * (output.argmax(dim=2) == best)).sum()
 
 
+def right_weight_by_class(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
+    """The same by pdf-id, (2, pdfs) float64: of the rows that are right, and of all that should be it."""
+    weights = label_weights(batch)
+    best = _by_row(batch.labels).gather(2, weights.argmax(dim=2, keepdim=True)).squeeze(2).clamp_min(0)
+    of_row = weights.sum(dim=2, dtype=torch.float64)
+    sums = torch.zeros(2, output.shape[2], dtype=torch.float64, device=output.device)
+    sums[0].index_add_(0, best.reshape(-1), (of_row * (output.argmax(dim=2) == best)).reshape(-1))
+    sums[1].index_add_(0, best.reshape(-1), of_row.reshape(-1))
+    return sums
+
+
 def _by_row(values: Tensor) -> Tensor:
     return values if values.dim() == 3 else values.unsqueeze(2)

@@ -362,10 +362,10 @@ def _check_together(given: dict[str, Any]) -> None:
         complaints.append(
             "--trainer.optimization.backstitch-training-scale: needs --trainer.optimization.momentum=0, as in Kaldi"
         )
-    if given["backstitch_scale"] and any(phase.name == "allreduce" for phase in given["phases"]):
+    if given["backstitch_scale"] and any(phase.name in ("allreduce", "adpsgd-delay1") for phase in given["phases"]):
         complaints.append(
-            "--trainer.optimization.backstitch-training-scale: under allreduce learners must not move apart; take "
-            "--strategy periodic or an asynchronous one"
+            "--trainer.optimization.backstitch-training-scale: under allreduce and adpsgd-delay1 learners must not "
+            "move apart within a step; take --strategy periodic or an asynchronous one"
         )
     # Of one learner, at the start; with more of them it is looked at where their number is known.
     shrink = given["proportional_shrink"] * max(given["initial_rate"], given["final_rate"])

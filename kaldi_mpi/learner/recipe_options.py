@@ -27,19 +27,8 @@ HONOURED, TRANSLATED, IGNORED = "honoured", "translated", "ignored"
 # What these steer is still to come: they are taken and delivered, and the log warns that nothing follows from it, but
 # for the values at which nothing would in Kaldi either.
 NOT_YET: dict[str, Container[Any]] = {
-    "trainer.input-model": (),
-    "trainer.presoftmax-prior-scale-power": (),
-    "trainer.optimization.shrink-value": (1.0,),
-    "trainer.optimization.shrink-saturation-threshold": (),
-    "trainer.optimization.proportional-shrink": (0.0,),
-    "trainer.optimization.max-models-combine": (),
-    "trainer.optimization.max-objective-evaluations": (),
-    "trainer.optimization.do-final-combination": (False,),
-    "trainer.compute-per-dim-accuracy": (False,),
     "image.augmentation-opts": (),
     "compute-average-posteriors": (False,),
-    "stage": range(-100, -3),
-    "exit-stage": (),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -15,13 +16,22 @@ import torch
 from kaldi_mpi import log as console
 from kaldi_mpi.averaging import make_strategy
 from kaldi_mpi.averaging.settings import CENTRES
-from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.formats.transition import read_transition_model
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
 from kaldi_mpi.learner import checkpoint, export, faults
+from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE, AlignmentCounts
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
 from kaldi_mpi.learner.dataset import Dataset
+from kaldi_mpi.learner.finish import finish
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
+from kaldi_mpi.learner.iterations import (
+    IterationModels,
+    Shrinking,
+    copy_model,
+    models_to_combine,
+    sum_statistics,
+)
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
@@ -36,10 +46,11 @@ from kaldi_mpi.learner.schedule import (
     make_phases,
 )
 from kaldi_mpi.learner.server import Server, command_server
+from kaldi_mpi.learner.stages import Stages, stages_to_do
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
 from kaldi_mpi.learner.synchronous import run_synchronous
-from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation, mean_posterior, recompute_batch_norm
+from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation
 from kaldi_mpi.loader import ChunkPlan
 from kaldi_mpi.log import logger
 from kaldi_mpi.models.chance import Chance
@@ -81,7 +92,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     # What can be wrong is looked for before anything is read that takes long.
     if options.raw:
         raise ConfigError(f"train-{options.program}: networks without a transition model are not trained yet")
-    check_files(options.data, options.xconfig)
+    check_files(options.data, options.xconfig, options.input_model)
     world = everyone
     if settings.dedicated_server:
         if everyone.size < 2:
@@ -94,7 +105,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     check_super_learners(settings.super_learner_size, world.size)
     device = choose_device(options.use_gpu, world)
     transitions = read_transition_model(Path(options.data.ali_dir) / "final.mdl")
-    network = Network(options.xconfig, options.data.seed, world)
+    network = Network(options.xconfig, options.data.seed, world, options.input_model)
     network.check_output(transitions.num_pdfs)
     for pattern in options.dropout_schedule.check(network.model):
         logger.warning("--trainer.dropout-schedule: no component with dropout is named %s", pattern)
@@ -105,12 +116,24 @@ def train(options: TrainOptions, everyone: World) -> None:
     if world.rank == 0:
         (folder / "log").mkdir(parents=True, exist_ok=True)
         (folder / "journal").mkdir(exist_ok=True)
+        # Decoding wants these, also with the model of an iteration.
+        export.write_cmvn_opts(folder, options.data.cmvn)
+        export.copy_alignment_files(folder, Path(options.data.ali_dir))
+        export.copy_data_properties(folder, options.data)
     world.barrier()
 
     # The data, and the model.
     dataset = Dataset.open(options.data, folder, transitions.tid_to_pdf, network.context, world)
     network.check_data(dataset, transitions.num_pdfs)
+    chunks = dataset.plan(world.size)
+    plan, total_frames = make_plan(options, dataset, chunks)
+    stages = stages_to_do(options, plan.num_iterations)
+    if stages.exits:
+        plan = dataclasses.replace(plan, exit_step=plan.first_step(stages.end_iteration))
+    if network.missing and not stages.lda:
+        raise DataError(f"no such file (--stage {options.stage} skips its estimation)", file=network.missing[0][1])
     network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
+    models = begin_models(options, transitions, network, stages, plan, world)
     model = network.model.to(device)
     flat = FlatParameters.of_model(model)
     model.mode.chance = Chance(options.data.seed, world.rank)
@@ -118,8 +141,6 @@ def train(options: TrainOptions, everyone: World) -> None:
         model.use_natural_gradient()
 
     # How much, how fast, in which phases.
-    chunks = dataset.plan(world.size)
-    plan, total_frames = make_plan(options, dataset, chunks)
     rate = ExponentialRate(options.initial_rate, options.final_rate, total_frames)
     super_learner = make_super_learner(settings.super_learner_size, world, device)
     phases = make_phases(options.phases, settings, plan, world, everyone, super_learner)
@@ -143,17 +164,28 @@ def train(options: TrainOptions, everyone: World) -> None:
         backstitch_scale=options.backstitch_scale,
         backstitch_interval=options.backstitch_interval,
         dropout=options.dropout_schedule,
+        shrinking=Shrinking(options.shrink_value, options.shrink_saturation_threshold, options.proportional_shrink),
     )
-    validation = Validation(model, flat, Pass(dataset, world, device), log)
+    validation = Validation(
+        model, flat, Pass(dataset, world, device), log, models if world.rank == 0 else None,
+        by_class=options.compute_per_dim_accuracy,
+    )  # fmt: skip
 
     fingerprint = checkpoint.fingerprint(options, everyone.size)
     saved = checkpoint.load(folder, fingerprint, everyone) if options.resume else None
-    if saved is not None:
+    if saved is not None and stages.begins_with(plan.iteration(saved["state"]["step"])):
         state.load_state_dict(saved["state"])
         log.summary.load_state_dict(saved["summary"])
-    elif world.rank == 0:
-        for old in (folder / "journal").glob("learner.*"):
-            old.unlink()
+    else:
+        saved = None
+        if not stages.initial:
+            name = stages.first_model
+            copy_model(models.read(name, f"--stage {options.stage} begins with it"), model, str(models.path(name)))
+            state.begun_at = state.step = plan.first_step(stages.first_iteration)
+            state.frames = frames_before(state.step, dataset, chunks)
+        if world.rank == 0:
+            for old in (folder / "journal").glob("learner.*"):
+                old.unlink()
     world.barrier()
     spelled = ",".join(f"{spec.name}:{spec.epochs:g}ep" for spec in options.phases)
     if world.rank == 0:
@@ -162,7 +194,7 @@ def train(options: TrainOptions, everyone: World) -> None:
         logger.info(
             "%d learner(s) on %s, strategy %s, %d parameters, contexts %d and %d, %d steps, %d frames%s",
             world.size, device, spelled, flat.values.numel(), model.left_context, model.right_context,
-            plan.num_steps, total_frames, f", going on at step {state.step}" if saved is not None else "",
+            plan.num_steps, total_frames, f", going on at step {state.step}" if state.step else "",
         )  # fmt: skip
 
     def save() -> None:
@@ -172,12 +204,15 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     # The training.
     model.train()
-    if state.step == 0:
+    if state.step == 0 and saved is None and stages.initial:
         validation.run(0, flat.to_numpy(), 0.0)
     traffic = Traffic(world, phases)
     first_frames = state.frames
+    last_step = plan.num_steps if plan.exit_step is None else plan.exit_step
+    if state.step < last_step:
+        learner.begin_iteration(plan.iteration(state.step), state.frames)
     for phase in phases:
-        if state.step >= phase.end_step:
+        if state.step >= min(phase.end_step, last_step):
             continue
         if len(phases) > 1 and world.rank == 0:
             logger.info("from step %d: strategy %s", phase.first_step, phase.name)
@@ -192,27 +227,54 @@ def train(options: TrainOptions, everyone: World) -> None:
             for end in ends:
                 iteration = plan.iteration(state.step)
                 log.end_iteration(iteration - 1)
-                validation.run("final" if state.step == plan.num_steps else iteration, end.mean, end.spread)
+                sum_statistics(model, world)
+                validation.run(iteration, end.mean, end.spread)
                 if plan.saves(state.step, asynchronous):
                     save()
+                if state.step == last_step:
+                    break
+                learner.begin_iteration(iteration, state.frames)
     traffic.report(log, state.frames - first_frames)
     if world.rank == 0:
         for line in state.optimiser.report():
             logger.info("%s", line)
     command_server(everyone, settings.dedicated_server, "end")
 
-    # What it leaves behind.
-    model.eval()
-    recompute_batch_norm(model, dataset.diagnostic, validation.how)
-    priors = mean_posterior(model, dataset.train, validation.how, options.prior_subset_size, options.data.seed)
+    if stages.exits:
+        if world.rank == 0:
+            logger.info(
+                "stopped before iteration %d (--exit-stage); the same command goes on from there", stages.end_iteration
+            )
+        return
+    finish(options, stages, plan, validation, models, log)
     if world.rank == 0:
-        export.write_cmvn_opts(folder, options.data.cmvn)
-        export.copy_alignment_files(folder, Path(options.data.ali_dir))
-        export.copy_data_properties(folder, options.data)
-        export.write_final_model(folder, model, transitions, priors, options.binary)
         log.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoint.remove(folder)
     world.barrier()
+
+
+def begin_models(
+    options: TrainOptions, transitions: TransitionModel, network: Network, stages: Stages, plan: Plan, world: World
+) -> IterationModels:
+    """What the alignments' counts decide, on all learners: the models' transitions and priors, the outputs' scale."""
+    folder = Path(options.dir)
+    counts = AlignmentCounts(transitions, world.broadcast(
+        AlignmentCounts.of_directory(options.data.ali_dir, transitions).counts if world.rank == 0 else None
+    ))  # fmt: skip
+    if stages.prior_scale and world.rank == 0:
+        counts.write_prior_scale(folder, options.presoftmax_prior_scale_power)
+    world.barrier()
+    network.scale_by_priors(folder / PRIOR_SCALE_FILE)
+    kept = models_to_combine(plan.num_iterations, plan.iterations_per_epoch, options.max_models_combine)
+    return IterationModels(
+        folder,
+        counts.trained_transitions(),
+        counts.priors(),
+        plan.num_iterations,
+        kept if options.do_final_combination else (),
+        options.preserve_model_interval if options.cleanup else 1,
+        options.binary,
+    )
 
 
 def serve(options: TrainOptions, everyone: World) -> None:
@@ -230,10 +292,6 @@ def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tup
     """How many steps the training has, and how many labelled frames they are over all learners."""
     steps_per_epoch = chunks.steps_per_epoch
     num_steps = max(1, round(options.num_epochs * steps_per_epoch))
-    whole, rest = divmod(num_steps, steps_per_epoch)
-    total_frames = whole * dataset.train.total_frames + sum(
-        chunks.frames_of_step(whole * steps_per_epoch + step) for step in range(rest)
-    )
     interval = options.checkpoint_interval
     plan = Plan(
         num_steps=num_steps,
@@ -243,7 +301,15 @@ def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tup
         checkpoint_interval=_CHECKPOINT_INTERVAL if interval is None else interval,
         checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
     )
-    return plan, total_frames
+    return plan, frames_before(num_steps, dataset, chunks)
+
+
+def frames_before(step: int, dataset: Dataset, chunks: ChunkPlan) -> int:
+    """Labelled frames that all learners have trained on when `step` is the next."""
+    whole, rest = divmod(step, chunks.steps_per_epoch)
+    return whole * dataset.train.total_frames + sum(
+        chunks.frames_of_step(whole * chunks.steps_per_epoch + number) for number in range(rest)
+    )
 
 
 def choose_device(wanted: str, world: World) -> torch.device:

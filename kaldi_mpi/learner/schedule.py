@@ -55,6 +55,7 @@ class Plan:
         num_epochs: what `num_steps` amount to.
         checkpoint_interval: validations between two checkpoints in synchronous phases; 0 for none.
         checkpoint_interval_asynchronous: the same where a checkpoint makes learners wait for each other.
+        exit_step: where the training ends early (``--exit-stage``), with a checkpoint; None: it does not.
     """
 
     num_steps: int
@@ -63,6 +64,21 @@ class Plan:
     num_epochs: float
     checkpoint_interval: int = 1
     checkpoint_interval_asynchronous: int = 5
+    exit_step: int | None = None
+
+    @property
+    def num_iterations(self) -> int:
+        """Of the whole training."""
+        return self.iteration(self.num_steps)
+
+    @property
+    def iterations_per_epoch(self) -> float:
+        """How many an epoch has, with fractions."""
+        return self.steps_per_epoch / self.steps_per_iteration
+
+    def first_step(self, iteration: int) -> int:
+        """The step that an iteration begins with."""
+        return min(self.num_steps, iteration * self.steps_per_iteration)
 
     def iteration(self, step: int) -> int:
         """The iteration that ends with `step` steps done."""
@@ -74,6 +90,8 @@ class Plan:
 
     def saves(self, step: int, asynchronous: bool) -> bool:
         """Whether a checkpoint is due with that validation."""
+        if step == self.exit_step:
+            return True
         interval = self.checkpoint_interval_asynchronous if asynchronous else self.checkpoint_interval
         return bool(interval) and self.iteration(step) % interval == 0 and step < self.num_steps
 

@@ -32,6 +32,7 @@ class Stages:
         initial: begin with a new model, or the input model; else with that of `first_iteration`.
         first_iteration, end_iteration: those to train are first_iteration .. end_iteration - 1.
         combine: the last models, where --trainer.optimization.do-final-combination is on.
+        combined_before: that is on, and an earlier run has done it.
         priors: and final.mdl; of a raw network its average output, where that is asked for.
         exits: whether the training ends before its last iteration, and nothing comes after.
     """
@@ -42,8 +43,18 @@ class Stages:
     first_iteration: int
     end_iteration: int
     combine: bool
+    combined_before: bool
     priors: bool
     exits: bool
+
+    def begins_with(self, iteration: int) -> bool:
+        """Whether a checkpoint at the beginning of `iteration` is where this run may go on."""
+        return self.initial or iteration == self.first_iteration
+
+    @property
+    def first_model(self) -> int | str:
+        """The name of the model that this run begins with, where it does not begin with a new one."""
+        return "combined" if self.combined_before else self.first_iteration
 
 
 def stages_to_do(options: TrainOptions, num_iterations: int) -> Stages:
@@ -62,6 +73,7 @@ def stages_to_do(options: TrainOptions, num_iterations: int) -> Stages:
         first_iteration=min(max(0, stage), end),
         end_iteration=end,
         combine=not exits and options.do_final_combination and stage <= num_iterations,
+        combined_before=options.do_final_combination and stage > num_iterations,
         priors=not exits and stage <= num_iterations + 1 and (not options.raw or options.compute_average_posteriors),
         exits=exits,
     )

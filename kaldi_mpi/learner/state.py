@@ -25,6 +25,7 @@ class TrainingState:
         strategies: of the training's phases, in order.
         step: the next global step to take.
         frames: trained on, over all learners.
+        begun_at: the step that this run began with, where it did so with a model and without a checkpoint.
     """
 
     model: AcousticModel
@@ -33,6 +34,7 @@ class TrainingState:
     strategies: Sequence[Strategy]
     step: int = 0
     frames: int = 0
+    begun_at: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, between two steps."""

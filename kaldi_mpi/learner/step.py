@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Injector
+from kaldi_mpi.learner.iterations import Shrinking, log_shrinking
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.objective import log_likelihood
 from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
@@ -53,6 +54,7 @@ class LearnerStep:
         backstitch_scale, backstitch_interval: every so many minibatches, first go back by `backstitch_scale` times the
             step, then forward by 1 plus that from there (Wang et al., "Backstitch", Interspeech 2017); 0: never.
         dropout: of components, by how much of the data is done.
+        shrinking: of parameters, as iterations begin.
     """
 
     def __init__(
@@ -67,14 +69,20 @@ class LearnerStep:
         backstitch_scale: float = 0.0,
         backstitch_interval: int = 1,
         dropout: DropoutSchedule | None = None,
+        shrinking: Shrinking | None = None,
     ) -> None:
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
         self._l2_factor = l2_factor
         self._backstitch_scale, self._backstitch_interval = backstitch_scale, backstitch_interval
         self._dropout = DropoutSchedule() if dropout is None else dropout
+        self._shrinking = Shrinking() if shrinking is None else shrinking
+        self._scale = 1.0  # of the parameters, before the next minibatch
         self._minibatches = 0
-        self._moved_from: torch.Tensor | None = None  # the parameters before backstitch's first step
+        # The parameters before the minibatch, where they have moved before its gradient was taken; and whether they
+        # have by backstitch's first step.
+        self._moved_from: torch.Tensor | None = None
+        self._stepped_back = False
         self._rate_factor = 1.0
         self._super_learner: SuperLearner | None = None
         self._batch: Batch | None = None
@@ -83,6 +91,30 @@ class LearnerStep:
     def begin_phase(self, rate_factor: float, super_learner: SuperLearner | None) -> None:
         """From now on steps are those of a phase: its strategy's factor of the rate, and this rank's super-learner."""
         self._rate_factor, self._super_learner = rate_factor, super_learner
+
+    def begin_iteration(self, number: int, frames: int) -> None:
+        """Shrink the parameters, with the next minibatch, if it is time; and forget the activation statistics.
+
+        Statistics then are of one iteration, as in Kaldi, whose jobs begin with none.
+
+        Args:
+            number: of the iteration, from 0.
+            frames: trained on so far, over all learners.
+        """
+        model = self.state.model
+        if self._shrinking.acts:
+            saturation = model.saturation() if number else 0.0
+            rate = self.rate.actual(frames, self._num_learners)
+            self._scale = self._shrinking.scale(rate, number == 0, saturation)
+            log_shrinking(number, self._scale, saturation)
+        for module in model.by_name.values():
+            module.zero_statistics()
+
+    def _shrink(self) -> None:
+        """All parameters times the scale, but not batch-norm's moments, which are of activations."""
+        for c in self.state.flat.components:
+            self.state.flat.values[c.where] *= self._scale
+        self._scale = 1.0
 
     def compute_gradients(self, batch: Batch, statistics: bool = True, logged: bool = True) -> None:
         """Fill the flat gradients: of the loss summed over the minibatch's frames (zero if it has none).
@@ -119,12 +151,16 @@ class LearnerStep:
         """
         self._injector.begin()
         self._minibatches += 1
-        self._moved_from = None
+        self._moved_from, self._stepped_back = None, False
+        if self._scale != 1.0:
+            # Asynchronous: the published model moves by it as by the gradient, see `change`.
+            self._moved_from = self.state.flat.values.clone()
+            self._shrink()
         frames = self.state.frames if frames is None else frames
         self._dropout.apply(self.state.model, frames / self.rate.total_frames)
         if self._backstitch_scale and self._minibatches % self._backstitch_interval == 0 and batch.frames:
             self._step_back(batch, frames)
-        self.compute_gradients(batch, logged=self._moved_from is None)
+        self.compute_gradients(batch, logged=not self._stepped_back)
         self._injector.end()
         if self._super_learner is not None:
             self._super_learner.mean_(self.state.flat.gradients)
@@ -132,7 +168,9 @@ class LearnerStep:
     def _step_back(self, batch: Batch, frames: int) -> None:
         """Backstitch's first step: against the gradient, with preconditioners that are not updated, and without l2."""
         state, chance = self.state, self.state.model.mode.chance
-        self._moved_from = state.flat.values.clone()
+        if self._moved_from is None:
+            self._moved_from = state.flat.values.clone()
+        self._stepped_back = True
         draws = chance.state_dict()
         for module in state.model.by_name.values():
             module.freeze_natural_gradient(True)
@@ -148,11 +186,11 @@ class LearnerStep:
     def _optimise(
         self, frames: int, chunks: float, change: torch.Tensor | None = None, base: torch.Tensor | None = None
     ) -> None:
-        scale = 1.0 if self._moved_from is None else 1.0 + self._backstitch_scale
+        scale = 1.0 + self._backstitch_scale if self._stepped_back else 1.0
         # The whole of l2 belongs to the second of backstitch's steps, whose scale it must not get.
         l2_chunks = chunks * self._l2_factor / (self._num_learners * scale)
         optimiser = self.state.optimiser
-        optimiser.step(self._rate(frames), l2_chunks, change, base, scale=scale, constrain=self._moved_from is None)
+        optimiser.step(self._rate(frames), l2_chunks, change, base, scale=scale, constrain=not self._stepped_back)
 
     def change(self, frames: int, chunks: float, into: torch.Tensor) -> None:
         """Put the optimiser's change into `into`, (P,) float32; the parameters stay.
@@ -170,6 +208,8 @@ class LearnerStep:
     def begin(self, batch: Batch, global_chunks: int) -> None:
         """The next step's minibatch, and how many chunks the step has over all learners."""
         self._batch, self._global_chunks = batch, global_chunks
+        if self._scale != 1.0:
+            self._shrink()  # before the strategy looks at the parameters
 
     def read_parameters(self, look: Callable[[NDArray[np.float32]], None]) -> None:
         self.state.flat.read(self.state.flat.values, look)

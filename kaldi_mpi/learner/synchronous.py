@@ -38,7 +38,7 @@ def run_synchronous(
         dataset.train, state.flat.values.device, rank=world.rank, size=world.size, first_step=state.step, plan=chunks
     )
     with log.loader.watch(batches):
-        if state.step == phase.first_step:
+        if state.step in (phase.first_step, state.begun_at):
             strategy.begin(state.flat.to_numpy())
         while state.step < phase.end_step:
             batch = next(batches)

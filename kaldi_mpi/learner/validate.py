@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
 from kaldi_mpi.learner.logs import Score, TrainingLog
-from kaldi_mpi.learner.objective import label_scores, label_weights, labelled_rows, right_weight
+from kaldi_mpi.learner.objective import (
+    label_scores,
+    label_weights,
+    labelled_rows,
+    right_weight,
+    right_weight_by_class,
+)
 from kaldi_mpi.loader import Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.components import BatchNorm
@@ -95,37 +102,47 @@ def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[
 
 
 @torch.no_grad()
-def compute_prob(model: AcousticModel, source: Source, how: Pass) -> Score:
+def compute_prob(model: AcousticModel, source: Source, how: Pass, by_class: bool = False) -> Score:
     """Log-probability and accuracy of `model` on all of `source`, each learner taking its share.
 
-    Every rank gets the same score. Labels count by their weights.
+    Every rank gets the same score. Labels count by their weights. With `by_class` the accuracy of each pdf-id, too.
     """
-    sums = np.zeros(3)
+    classes = model.output_dim if by_class else 0
+    sums = np.zeros(3 + 2 * classes)
     for batch in how.batches(source):
         output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
         weights = label_weights(batch).double()
         sums[0] += (label_scores(output, batch).double() * weights).sum().item()
         sums[1] += right_weight(output, batch).item()
         sums[2] += batch.weight
-    objective, correct, total = how.world.sum_float64(sums).tolist()
-    return Score(objective / max(total, 1e-20), correct / max(total, 1e-20), round(total))
+        if by_class:
+            sums[3:] += right_weight_by_class(output, batch).cpu().numpy().reshape(-1)
+    sums = how.world.sum_float64(sums)
+    objective, correct, total = sums[:3].tolist()
+    right, weight = sums[3:].reshape(2, classes)
+    by_pdf = tuple(float(r / w) if w else -1.0 for r, w in zip(right, weight, strict=True)) if by_class else None
+    return Score(objective / max(total, 1e-20), correct / max(total, 1e-20), round(total), by_pdf)
 
 
 @torch.no_grad()
 def recompute_batch_norm(model: AcousticModel, source: Source, how: Pass) -> None:
     """Give all batch-norms the statistics of one pass over `source` in training mode, on all learners together.
 
-    A mean of models has other activations than the models had; Kaldi's nnet3-combine does the same at its end.
+    A mean of models has other activations than the models had; Kaldi's nnet3-combine does the same at its end, and
+    with dropout as here. Activation statistics are of the same pass.
     """
     modules = [module for module in model.by_name.values() if isinstance(module, BatchNorm)]
     if not modules:
         return
+    for module in model.by_name.values():
+        module.zero_statistics()
     with model.mode.evaluating(collect=True):
         for batch in how.batches(source):
             model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
     for module in modules:
         sums = module.take_sums()
         module.set_sums(torch.from_numpy(how.world.sum_float64(sums.numpy())))
+    sum_statistics(model, how.world)
 
 
 @torch.no_grad()
@@ -196,10 +213,21 @@ class Validation:
         model: this learner's; `flat`: its parameters.
         how: this learner's share of the pass.
         log: is told the scores.
+        models: keeps the models of iterations, on rank 0; None: nobody does.
+        by_class: whether the accuracy of each pdf-id is wanted.
     """
 
-    def __init__(self, model: AcousticModel, flat: FlatParameters, how: Pass, log: TrainingLog) -> None:
+    def __init__(
+        self,
+        model: AcousticModel,
+        flat: FlatParameters,
+        how: Pass,
+        log: TrainingLog,
+        models: IterationModels | None = None,
+        by_class: bool = False,
+    ) -> None:
         self.model, self.flat, self.how, self.log = model, flat, how, log
+        self._models, self._by_class = models, by_class
 
     def run(self, name: int | str, mean: NDArray[np.float32], spread: float | None) -> None:
         """Evaluate `mean`, (P,) float32, on all ranks together; `spread`: the models' mean squared distance from it."""
@@ -207,9 +235,13 @@ class Validation:
             self.score(name, self.model, self.how, spread)
 
     def score(self, name: int | str, model: AcousticModel, how: Pass, spread: float | None) -> None:
-        """Evaluate `model` as it is."""
-        valid, diagnostic = (compute_prob(model, part, how) for part in (how.dataset.valid, how.dataset.diagnostic))
+        """Evaluate `model` as it is; keep it, if `name` is an iteration's."""
+        valid, diagnostic = (
+            compute_prob(model, part, how, self._by_class) for part in (how.dataset.valid, how.dataset.diagnostic)
+        )
         self.log.validation(name, valid, diagnostic, spread)
+        if self._models is not None and isinstance(name, int):
+            self._models.write(name, model)
 
 
 class BackgroundValidation:

@@ -84,7 +84,7 @@ class Mode:
         dropout: masks are drawn; otherwise the test mode of each component.
         batch_statistics: batch-norm normalises by the minibatch's own mean and variance.
         store: statistics of activations and of batch-norm are kept where a gradient is taken, self-repair acts.
-        collect: batch-norm's sums are kept also without a gradient (its statistics are computed anew).
+        collect: statistics are kept also without a gradient (they are computed anew).
         chance: where draws come from.
     """
 
@@ -99,9 +99,12 @@ class Mode:
         self.dropout = self.batch_statistics = self.store = True
 
     @contextlib.contextmanager
-    def evaluating(self, collect: bool = False) -> Iterator[None]:
-        """For a block, as nnet3-compute-from-egs works: dropout on, batch-norm by minibatch; then test mode."""
-        self.dropout, self.batch_statistics, self.collect = True, True, collect
+    def evaluating(self, collect: bool = False, dropout: bool = True) -> Iterator[None]:
+        """For a block, as nnet3-compute-from-egs works: batch-norm by minibatch, dropout on; then test mode.
+
+        Without dropout, as nnet3-combine evaluates.
+        """
+        self.dropout, self.batch_statistics, self.collect = dropout, True, collect
         try:
             yield
         finally:

@@ -233,6 +233,14 @@ class AcousticModel(nn.Module):
         for component in self.by_name.values():
             component.use_natural_gradient()
 
+    def saturation(self) -> float:
+        """The mean of all its sigmoids' and tanhs' `saturations`, from 0 to 1; 0 where nothing is stored.
+
+        As ``steps/nnet3/get_saturation.pl`` has it of a model's file.
+        """
+        found = [value for module in self.by_name.values() for value in module.saturations()]
+        return sum(found) / len(found) if found else 0.0
+
     def updatable_components(self) -> list[Component]:
         """The trained components, in the model file's order."""
         return [

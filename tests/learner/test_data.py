@@ -428,7 +428,7 @@ def toy_dataset(toy: Toy, chunking: ChunkShape | Chunking, rule: str) -> Dataset
     labels = dict(read_alignments(toy.ali_dir))
     pdfs = to_pdfs(labels, transitions_of(options).tid_to_pdf)
     corpus = Corpus.open(toy.feat_dir / "feats.scp", pdfs, online_ivector_dir=toy.work / "ivectors")
-    return Dataset(corpus, corpus, corpus, chunking, options.data)
+    return Dataset(corpus, corpus, corpus, corpus, chunking, options.data)
 
 
 def batches(feed: DeviceBatches) -> list[list[torch.Tensor | None]]:

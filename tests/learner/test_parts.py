@@ -194,3 +194,30 @@ def test_a_plan_says_where_iterations_end_and_checkpoints_are_due() -> None:
     assert [step for step in range(1, 21) if plan.ends_iteration(step)] == [6, 12, 18, 20]
     assert [step for step in (6, 12, 18, 20) if plan.saves(step, False)] == [6, 12, 18]
     assert [step for step in (6, 12, 18, 20) if plan.saves(step, True)] == [12]
+
+
+def test_accuracy_by_class_counts_rows_by_their_weights() -> None:
+    """Against a loop over rows, with soft labels, weights and frames without a label."""
+    import torch
+
+    from kaldi_mpi.learner.objective import right_weight, right_weight_by_class
+    from kaldi_mpi.loader import ChunkShape, Minibatch
+
+    rng = np.random.default_rng(4)
+    output = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    labels = rng.integers(-1, 4, (3, 5, 2))
+    weights = rng.uniform(0.1, 1.0, (3, 5, 2)).astype(np.float32)
+    batch = Minibatch(
+        torch.zeros(3, 5, 1), torch.from_numpy(labels), 15, 15, 15.0, 0, 0, ChunkShape(5, 0, 0),
+        torch.from_numpy(weights), None,
+    )  # fmt: skip
+    right, all_ = np.zeros(4), np.zeros(4)
+    for row in np.ndindex(3, 5):
+        there = [(weights[row][k], labels[row][k]) for k in range(2) if labels[row][k] >= 0]
+        if there:
+            best = max(there)[1]
+            all_[best] += sum(weight for weight, _ in there)
+            right[best] += sum(weight for weight, _ in there) * (output[row].argmax() == best)
+    ours = right_weight_by_class(torch.from_numpy(output), batch).numpy()
+    np.testing.assert_allclose(ours, [right, all_], rtol=1e-6)
+    assert ours[0].sum() == pytest.approx(float(right_weight(torch.from_numpy(output), batch)))

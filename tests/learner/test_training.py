@@ -61,7 +61,10 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
     optimiser = KaldiSgd(flat, 0.5, 2.0)
     frames, total = 0, 2 * data.train.total_frames
     with MinibatchReader(data.train, shape, 12, seed=0, num_epochs=2) as reader:
-        for minibatch in reader:
+        for number, minibatch in enumerate(reader):
+            if number % (60 // 12) == 0:  # an iteration begins
+                for component in model.by_name.values():
+                    component.zero_statistics()
             flat.gradients.zero_()
             output = model(
                 torch.from_numpy(minibatch.feats), -shape.left, 10,
@@ -88,7 +91,9 @@ def test_allreduce_equals_one_learner_with_the_n_fold_minibatch(toy: Toy, num_le
     one_epoch = "--trainer.num-epochs=1"  # rounding grows with the steps; a wrong rule is 1000 times further off
     plain = "--natural-gradient=false"
     size = f"--trainer.rnn.num-chunk-per-minibatch={12 // num_learners}"
-    many = trained(toy, f"n{num_learners}", num_learners, one_epoch, size, plain)
+    # Iterations of as many steps: as each begins, all units of LSTMs are repaired.
+    iteration = f"--trainer.samples-per-iter={60 // num_learners}", f"--trainer.lda.max-lda-jobs={10 * num_learners}"
+    many = trained(toy, f"n{num_learners}", num_learners, one_epoch, size, plain, *iteration)
     one = toy.work / "solo-12"
     if not one.exists():
         trained(toy, "solo-12", 1, one_epoch, plain)

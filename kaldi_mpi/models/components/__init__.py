@@ -18,6 +18,7 @@ from kaldi_mpi.models.components import (
 )
 from kaldi_mpi.models.components.affine import Affine, FixedAffine, Linear, NaturalGradientAffine, split_transform
 from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.elements import FixedScale
 from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
 from kaldi_mpi.models.components.normalise import BatchNorm, Normalize
 from kaldi_mpi.models.components.recurrent import BackpropTruncation, LstmNonlinearity
@@ -30,6 +31,7 @@ __all__ = [
     "Call",
     "ComponentModule",
     "FixedAffine",
+    "FixedScale",
     "Initializer",
     "Linear",
     "LogSoftmax",

@@ -51,6 +51,14 @@ class Call:
         return cls(tuple(times), tuple(times), (0, len(times)))
 
 
+def saturations_of(derivatives: Tensor, count: Tensor, steepest: Sequence[float]) -> list[float]:
+    """`ComponentModule.saturations` of sums of derivatives, (functions, columns), over `count` rows."""
+    if not float(count) or not derivatives.numel():
+        return []
+    means = (derivatives.reshape(len(steepest), -1).double().mean(1) / count.double()).tolist()
+    return [1.0 - mean / most for mean, most in zip(means, steepest, strict=True)]
+
+
 class ComponentModule(nn.Module):
     """Base of all components.
 
@@ -143,10 +151,22 @@ class ComponentModule(nn.Module):
         """Sums and counts of activation statistics, to be changed in place: averaging models adds them."""
         return []
 
+    def load_statistics(self, totals: Sequence[Tensor]) -> None:
+        """Put `totals`, in the order and shapes of `statistics`, in their place."""
+        for own, total in zip(self.statistics(), totals, strict=True):
+            own.copy_(total)
+
     def zero_statistics(self) -> None:
         """Forget activation statistics, as nnet3-train does when it starts."""
         for total in self.statistics():
             total.zero_()
+
+    def saturations(self) -> list[float]:
+        """How flat each sigmoid and tanh in it is on average: 1 - its mean derivative / the largest that it can have.
+
+        Of what is stored; [] where there is nothing (``steps/nnet3/get_saturation.pl``).
+        """
+        return []
 
     def update_statistics(self, factor: float | Tensor, momentum: float) -> None:
         """Of components whose statistics go through the update with the parameters, as in nnet3-train.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
 from kaldi_mpi.models.components.elements import ElementTrained, scaled
 from kaldi_mpi.models.components.preconditioned import Rows, RowTrained, kept
 from kaldi_mpi.models.config import Options
@@ -41,6 +41,9 @@ class TanhStatistics(ComponentModule):
 
     def statistics(self) -> list[Tensor]:
         return [self.value_sum, self.deriv_sum, self.count]
+
+    def saturations(self) -> list[float]:
+        return saturations_of(self.deriv_sum, self.count, (1.0,))
 
     def update_statistics(self, factor: float | Tensor, momentum: float) -> None:
         for total, part in zip(self.statistics(), self.pending, strict=False):

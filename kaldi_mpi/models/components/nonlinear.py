@@ -8,14 +8,14 @@ whose mean derivative says that they are dead or saturated, in about every secon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
 from kaldi_mpi.models.config import Options
 
 _STORE, _REPAIR, _ODERIV = 0.5, 0.5, 0.75
@@ -42,6 +42,7 @@ class Stored(Pointwise):
     default_lower: ClassVar[float] = 0.05
     default_upper: ClassVar[float | None] = None
     repairs: ClassVar[bool] = True
+    steepest: ClassVar[float | None] = None  # the largest derivative, of functions that can saturate
     value_sum: Tensor
     deriv_sum: Tensor
     oderiv_sum: Tensor
@@ -64,9 +65,17 @@ class Stored(Pointwise):
     def statistics(self) -> list[Tensor]:
         return [self.value_sum, self.deriv_sum, self.oderiv_sum, self.count, self.oderiv_count]
 
+    def load_statistics(self, totals: Sequence[Tensor]) -> None:
+        names = ("value_sum", "deriv_sum", "oderiv_sum", "count", "oderiv_count")
+        for name, total in zip(names, totals, strict=True):
+            setattr(self, name, total)  # there may have been none of a size yet
+
     def zero_statistics(self) -> None:
         super().zero_statistics()
         self._stored = self._stored_oderiv = False
+
+    def saturations(self) -> list[float]:
+        return [] if self.steepest is None else saturations_of(self.deriv_sum, self.count, (self.steepest,))
 
     def function(self, x: Tensor) -> Tensor:
         """The value, row by row."""
@@ -88,8 +97,11 @@ class Stored(Pointwise):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if not (self.mode.store and torch.is_grad_enabled()):
-            return self.function(x)
-        y: Tensor = _Trained.apply(x, self)  # type: ignore[no-untyped-call]
+            y = self.function(x)
+            if self.mode.collect:
+                self.store(y)
+            return y
+        y = _Trained.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
     _stored = False
@@ -187,6 +199,7 @@ class Sigmoid(Stored):
     """Logistic sigmoid."""
 
     kind = "SigmoidComponent"
+    steepest = 0.25
 
     def function(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
@@ -203,6 +216,7 @@ class Tanh(Stored):
 
     kind = "TanhComponent"
     default_lower = 0.2
+    steepest = 1.0
 
     def function(self, x: Tensor) -> Tensor:
         return torch.tanh(x)

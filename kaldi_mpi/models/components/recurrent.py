@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
 from kaldi_mpi.models.config import Options
 from kaldi_mpi.models.natural_gradient import NaturalGradient
 
@@ -124,6 +124,9 @@ class LstmNonlinearity(ComponentModule):
 
     def statistics(self) -> list[Tensor]:
         return [self.value_sum, self.deriv_sum, self.count]
+
+    def saturations(self) -> list[float]:
+        return saturations_of(self.deriv_sum, self.count, (0.25, 0.25, 1.0, 0.25, 1.0))
 
     def use_natural_gradient(self) -> None:
         self.preconditioner = NaturalGradient(_PEEPHOLE_RANK, _PEEPHOLE_PERIOD, _PEEPHOLE_HISTORY)

@@ -1,0 +1,93 @@
+"""What a training does after its last iteration: combination, batch-norm's statistics, priors, and the files it leaves.
+
+As ``train_rnn.py`` does from ``--stage`` num-iterations on: ``combined.mdl``, then ``final.mdl``.
+"""
+
+from __future__ import annotations
+
+from kaldi_mpi.learner import export
+from kaldi_mpi.learner.combine import combine
+from kaldi_mpi.learner.iterations import IterationModels, copy_model, models_to_combine
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.options import TrainOptions
+from kaldi_mpi.learner.schedule import Plan
+from kaldi_mpi.learner.stages import Stages
+from kaldi_mpi.learner.validate import Validation, compute_prob, mean_posterior, recompute_batch_norm
+from kaldi_mpi.log import logger
+from kaldi_mpi.models import AcousticModel
+
+
+def finish(
+    options: TrainOptions,
+    stages: Stages,
+    plan: Plan,
+    validation: Validation,
+    models: IterationModels,
+    log: TrainingLog,
+) -> None:
+    """On all learners together, whose models are equal; rank 0 writes.
+
+    Args:
+        validation: of the model that has been trained.
+        models: of the iterations.
+        log: keeps nnet3-combine's lines.
+
+    Raises:
+        DataError: a model that is to be combined is not there, or a file cannot be written.
+    """
+    model, how = validation.model, validation.how
+    writes, dataset = how.world.rank == 0, how.dataset
+    model.eval()
+    if stages.combine:
+        numbers = models_to_combine(plan.num_iterations, plan.iterations_per_epoch, options.max_models_combine)
+        combine_models(list(reversed(numbers)), options.max_objective_evaluations, validation, models, log)
+    if not stages.combined_before:
+        recompute_batch_norm(model, dataset.combination, how)
+    if stages.combine and writes:
+        models.write("combined", model)
+    validation.score("final", model, how, None)
+    if not stages.priors:
+        return
+    priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
+    if writes:
+        export.write_final_model(models.path("final"), model, models.transitions, priors, options.binary)
+        if options.cleanup:
+            models.clean()
+
+
+def combine_models(
+    newest_first: list[int],
+    max_evaluations: int,
+    validation: Validation,
+    models: IterationModels,
+    log: TrainingLog,
+) -> None:
+    """Put the best mean of these iterations' models into the model of `validation`.
+
+    All learners read the models and share out the examples by which the means are compared; batch-norm takes its
+    means from each minibatch then, and dropout is off, as in nnet3-combine.
+    """
+    model, how = validation.model, validation.how
+    lines: list[str] = []
+
+    def score(candidate: AcousticModel) -> float:
+        candidate.to(how.device).eval()
+        with candidate.mode.evaluating(dropout=False):
+            return compute_prob(candidate, how.dataset.combination, how).log_likelihood
+
+    def reader(number: int) -> AcousticModel:
+        return models.read(number, "the final combination takes it").to(how.device)
+
+    best, found = combine(
+        [lambda number=number: reader(number) for number in newest_first],  # type: ignore[misc]
+        score,
+        max_evaluations,
+        lines.append,
+    )
+    copy_model(best, model, str(models.path(newest_first[0])))
+    if how.world.rank == 0:
+        log.combination(lines)
+        logger.info(
+            "combined %d of the last %d models: the objective on the training subset went from %.5g to %.5g",
+            found.count, len(newest_first), found.first, found.best,
+        )  # fmt: skip
