@@ -1,0 +1,292 @@
+"""Kaldi's own training and ours on the same examples, network, options and learning rates: who ends better?
+
+With KALDI_ROOT set and speech of one's own (two Kaldi data directories with wav.scp, 8 kHz): the digits recipe makes
+features, alignments and the graph below --work; Kaldi's xconfig_to_configs.py makes each network's configs and
+Kaldi's get_egs.sh the examples, once a network. Kaldi's training program then runs with --jobs jobs, and ours, called
+in the same words, with 1, 2 and 4 learners, averaging after as many frames as Kaldi does (periodic) or in pairs
+(expair). Of each final.mdl: nnet3-compute-prob on the held-out examples, and the word error rate of
+steps/nnet3/decode.sh. A training that is there is not repeated. The table gives means over seeds; the last line is a
+JSON object with all figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A network and the options of its training: those of Kaldi's recipes, in a smaller size.
+
+    Attributes:
+        program: Kaldi's.
+        like: the recipe whose learning rates, minibatch and label delay these are.
+        xconfig: its layers above the input; DIR and PDFS in it are replaced.
+        options: of the program.
+    """
+
+    program: str
+    like: str
+    xconfig: str
+    options: tuple[str, ...]
+
+
+_LDA = "fixed-affine-layer name=lda {delay}input=Append({splice}) affine-transform-file=DIR/configs/lda.mat\n"
+_RNN = (
+    "--egs.chunk-width=20 --egs.chunk-left-context=40 --trainer.rnn.num-chunk-per-minibatch=50 "
+    "--trainer.optimization.momentum=0.5 --trainer.optimization.initial-effective-lrate=0.0003 "
+    "--trainer.optimization.final-effective-lrate=0.00003 --trainer.samples-per-iter=1500"
+).split()
+_DNN = (
+    "--egs.frames-per-eg=8 --trainer.optimization.minibatch-size=256 "
+    "--trainer.optimization.initial-effective-lrate=0.0015 --trainer.optimization.final-effective-lrate=0.00015 "
+    "--trainer.samples-per-iter=30000"
+).split()
+_DROPOUT = "dropout-proportion=0.0"
+
+NETS = {
+    "lstm": Net(
+        "train_rnn.py",
+        "ami/s5b/local/nnet3/run_lstm.sh",
+        _LDA.format(delay="delay=5 ", splice="-2,-1,0,1,2")
+        + "fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-3\n"
+        + "fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-3\n"
+        + "output-layer name=output output-delay=5 dim=PDFS max-change=1.5\n",
+        tuple(_RNN),
+    ),
+    "blstm": Net(
+        "train_rnn.py",
+        "aspire/s5/local/nnet3/run_blstm.sh",
+        _LDA.format(delay="", splice="-2,-1,0,1,2")
+        + "fast-lstm-layer name=forward1 cell-dim=64 decay-time=20 delay=-3 input=lda\n"
+        + "fast-lstm-layer name=backward1 cell-dim=64 decay-time=20 delay=3 input=lda\n"
+        + "fast-lstm-layer name=forward2 cell-dim=64 decay-time=20 delay=-3 input=Append(forward1,backward1)\n"
+        + "fast-lstm-layer name=backward2 cell-dim=64 decay-time=20 delay=3 input=Append(forward1,backward1)\n"
+        + "output-layer name=output input=Append(forward2,backward2) dim=PDFS max-change=1.5\n",
+        (*_RNN, "--egs.chunk-right-context=40"),
+    ),
+    "tdnn": Net(
+        "train_dnn.py",
+        "aishell/s5/local/nnet3/tuning/run_tdnn_1a.sh",
+        _LDA.format(delay="", splice="-2,-1,0,1,2")
+        + "relu-batchnorm-layer name=tdnn1 dim=192\n"
+        + "relu-batchnorm-layer name=tdnn2 dim=192 input=Append(-1,2)\n"
+        + "relu-batchnorm-layer name=tdnn3 dim=192 input=Append(-3,3)\n"
+        + "relu-batchnorm-layer name=tdnn4 dim=192\n"
+        + "output-layer name=output dim=PDFS max-change=1.5\n",
+        tuple(_DNN),
+    ),
+    "tdnnf": Net(
+        "train_dnn.py",
+        "aishell/s5/local/nnet3/tuning/run_tdnn_1a.sh, layers of mini_librispeech/s5/local/chain/tuning/run_tdnn_1j.sh",
+        _LDA.format(delay="", splice="-1,0,1")
+        + f"relu-batchnorm-dropout-layer name=tdnn1 l2-regularize=0.03 {_DROPOUT} dropout-per-dim-continuous=true dim=192\n"
+        + "".join(
+            f"tdnnf-layer name=tdnnf{n} l2-regularize=0.03 {_DROPOUT} bypass-scale=0.66 dim=192 bottleneck-dim=48 "
+            f"time-stride={stride}\n"
+            for n, stride in ((2, 1), (3, 1), (4, 3), (5, 3))
+        )
+        + "linear-component name=prefinal-l l2-regularize=0.03 orthonormal-constraint=-1.0 dim=64\n"
+        + "prefinal-layer name=prefinal input=prefinal-l l2-regularize=0.03 small-dim=64 big-dim=192\n"
+        + "output-layer name=output dim=PDFS max-change=1.5 l2-regularize=0.015\n",
+        (*_DNN, "--trainer.dropout-schedule=0,0@0.20,0.3@0.50,0"),
+    ),
+}
+
+
+class Bench:
+    """Everything below one working directory.
+
+    Args:
+        work: the directory.
+        options: of the command line.
+    """
+
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        self.work, self.options = work, options
+        self.recipe = work / "egs" / "digits" / "s5"
+
+    def run(self, command: str, log: Path | None = None) -> str:
+        """A line of bash in the recipe's directory; its standard output and error.
+
+        Raises:
+            RuntimeError: it failed; with its last words.
+        """
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment["VIRTUAL_ENV"] = str(Path(sys.executable).parent.parent)
+        done = subprocess.run(
+            ["bash", "-c", f"set -e; . ./path.sh; {command}"],
+            cwd=self.recipe, env=environment, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if log is not None:
+            log.write_text(done.stdout)
+        if done.returncode:
+            raise RuntimeError(f"{command}\nended with status {done.returncode}:\n{done.stdout[-3000:]}")
+        return done.stdout
+
+    def prepare(self) -> None:
+        """Features, alignments of a triphone GMM, the graph."""
+        if (self.recipe / "exp/tri1_ali/final.mdl").exists() and (self.recipe / "exp/tri1/graph/HCLG.fst").exists():
+            return
+        shutil.copytree(
+            ROOT / "egs/digits/s5", self.recipe, dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("data", "exp", "mfcc", "steps", "utils"),
+        )  # fmt: skip
+        for name in ("steps_mpi", "kaldi_mpi"):
+            if not (self.work / name).exists():
+                (self.work / name).symlink_to(ROOT / name)
+        train, test = (Path(folder).resolve() for folder in (self.options.train, self.options.test))
+        self.run(f"./run.sh --train {train} --test {test} --stop-stage 3", self.recipe / "prepare.out")
+
+    def configs(self, net: str, folder: Path) -> None:
+        """The network's configs, as Kaldi's xconfig_to_configs.py makes them."""
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        pdfs = self.run("tree-info exp/tri1_ali/tree | awk '/num-pdfs/ {print $2}'").split()[-1]
+        relative = folder.relative_to(self.recipe)
+        text = "input dim=40 name=input\n" + NETS[net].xconfig.replace("PDFS", pdfs).replace("DIR", str(relative))
+        (folder / "configs/network.xconfig").write_text(text)
+        xconfig = f"--xconfig-file {relative}/configs/network.xconfig --config-dir {relative}/configs"
+        self.run(f"steps/nnet3/xconfig_to_configs.py {xconfig}")
+
+    def call(self, net: str, folder: Path, seed: int, more: str) -> str:
+        """The words of the program's call that both trainings share; `more` stand behind them."""
+        options = [
+            *NETS[net].options, f"--trainer.num-epochs={self.options.epochs}", f"--trainer.srand={seed}",
+            f"--trainer.optimization.num-jobs-initial={self.options.jobs}",
+            f"--trainer.optimization.num-jobs-final={self.options.jobs}",
+            "--trainer.optimization.max-models-combine=10", "--trainer.prior-subset-size=2000",
+            "--feat.cmvn-opts='--norm-means=false --norm-vars=false'", "--use-gpu=false", "--cmd=run.pl",
+            "--cleanup.remove-egs=false", "--cleanup.preserve-model-interval=1", "--stage=-10",
+            "--feat-dir=data/train_hires", "--ali-dir=exp/tri1_ali", f"--dir={folder.relative_to(self.recipe)}",
+        ]  # fmt: skip
+        return f"{NETS[net].program} {' '.join(options)} {more}"
+
+    def examples(self, net: str) -> Path:
+        """The examples of a network's training program, made by a training of Kaldi's that ends before it begins."""
+        folder = self.recipe / "exp" / f"{net}_examples"
+        if not (folder / "egs/info/num_archives").exists():
+            self.configs(net, folder)
+            more = "--exit-stage=0 --egs.opts='--num-utts-subset 60 --nj 2' --cleanup=false"
+            self.run(f"steps/nnet3/{self.call(net, folder, 0, more)}", folder / "examples.out")
+        return folder / "egs"
+
+    def train(self, net: str, arm: str, seed: int) -> dict[str, float]:
+        """Train, decode and score, if it has not been done."""
+        folder = self.recipe / "exp" / f"{net}_{arm}_{seed}"
+        result = folder / "result.json"
+        if not result.exists():
+            egs = self.examples(net)
+            shutil.rmtree(folder, ignore_errors=True)
+            self.configs(net, folder)
+            more = f"--egs.dir={egs.relative_to(self.recipe)}"
+            began = time.monotonic()
+            if arm == "kaldi":
+                self.run(f"steps/nnet3/{self.call(net, folder, seed, more)}", folder / "train.out")
+            else:
+                strategy, learners = arm.split("-")
+                more += f" --num-learners={learners} --strategy={strategy} {self.options.more}"
+                if strategy == "periodic":
+                    more += f" --frames-per-average={int(learners) * self.frames_of_archive(egs)}"
+                program = f"$KALDI_MPI_ROOT/steps_mpi/nnet3/{self.call(net, folder, seed, more)}"
+                self.run(program, folder / "train.out")
+            seconds = time.monotonic() - began
+            figures = {"seconds": seconds, "frames": self.frames(folder), **self.score(folder, egs)}
+            result.write_text(json.dumps(figures))
+        found: dict[str, float] = json.loads(result.read_text())
+        return found
+
+    def frames_of_archive(self, egs: Path) -> int:
+        """Labelled frames of an archive, on average."""
+        return int((egs / "info/num_frames").read_text()) // int((egs / "info/num_archives").read_text())
+
+    def frames(self, folder: Path) -> float:
+        """Labelled frames that the training's logs say were trained on."""
+        pattern = re.compile(r"Overall average objective function for 'output' is \S+ over (\S+) frames")
+        found = (pattern.findall(path.read_text(errors="replace")) for path in folder.glob("log/train.*.*.log"))
+        return float(sum(float(words[-1]) for words in found if words))
+
+    def score(self, folder: Path, egs: Path) -> dict[str, float]:
+        """Log-likelihood and accuracy on the held-out examples, per frame, and the word error rate in per cent."""
+        name = folder.relative_to(self.recipe)
+        valid = f"ark:nnet3-merge-egs --minibatch-size=64 ark:{egs}/valid_diagnostic.egs ark:- |"
+        said = self.run(f'nnet3-compute-prob "nnet3-am-copy --raw=true {name}/final.mdl - |" "{valid}"')
+        values = {
+            what: float(re.findall(rf"Overall {what} for 'output' is (\S+) per frame", said)[0])
+            for what in ("log-likelihood", "accuracy")
+        }
+        self.run(
+            "steps/nnet3/decode.sh --nj 1 --cmd run.pl --iter final --beam 11 --lattice-beam 4 exp/tri1/graph "
+            f"data/test_hires {name}/decode_test"
+        )
+        best = self.run(f"kaldi-mpi best-wer {name}/decode_test")
+        values["wer"] = float(re.findall(r"%WER (\S+)", best)[0])
+        return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="where everything goes; outside the checkout")
+    parser.add_argument("--train", help="data directory of the training speech; needed at first")
+    parser.add_argument("--test", help="data directory of the test speech")
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    arms = ["kaldi", *(f"{strategy}-{n}" for strategy in ("periodic", "expair") for n in (1, 2, 4))]
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in arms if arm != "expair-1"], choices=arms)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--jobs", type=int, default=2, help="of Kaldi")
+    parser.add_argument("--more", default="", help="more options of our programs")
+    options = parser.parse_args()
+    if not os.environ.get("KALDI_ROOT"):
+        parser.error("KALDI_ROOT is not set")
+    bench = Bench(options.work.resolve(), options)
+    bench.prepare()
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for seed, net, arm in itertools.product(options.seeds, options.nets, options.arms):
+        one = bench.train(net, arm, seed)
+        print(f"{net} {arm} seed {seed}: " + ", ".join(f"{key} {value:.6g}" for key, value in one.items()), flush=True)
+        figures.setdefault(net, {}).setdefault(arm, {})[str(seed)] = one
+    table(figures)
+    print(json.dumps({"nets": figures, "epochs": options.epochs, "jobs": options.jobs}))
+
+
+def table(figures: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Means over seeds, with the difference from Kaldi's."""
+    print(
+        "\n| network | trained by | log-likelihood | - Kaldi's | accuracy | WER | / Kaldi's | s |\n|---|---|---|---|---|---|---|---|"
+    )
+    for net, arms in figures.items():
+        means = {
+            arm: {
+                key: statistics.fmean(one[key] for one in seeds.values())
+                for key in ("log-likelihood", "accuracy", "wer", "seconds")
+            }
+            for arm, seeds in arms.items()
+        }
+        base = means.get("kaldi")
+        for arm, m in means.items():
+            better = f"{m['log-likelihood'] - base['log-likelihood']:+.4f}" if base else ""
+            ratio = f"{m['wer'] / base['wer']:.3f}" if base and base["wer"] else ""
+            print(
+                f"| {net} | {arm} | {m['log-likelihood']:.4f} | {better} | {m['accuracy']:.4f} | {m['wer']:.2f} % "
+                f"| {ratio} | {m['seconds']:.0f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
