@@ -47,15 +47,21 @@ class Net:
 
 _LDA = "fixed-affine-layer name=lda {delay}input=Append({splice}) affine-transform-file=DIR/configs/lda.mat\n"
 _RNN = (
-    "--egs.chunk-width=20 --egs.chunk-left-context=40 --trainer.rnn.num-chunk-per-minibatch=50 "
-    "--trainer.optimization.momentum=0.5 --trainer.optimization.initial-effective-lrate=0.0003 "
-    "--trainer.optimization.final-effective-lrate=0.00003 --trainer.samples-per-iter=1500"
-).split()
+    "--egs.chunk-width=20",
+    "--egs.chunk-left-context=40",
+    "--trainer.rnn.num-chunk-per-minibatch=50",
+    "--trainer.optimization.momentum=0.5",
+    "--trainer.optimization.initial-effective-lrate=0.0003",
+    "--trainer.optimization.final-effective-lrate=0.00003",
+    "--trainer.samples-per-iter=1500",
+)
 _DNN = (
-    "--egs.frames-per-eg=8 --trainer.optimization.minibatch-size=256 "
-    "--trainer.optimization.initial-effective-lrate=0.0015 --trainer.optimization.final-effective-lrate=0.00015 "
-    "--trainer.samples-per-iter=30000"
-).split()
+    "--egs.frames-per-eg=8",
+    "--trainer.optimization.minibatch-size=256",
+    "--trainer.optimization.initial-effective-lrate=0.0015",
+    "--trainer.optimization.final-effective-lrate=0.00015",
+    "--trainer.samples-per-iter=30000",
+)
 _DROPOUT = "dropout-proportion=0.0"
 
 NETS = {
@@ -66,7 +72,7 @@ NETS = {
         + "fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-3\n"
         + "fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-3\n"
         + "output-layer name=output output-delay=5 dim=PDFS max-change=1.5\n",
-        tuple(_RNN),
+        _RNN,
     ),
     "blstm": Net(
         "train_rnn.py",
@@ -88,13 +94,14 @@ NETS = {
         + "relu-batchnorm-layer name=tdnn3 dim=192 input=Append(-3,3)\n"
         + "relu-batchnorm-layer name=tdnn4 dim=192\n"
         + "output-layer name=output dim=PDFS max-change=1.5\n",
-        tuple(_DNN),
+        _DNN,
     ),
     "tdnnf": Net(
         "train_dnn.py",
         "aishell/s5/local/nnet3/tuning/run_tdnn_1a.sh, layers of mini_librispeech/s5/local/chain/tuning/run_tdnn_1j.sh",
         _LDA.format(delay="", splice="-1,0,1")
-        + f"relu-batchnorm-dropout-layer name=tdnn1 l2-regularize=0.03 {_DROPOUT} dropout-per-dim-continuous=true dim=192\n"
+        + "relu-batchnorm-dropout-layer name=tdnn1 l2-regularize=0.03 dropout-per-dim-continuous=true dim=192 "
+        + f"{_DROPOUT}\n"
         + "".join(
             f"tdnnf-layer name=tdnnf{n} l2-regularize=0.03 {_DROPOUT} bypass-scale=0.66 dim=192 bottleneck-dim=48 "
             f"time-stride={stride}\n"
@@ -240,6 +247,7 @@ class Bench:
 
 
 def main() -> None:
+    """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="where everything goes; outside the checkout")
     parser.add_argument("--train", help="data directory of the training speech; needed at first")
@@ -268,7 +276,8 @@ def main() -> None:
 def table(figures: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Means over seeds, with the difference from Kaldi's."""
     print(
-        "\n| network | trained by | log-likelihood | - Kaldi's | accuracy | WER | / Kaldi's | s |\n|---|---|---|---|---|---|---|---|"
+        "\n| network | trained by | log-likelihood | - Kaldi's | accuracy | WER | / Kaldi's | s |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for net, arms in figures.items():
         means = {
