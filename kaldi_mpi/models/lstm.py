@@ -9,6 +9,7 @@ is d interleaved sequences, advances by blocks of ``d * B`` rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -421,6 +422,12 @@ def _coefficients(
     return to_m, to_old
 
 
+@functools.lru_cache(maxsize=64)
+def _boundaries_on(device: torch.device, settings: LstmSettings, *shape: int) -> Tensor:
+    """`LstmSettings.boundaries` on a device: brought there once, not with each minibatch."""
+    return settings.boundaries(*shape).to(device)
+
+
 class _Limit:
     """BackpropTruncationComponent's limits on the recurrent gradient, applied in place to a block of rows."""
 
@@ -430,7 +437,7 @@ class _Limit:
         self.clip = settings.clipping_threshold if settings.clipping_threshold > 0 else math.inf
         self.zero = settings.zeroing_threshold if settings.zeroing_threshold > 0 else math.inf
         self.smallest = min(self.clip, self.zero)
-        self.boundaries = settings.boundaries(first, frames, batch, stride).to(device, non_blocking=True)
+        self.boundaries = _boundaries_on(device, settings, first, frames, batch, stride)
 
     def apply(self, rows: Tensor, boundary: Tensor) -> None:
         # The norm of all rows together bounds that of each: mostly one reduction settles it.

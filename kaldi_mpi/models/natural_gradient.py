@@ -107,8 +107,7 @@ class NaturalGradient:
             self._pending = None
         hidden = rows @ self.w.t()
         preconditioned = torch.addmm(rows, hidden, self.w, alpha=-1)
-        before = rows.square().sum()
-        after = preconditioned.square().sum()
+        before, after = _square(rows), _square(preconditioned)
         if update:
             moments = self._moments(rows, hidden, before)
             if moments.ready is None or self.calls <= _FIRST_CALLS:
@@ -132,7 +131,7 @@ class NaturalGradient:
         start /= math.sqrt(2.0 + self.alpha * (dim + rank) / dim)
         self.w = start.to(rows)
         for _ in range(1 if count <= rank else _FIRST_ESTIMATES):
-            self._finish(self._moments(rows, rows @ self.w.t(), rows.square().sum()))
+            self._finish(self._moments(rows, rows @ self.w.t(), _square(rows)))
 
     def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor) -> _Moments:
         j = hidden.t() @ rows
@@ -140,10 +139,7 @@ class NaturalGradient:
         packed = torch.cat([part.reshape(-1) for part in parts])
         if packed.device.type == "cpu":
             return _Moments(packed, j, len(rows))
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        event: Any = torch.cuda.Event()
-        event.record()
+        host, event = send_to_host(packed)
         return _Moments(host, j, len(rows), event)
 
     def _finish(self, moments: _Moments) -> None:
@@ -217,6 +213,20 @@ class NaturalGradient:
         self.calls, self.rho, self.d = state["calls"], state["rho"], state["d"].numpy().copy()
         self.w = None if state["w"] is None else state["w"].to(device)
         self._pending = None
+
+
+def _square(rows: Tensor) -> Tensor:
+    """The sum of all squares, 0-dim; row by row, so that rounding does not add up."""
+    return torch.linalg.vector_norm(rows, dim=1).square().sum()
+
+
+def send_to_host(packed: Tensor) -> tuple[Tensor, Any]:
+    """A page-locked copy that a GPU's tensor is on its way to, and the event after which it has arrived."""
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    event: Any = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 def _reorthogonalised(w: Tensor, root: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kaldi_mpi.models.components import Affine, Call, ComponentModule, Linear, LstmNonlinearity
 from kaldi_mpi.models.components.preconditioned import RowTrained
-from kaldi_mpi.models.computation import Computation, FusedLstm, Leaf, Recurrence, Source, Step
+from kaldi_mpi.models.computation import Computation, Expression, FusedLstm, Leaf, Recurrence, Source, Step
 from kaldi_mpi.models.config import ComponentNode
 from kaldi_mpi.models.lstm import lstm
 
@@ -66,6 +66,8 @@ class _Values:
         """(rows, B, columns) of a descriptor."""
         if isinstance(source, Leaf):
             return self.leaf(source)
+        if source.op == "Sum":
+            return self.sum(source)
         if source.op == "Const":
             return self.like.new_full((source.count, self.batch, source.columns), source.scale)
         parts = [self.evaluate(part) for part in source.parts]
@@ -76,10 +78,17 @@ class _Values:
         if source.op == "Switch":
             assert source.order is not None
             return source.order(torch.cat(parts))
-        assert source.op == "Sum"
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        raise AssertionError(source.op)
+
+    def sum(self, source: Expression) -> Tensor:
+        """The scales of its terms are applied as they are added: one pass over memory less for each."""
+        first, *others = source.parts
+        total = self.evaluate(first)
+        for part in others:
+            if isinstance(part, Expression) and part.op == "Scale":
+                total = torch.add(total, self.evaluate(part.parts[0]), alpha=part.scale)
+            else:
+                total = total + self.evaluate(part)
         return total
 
     def leaf(self, leaf: Leaf) -> Tensor:

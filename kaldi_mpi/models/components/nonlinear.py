@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums, saturations_of
 from kaldi_mpi.models.config import Options
 
 _STORE, _REPAIR, _ODERIV = 0.5, 0.5, 0.75
 _LARGEST_REPAIR = 0.1
+
+
+_threshold_backward = torch.ops.aten.threshold_backward
+_sigmoid_backward = torch.ops.aten.sigmoid_backward
+_tanh_backward = torch.ops.aten.tanh_backward
 
 
 class Pointwise(ComponentModule):
@@ -81,7 +86,7 @@ class Stored(Pointwise):
         """The value, row by row."""
         raise NotImplementedError
 
-    def derivative(self, y: Tensor) -> Tensor | None:
+    def slope(self, y: Tensor) -> Tensor | None:
         """The function's derivative where its value is `y`; None: it is not stored."""
         return None
 
@@ -91,9 +96,7 @@ class Stored(Pointwise):
 
     def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
         """The derivative at the input, of the value and the derivative at the output."""
-        own = self.derivative(y)
-        assert own is not None
-        return derivative * own
+        raise NotImplementedError
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if not (self.mode.store and torch.is_grad_enabled()):
@@ -118,17 +121,16 @@ class Stored(Pointwise):
         if not (self.mode.chance.decide(self.name, "stats", _STORE) or not self._stored):
             return
         self._stored = True
-        derivative = self.derivative(y)
-        rows = y.shape[0] * y.shape[1]
-        for name, of in (("value_sum", y), ("deriv_sum", derivative)):
+        slope = self.slope(y)
+        for name, of in (("value_sum", y), ("deriv_sum", slope)):
             if of is None:
                 continue
             total = getattr(self, name)
             if total.numel() != self.output_dim:
                 total = torch.zeros(self.output_dim, dtype=torch.float64, device=y.device)
                 setattr(self, name, total)
-            total += of.reshape(rows, -1).sum(0)
-        self.count += rows
+            total += column_sums(of)
+        self.count += y.shape[0] * y.shape[1]
 
     def store_oderiv(self, derivative: Tensor) -> None:
         """Add the squares of the derivatives that arrive at the output."""
@@ -137,7 +139,7 @@ class Stored(Pointwise):
         self._stored_oderiv = True
         if self.oderiv_sum.numel() != self.output_dim:
             self.oderiv_sum = torch.zeros(self.output_dim, dtype=torch.float64, device=derivative.device)
-        self.oderiv_sum += derivative.square().reshape(-1, self.output_dim).sum(0)
+        self.oderiv_sum += column_sums(derivative.square())
         self.oderiv_count += derivative.shape[0] * derivative.shape[1]
 
     def units_to_repair(self) -> Tensor:
@@ -188,8 +190,11 @@ class RectifiedLinear(Stored):
     def function(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def derivative(self, y: Tensor) -> Tensor:
-        return (y > 0).to(y.dtype)
+    def slope(self, y: Tensor) -> Tensor:
+        return torch.sign(y)  # the value is never negative
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        return _threshold_backward(derivative, y, 0)
 
     def pushes(self, y: Tensor) -> Tensor:
         return torch.ones_like(y)
@@ -204,8 +209,11 @@ class Sigmoid(Stored):
     def function(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
-    def derivative(self, y: Tensor) -> Tensor:
+    def slope(self, y: Tensor) -> Tensor:
         return y * (1.0 - y)
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        return _sigmoid_backward(derivative, y)
 
     def pushes(self, y: Tensor) -> Tensor:
         return 1.0 - 2.0 * y
@@ -221,8 +229,11 @@ class Tanh(Stored):
     def function(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
-    def derivative(self, y: Tensor) -> Tensor:
+    def slope(self, y: Tensor) -> Tensor:
         return 1.0 - y * y
+
+    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
+        return _tanh_backward(derivative, y)
 
     def pushes(self, y: Tensor) -> Tensor:
         return -y

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums
 from kaldi_mpi.models.config import Options
 
 # 2^-66: nnet3's floor of the mean square in NormalizeComponent.
@@ -83,13 +85,9 @@ class BatchNorm(ComponentModule):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         flat = x.reshape(-1, self.block_dim)
         if self.mode.batch_statistics:
-            mean = flat.mean(0)
-            mean_square = flat.square().mean(0)
-            variance = (mean_square - mean * mean).clamp_min(0.0)
-            if self.mode.collect or (self.mode.store and torch.is_grad_enabled()):
-                self._add(torch.cat([mean.detach(), mean_square.detach()]), len(flat))
-        else:
-            mean, variance = self.moments.to(x.dtype).split(self.block_dim)
+            z: Tensor = _OverRows.apply(flat, self)  # type: ignore[no-untyped-call]
+            return z.view(x.shape)
+        mean, variance = self.moments.to(x.dtype).split(self.block_dim)
         scale = self.target_rms * (variance + self.epsilon).rsqrt()
         return ((flat - mean) * scale).view(x.shape)
 
@@ -128,6 +126,34 @@ class BatchNorm(ComponentModule):
             mean, square = (sums[1:] / rows).split(self.block_dim)
             self.moments.copy_(torch.cat([mean, (square - mean * mean).clamp_min(0.0)]))
             self.count.fill_(rows)
+
+
+class _OverRows(torch.autograd.Function):
+    """z = g (x - mean) of the rows' own mean and variance, with g = target_rms / sqrt(variance + epsilon).
+
+    Backward x' = g (z' - mean z') - g z mean(z' z) / target_rms^2, as in nnet3, in as few passes as there can be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: BatchNorm) -> Tensor:
+        mean = column_sums(x) / len(x)
+        mean_square = column_sums(x.square()) / len(x)
+        if module.mode.collect or (module.mode.store and any(ctx.needs_input_grad)):
+            module._add(torch.cat([mean, mean_square]), len(x))
+        variance = (mean_square - mean * mean).clamp_min(0.0)
+        scale = module.target_rms * (variance + module.epsilon).rsqrt()
+        z = (x - mean).mul_(scale)
+        ctx.target_rms = module.target_rms
+        ctx.save_for_backward(z, scale)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> Any:
+        (derivative,) = derivatives
+        z, scale = ctx.saved_tensors
+        along = column_sums(derivative * z) * (-1.0 / (len(z) * ctx.target_rms**2))
+        x = derivative - column_sums(derivative) / len(z)
+        return x.addcmul_(z, along).mul_(scale), None
 
 
 def _normalize(options: Options, init: Initializer) -> Normalize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
 from kaldi_mpi.models.config import Options
 from kaldi_mpi.models.natural_gradient import NaturalGradient
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants of a component or of a call, brought to a device once."""
+    return torch.tensor(numbers, device=device)
 
 
 class _Nudged(torch.autograd.Function):
@@ -100,12 +107,12 @@ class LstmNonlinearity(ComponentModule):
 
     def repair(self) -> Tensor | None:
         """(5, C) float32: self-repair-scale where a unit's mean derivative is below its threshold, else 0."""
-        config = torch.from_numpy(np.asarray(self.attributes["SelfRepairConfig"]))
-        if not self.mode.store or not bool((config[5:] > 0).any()):
+        config = np.asarray(self.attributes["SelfRepairConfig"])
+        if not self.mode.store or not (config[5:] > 0).any():
             return None
-        config = config.to(self.value_sum.device, non_blocking=True).unsqueeze(1)
+        limits = _on_device(tuple(config.tolist()), self.value_sum.device).unsqueeze(1)
         mean = self.deriv_sum / (1.0 + self.count)
-        return (config[5:] * (mean < config[:5])).to(self.peepholes.dtype)
+        return (limits[5:] * (mean < limits[:5])).to(self.peepholes.dtype)
 
     def store(self, values: Tensor, derivatives: Tensor, rows: int) -> None:
         """Collect sums over `rows` rows."""
@@ -193,7 +200,7 @@ class _Truncated(torch.autograd.Function):
         if module.clipping_threshold > 0:
             factors = torch.where(norms > module.clipping_threshold, module.clipping_threshold / norms, factors)
         if module.zeroing_threshold > 0:
-            t = torch.tensor(ctx.call.in_times, device=norms.device).view(-1, 1, 1)
+            t = _on_device(ctx.call.in_times, norms.device).view(-1, 1, 1)
             # Shifted by the number of the sequence, so that boundaries do not all fall on the same frames.
             t = t - torch.arange(derivative.shape[1], device=norms.device).view(1, -1, 1)
             here, before = (
