@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.models.components import (
     affine,
     columns,
@@ -21,7 +22,7 @@ from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
 from kaldi_mpi.models.components.normalise import BatchNorm, Normalize
 from kaldi_mpi.models.components.recurrent import BackpropTruncation, LstmNonlinearity
-from kaldi_mpi.models.config import ComponentSpec, Options
+from kaldi_mpi.models.config import ComponentSpec, Config, Options, all_of
 
 __all__ = [
     "Affine",
@@ -42,6 +43,7 @@ __all__ = [
     "Softmax",
     "Tanh",
     "make_component",
+    "make_components",
     "split_transform",
 ]
 
@@ -66,3 +68,21 @@ def make_component(spec: ComponentSpec, init: Initializer) -> ComponentModule:
         raise spec.place.error(str(error), spec.name) from None
     options.done(spec.type)
     return component
+
+
+def make_components(config: Config, init: Initializer) -> dict[str, ComponentModule]:
+    """All components of a network, freshly initialised, by name.
+
+    Raises:
+        ConfigError: what is wrong with any of them, a line each.
+    """
+    made: dict[str, ComponentModule] = {}
+    errors: list[ConfigError] = []
+    for spec in config.components:
+        try:
+            made[spec.name] = make_component(spec, init)
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise all_of(errors)
+    return made
