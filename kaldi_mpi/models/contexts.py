@@ -1,4 +1,4 @@
-"""How much context a network needs before it is built: the graph's own rule, with components that have no numbers."""
+"""What can be said of a network before it is built, from components that have their shapes and no numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.models.components import Initializer, make_components
-from kaldi_mpi.models.config import Config, OutputNode
+from kaldi_mpi.models.components import Initializer, component_errors, make_components
+from kaldi_mpi.models.config import Config, OutputNode, Place
 from kaldi_mpi.models.descriptor import parse_descriptor
 from kaldi_mpi.models.graph import Graph
 
@@ -30,6 +30,8 @@ def contexts(
 ) -> list[tuple[int, int]] | None:
     """Frames to the left and right that are needed by the output named ``output``, and by the descriptor `lda_input`.
 
+    The rule is the graph's own.
+
     Args:
         shapes: of transforms that are not known yet, by path.
 
@@ -39,14 +41,23 @@ def contexts(
     """
     if not any(isinstance(node, OutputNode) and node.name == "output" for node in config.nodes):
         return None
-    stand_ins = {path: np.zeros(shape, np.float32) for path, shape in (shapes or {}).items()}
     wanted, nodes = ["output"], list(config.nodes)
     if lda_input:
         wanted.append(_STATISTICS)
         nodes.append(OutputNode(_STATISTICS, parse_descriptor(lda_input).normalized()))
     try:
-        components = make_components(config, _Shapes(0, {**stand_ins, **config.transforms}))
+        components = make_components(config, _stand_ins(config, shapes or {}))
         graph = Graph(dataclasses.replace(config, nodes=nodes), components)
         return [graph.contexts([output]) for output in wanted]
     except ConfigError:
         return None
+
+
+def complaints(config: Config, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[Place, ConfigError]]:
+    """What is wrong with the components, each for itself, with the places of their lines."""
+    return component_errors(config, _stand_ins(config, shapes))
+
+
+def _stand_ins(config: Config, shapes: Mapping[str, tuple[int, int]]) -> Initializer:
+    zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    return _Shapes(0, {**zeros, **config.transforms})

@@ -6,6 +6,7 @@ and components, the same types, options and descriptors. All layers that Kaldi's
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from kaldi_mpi.models import (
     xconfig_single,
 )
 from kaldi_mpi.models.config import Config, Options, Place, all_of, parse_config, split_options
-from kaldi_mpi.models.contexts import contexts
+from kaldi_mpi.models.contexts import complaints, contexts
 from kaldi_mpi.models.xconfig_line import FollowsError, Layer, Line
 
 _LAYER_TYPE = re.compile(r"^[a-z][-a-z0-9]+$")
@@ -65,16 +66,11 @@ def parse_xconfig(path: str | os.PathLike[str]) -> Config:
 def parse_xconfig_text(text: str, source: str = "network.xconfig") -> Config:
     """The same, from a string; `source` is named in messages."""
     found = _expanded(text, source)
-    config = parse_config(found.lines, source)
-    for layer in found.layers.values():
-        config.transforms.update(layer.transforms)
-        if layer.lda_delay:
-            config.lda_delays[layer.name] = layer.lda_delay
+    config = found.config(source)
     for layer in found.layers.values():
         if layer.lda_input is not None:
             label_delay = max((other.output_delay for other in found.layers.values()), key=abs)
-            shapes = {path: shape for other in found.layers.values() for path, shape in other.shapes.items()}
-            needed = contexts(config, layer.lda_input, shapes)
+            needed = contexts(config, layer.lda_input, found.shapes())
             _check_contexts(needed, label_delay, found.places[layer.name])
     return config
 
@@ -86,13 +82,27 @@ def expand_xconfig(text: str, source: str = "network.xconfig") -> list[str]:
 
 @dataclass
 class _Expansion:
+    """Layers by name, in their order, with the places of their lines, and the config lines of all of them."""
+
     layers: dict[str, Layer] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     lines: list[tuple[str, Place]] = field(default_factory=list)
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the transforms that are estimated or read later, by path."""
+        return {path: shape for layer in self.layers.values() for path, shape in layer.shapes.items()}
+
+    def config(self, source: str) -> Config:
+        config = parse_config(self.lines, source)
+        for layer in self.layers.values():
+            config.transforms.update(layer.transforms)
+            if layer.lda_delay:
+                config.lda_delays[layer.name] = layer.lda_delay
+        return config
+
 
 def _expanded(text: str, source: str) -> _Expansion:
-    found, errors = _Expansion(), []
+    found, errors = _Expansion(), list[tuple[Place, ConfigError]]()
     for number, raw in enumerate(text.splitlines(), start=1):
         words = raw.split("#")[0].split(None, 1)
         if not words:
@@ -106,14 +116,16 @@ def _expanded(text: str, source: str) -> _Expansion:
                 raise place.error(f"{layer.name} is the name of an earlier layer", "name")
         except ConfigError as error:
             if not isinstance(error, FollowsError):
-                errors.append(error)
+                errors.append((place, error))
             layer = _guess(name[1] if name else f"_line_{number}", rest, found.layers)
         # Where a line uses the name of another again, later ones are about the last of them.
         found.layers.pop(layer.name, None)
         found.layers[layer.name], found.places[layer.name] = layer, place
-        found.lines.extend((line, place) for line in layer.lines)
+        found.lines.extend((line, place) for line in layer.lines if layer.sure)
     if errors:
-        raise all_of(errors)
+        # What the builder would say of the layers that are in order: who mends the file should hear of it as well.
+        errors += complaints(found.config(source), found.shapes())
+        raise all_of([error for _, error in sorted(errors, key=lambda pair: pair[0].line)])
     if not found.layers:
         raise ConfigError(f"{source}: there is no layer in this file")
     return found
@@ -147,7 +159,8 @@ def _check_contexts(needed: list[tuple[int, int]] | None, label_delay: int, plac
 
 def _expand(kind: str, rest: str, layers: Mapping[str, Layer], place: Place) -> Layer:
     if not _LAYER_TYPE.match(kind) or kind not in LAYERS:
-        raise place.error(f"layer type {kind!r} is not supported (known: {', '.join(LAYERS)})")
+        near = difflib.get_close_matches(kind, LAYERS, n=3)
+        raise place.error(f"layer type {kind!r} is not supported" + (f"; near it: {', '.join(near)}" if near else ""))
     if rest.count('"') % 2:
         raise place.error("a double quote is not closed")
     # A quoted value may hold '=': hide those until the keys have been found.

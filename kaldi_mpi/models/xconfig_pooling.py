@@ -17,15 +17,13 @@ def _stats(line: Line) -> Layer:
     config = options.text("config")
     match = _STATISTICS.search(config)
     if match is None:
-        raise line.place.error(
-            f"mean, mean+stddev, mean+count or mean+stddev+count with (-left:input-period:period:right) expected, "
-            f"found {config!r}",
-            "config",
-        )
+        cause = f"mean[+stddev][+count](-left:input-period:period:right) expected, found {config!r}"
+        raise line.place.error(cause, "config")
     stddev, count = match[1] is not None, match[2] is not None
     left, input_period, period, right = -int(match[3]), *map(int, match.group(4, 5, 6))
-    if left < 0 or right < 0:
-        raise line.place.error(f"the window must hold the frame itself, is {-left} to {right}", "config")
+    if left < 0 or right < 0 or left + right == 0:
+        cause = f"the window must hold the frame itself, and more, is {-left} to {right}"
+        raise line.place.error(cause, "config")
     if input_period <= 0 or period <= 0 or period % input_period or left % period or right % period:
         cause = f"{input_period} must divide {period}, and {period} both ends of the window {-left} to {right}"
         raise line.place.error(cause, "config")

@@ -99,7 +99,7 @@ def test_malformed_descriptors(text: str, message: str) -> None:
         ("prefinal-layer name=p big-dim=4 small-dim=4", r"x:2: big-dim: must be above small-dim 4, is 4"),
         ("linear-component name=l dim=-3", r"x:2: dim: must be positive, is -3"),
         ("dim-range-component name=r dim=3 dim-offset=39", r"x:2: dim-offset: columns 39 to 42 of an input of"),
-        ("trnn-layer name=l cell-dim=8", r"x:2: layer type 'trnn-layer' is not supported \(known: input, fixed"),
+        ("trnn-layer name=l cell-dim=8", r"x:2: layer type 'trnn-layer' is not supported; near it: tdnnf-layer"),
         ("output-layer name=output dim=10 include-log-softmax=maybe", r"x:2: include-log-softmax: true or false"),
         ("output-layer name=output dim=10 bottleneck-dim=11", r"x:2: bottleneck-dim: 11 is not between 0 and 10"),
         ("output-layer name=output dim=10 objective-type=mmi", r"x:2: objective-type: linear or quadratic"),

@@ -22,7 +22,7 @@ from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.components.nonlinear import LogSoftmax, NoOp, RectifiedLinear, Sigmoid, Softmax, Tanh
 from kaldi_mpi.models.components.normalise import BatchNorm, Normalize
 from kaldi_mpi.models.components.recurrent import BackpropTruncation, LstmNonlinearity
-from kaldi_mpi.models.config import ComponentSpec, Config, Options, all_of
+from kaldi_mpi.models.config import ComponentSpec, Config, Options, Place, all_of
 
 __all__ = [
     "Affine",
@@ -42,6 +42,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "component_errors",
     "make_component",
     "make_components",
     "split_transform",
@@ -76,13 +77,23 @@ def make_components(config: Config, init: Initializer) -> dict[str, ComponentMod
     Raises:
         ConfigError: what is wrong with any of them, a line each.
     """
+    made, errors = _tried(config, init)
+    if errors:
+        raise all_of([error for _, error in errors])
+    return made
+
+
+def component_errors(config: Config, init: Initializer) -> list[tuple[Place, ConfigError]]:
+    """What `make_components` would say, with the places of the components' lines."""
+    return _tried(config, init)[1]
+
+
+def _tried(config: Config, init: Initializer) -> tuple[dict[str, ComponentModule], list[tuple[Place, ConfigError]]]:
     made: dict[str, ComponentModule] = {}
-    errors: list[ConfigError] = []
+    errors: list[tuple[Place, ConfigError]] = []
     for spec in config.components:
         try:
             made[spec.name] = make_component(spec, init)
         except ConfigError as error:
-            errors.append(error)
-    if errors:
-        raise all_of(errors)
-    return made
+            errors.append((spec.place, error))
+    return made, errors
