@@ -134,8 +134,8 @@ def _expanded(text: str, source: str) -> _Expansion:
 def _guess(name: str, rest: str, layers: Mapping[str, Layer]) -> Layer:
     """What stands for a layer that has been complained about, so that later lines are looked at as well."""
     dim = _DIM.search(rest)
-    before = next(reversed(layers.values()), None)
-    width = int(dim[1]) if dim else next((width for _, width in before.outputs.values()), 1) if before else 1
+    widths = [width for layer in layers.values() for _, width in layer.outputs.values()]
+    width = int(dim[1]) if dim else widths[-1] if widths else 1
     return Layer(name, {"": (name, max(width, 1))}, [], sure=False)
 
 

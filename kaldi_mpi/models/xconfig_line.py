@@ -100,7 +100,7 @@ class Line:
     def input_node(self) -> tuple[str, int]:
         """The same, of a layer whose input must be one node, as it stands."""
         node, dim = self.input()
-        if self.sure and not node.replace("(", " ").replace("@", " ").split(" ")[0] == node:
+        if self.sure and "(" in node:
             raise self.place.error(f"one node expected, found {node}", "input")
         return node, dim
 

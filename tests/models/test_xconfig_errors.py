@@ -63,7 +63,7 @@ conv-layer name=c height-in=4 height-offsets=-1,0 time-offsets=0 num-filters-out
     height-out: must be positive, is -4
 conv-layer name=c height-in=5 height-offsets=-1,0 time-offsets=0 num-filters-out=5 height-out=5
     height-in: 5 does not divide the input's dimension 12
-conv-layer name=c height-in=4 height-offsets=-1,0 time-offsets=0 num-filters-out=5 height-out=4 required-time-offsets=0,0
+conv-layer name=c height-in=4 height-offsets=0,1 time-offsets=0 num-filters-out=5 height-out=4 required-time-offsets=0,0
     required-time-offsets: must ascend, is 0,0
 conv-layer name=c height-in=4 height-offsets=-1,0,1 time-offsets=1,0 num-filters-out=5 height-out=4
     time-offsets: must ascend, is 1,0

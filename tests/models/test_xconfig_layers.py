@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from kaldi_mpi.formats.tokens import read_matrix
+from kaldi_mpi.formats.tokens import read_matrix, write_matrix
+from kaldi_mpi.learner.network import stand_in
 from kaldi_mpi.models import build_model, parse_xconfig_text, transform_files
+from kaldi_mpi.models.components import FixedAffine
+from kaldi_mpi.models.config import Place, parse_config
 from kaldi_mpi.models.xconfig import LAYERS, expand_xconfig
+from kaldi_mpi.models.xconfig_ends import idct_matrix
 from tests.models.kaldi_xconfig import comparable, kaldi_lines
 from tests.paths import golden, kaldi_root
 
@@ -203,3 +208,23 @@ def test_lines_that_kaldi_wrote() -> None:
     """For where there is no Kaldi: one network of many kinds of layers, with the final.config that Kaldi made of it."""
     text = golden("xconfig/layers").read_text()
     assert comparable(expand_xconfig(text)) == comparable(golden("xconfig/layers.config").read_text().splitlines())
+
+
+def test_a_transform_to_be_estimated_may_stand_after_an_idct(tmp_path: Path) -> None:
+    """Its size is known from what stands before it, also where another config has the matrix in a file."""
+    layers = (
+        "idct-layer name=idct dim=10 affine-transform-file={}\nbatchnorm-component name=bn include-in-init=true\n"
+        "fixed-affine-layer name=lda input=Append(-1,0,1) affine-transform-file=lda.mat\noutput-layer name=output dim=3"
+    )
+    config = parse_xconfig_text(INPUT + layers.format("idct.mat"))
+    assert transform_files(config) == [("lda", "lda.mat")]
+    assert stand_in(config, "lda").shape == (30, 31)
+    model = build_model(config, seed=0, transforms={"lda.mat": stand_in(config, "lda")})
+    idct = model.by_name["idct"]
+    assert isinstance(idct, FixedAffine) and torch.equal(
+        idct.linear, torch.from_numpy(idct_matrix(12, 10, 22.0)[:, :-1])
+    )
+    path = tmp_path / "idct.mat"
+    write_matrix(path, idct_matrix(12, 10, 22.0))
+    lines = expand_xconfig(INPUT + layers.format(path))
+    assert stand_in(parse_config(((line, Place()) for line in lines), "f"), "lda").shape == (30, 31)
