@@ -149,7 +149,8 @@ def test_output_delay_and_nested_append() -> None:
 
 LDA = "fixed-affine-layer name=lda {}input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat\n"
 TDNNF = (
-    "tdnnf-layer name=f dim=200 bottleneck-dim=4 time-stride=3\ntdnnf-layer name=g dim=200 bottleneck-dim=4 time-stride=3\n"
+    "tdnnf-layer name=f dim=200 bottleneck-dim=4 time-stride=3\n"
+    "tdnnf-layer name=g dim=200 bottleneck-dim=4 time-stride=3\n"
     "output-layer name=output dim=9 output-delay=5\n"
 )
 LSTM = "fast-lstm-layer name=l cell-dim=4 delay=-1\noutput-layer name=output dim=9 output-delay={}\n"
