@@ -18,7 +18,7 @@ from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.components import BatchNorm, FixedScale, NoOp
 from kaldi_mpi.models.components.dropout import GeneralDropout, SpecAugmentTimeMask
-from kaldi_mpi.models.config import ComponentNode, InputNode, read_config
+from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, read_config
 from kaldi_mpi.nnet3 import read_nnet, to_torch
 from kaldi_mpi.transport.world import World
 
@@ -151,11 +151,17 @@ def _width_of(config: Config, component: str, outputs: dict[str, int]) -> int:
 def stand_in(config: Config, component: str) -> NDArray[np.float32]:
     """An identity of the right size for a transform that is not known yet, (dim, dim + 1)."""
     dims = {node.name: node.dim for node in config.nodes if isinstance(node, InputNode)}
-    # Layers that change no dimension may lie in between (spec-augment-layer).
+    # Layers without anything trained may lie in between (spec-augment-layer, idct-layer).
     specs = {spec.name: spec for spec in config.components}
     for node in config.nodes:
-        if isinstance(node, ComponentNode) and specs[node.component].type in _BEFORE_TRANSFORMS:
-            dims[node.name] = int(specs[node.component].options.get("dim", 0))
+        if isinstance(node, DimRangeNode) and node.input_node in dims:
+            dims[node.name] = node.dim
+        elif isinstance(node, ComponentNode):
+            spec = specs[node.component]
+            if spec.type in _BEFORE_TRANSFORMS:
+                dims[node.name] = int(spec.options.get("dim", 0))
+            elif "matrix" in spec.options and (rows := _rows(config, spec.options["matrix"])):
+                dims[node.name] = rows
     node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
     try:
         dim = node.input.dim(dims.__getitem__)
@@ -166,3 +172,10 @@ def stand_in(config: Config, component: str) -> NDArray[np.float32]:
             "a fixed-affine-layer can only transform the network's input"
         ) from None
     return np.eye(dim, dim + 1, dtype=np.float32)
+
+
+def _rows(config: Config, path: str) -> int:
+    """Of a transform that is known; 0: it is still to be estimated."""
+    if path in config.transforms:
+        return len(config.transforms[path])
+    return len(read_matrix(path)) if Path(path).exists() else 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.files import read_text
@@ -19,14 +22,22 @@ _KEY = re.compile(r"\s*([-A-Za-z0-9_]+)=")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a line stands, for messages."""
+    """Where a line stands, and what it is about (a layer, a component), for messages."""
 
     file: str = "config"
     line: int = 0
+    what: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def about(self, what: str) -> Place:
+        """The same place, about something more."""
+        return replace(self, what=f"{self.what}, {what}" if self.what else what)
 
     def error(self, cause: str, key: str | None = None) -> ConfigError:
-        where = f"{self.file}:{self.line}" if self.line else self.file
-        return ConfigError(f"{where}: {key}: {cause}" if key else f"{where}: {cause}")
+        about = f" ({self.what})" if self.what else ""
+        return ConfigError(f"{self}: {key}: {cause}{about}" if key else f"{self}: {cause}{about}")
 
 
 @dataclass(frozen=True)
@@ -95,12 +106,16 @@ class Config:
     """Nodes and components, in the order of the lines that defined them; `source` is named in messages.
 
     `lda_delays`: of a component whose transform is estimated, by how much later its frames are than their labels.
+    `transforms`: those that the config knows itself, (out, in + 1), by the path that stands in their component's line.
+    `places`: where each node's line stands.
     """
 
     nodes: list[Node] = field(default_factory=list)
     components: list[ComponentSpec] = field(default_factory=list)
     source: str = "config"
     lda_delays: dict[str, int] = field(default_factory=dict)
+    transforms: dict[str, NDArray[Any]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
 
     def node_lines(self) -> list[str]:
         """The lines of a model file: nodes only, in nnet3's spelling."""
@@ -155,6 +170,11 @@ def split_options(text: str, first_wins: bool = False) -> dict[str, str]:
     return options
 
 
+def all_of(errors: Sequence[ConfigError]) -> ConfigError:
+    """One error of several, a line each."""
+    return errors[0] if len(errors) == 1 else ConfigError("\n".join(map(str, errors)))
+
+
 class Options:
     """The options of one line, each taken once; what is left over at `done` is an error.
 
@@ -203,8 +223,8 @@ class Options:
         return value
 
     def done(self, what: str) -> None:
-        for key in self.values:
-            raise self.place.error(f"is not an option of {what}", key)
+        if self.values:
+            raise all_of([self.place.error(f"is not an option of {what}", key) for key in self.values])
 
 
 def parse_config(lines: Iterable[tuple[str, Place]], source: str) -> Config:
@@ -228,13 +248,16 @@ def parse_config(lines: Iterable[tuple[str, Place]], source: str) -> Config:
         if (words[0] == "component", item.name) in seen:
             raise place.error(f"{words[0]} is defined twice", item.name)
         seen.add((words[0] == "component", item.name))
+        if words[0] != "component":
+            config.places[item.name] = place
     return config
 
 
 def _add_line(config: Config, kind: str, options: Options, place: Place) -> None:
     name = options.text("name")
     if kind == "component":
-        config.components.append(ComponentSpec(name, options.text("type"), options.values, place))
+        type_ = options.text("type")
+        config.components.append(ComponentSpec(name, type_, options.values, place.about(f"{type_} {name}")))
         return
     node: Node
     if kind == "input-node":

@@ -1,35 +1,63 @@
-"""How much context a network needs, from its nodes alone: of an xconfig, whose components are not made yet.
-
-Components count as row by row; `Graph.contexts` knows those that look further.
-"""
+"""What can be said of a network before it is built, from components that have their shapes and no numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping
 
-from kaldi_mpi.models.config import DimRangeNode, InputNode, Node
-from kaldi_mpi.models.graph import IVECTOR
-from kaldi_mpi.models.times import Axis, Mask, defined, reach
+import numpy as np
+import torch
+from torch import Tensor
+
+from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.models.components import Initializer, component_errors, make_components
+from kaldi_mpi.models.config import Config, OutputNode, Place
+from kaldi_mpi.models.descriptor import parse_descriptor
+from kaldi_mpi.models.graph import Graph
+
+_STATISTICS = "statistics-of-the-transform"
 
 
-def contexts(nodes: Sequence[Node]) -> tuple[int, int]:
-    """Frames that the output named ``output`` needs to its left and right.
+class _Shapes(Initializer):
+    """Gives tensors of the right shape that are one number in memory."""
+
+    def normal(self, *shape: int, stddev: float) -> Tensor:
+        return torch.zeros(1).expand(shape)
+
+
+def contexts(
+    config: Config, lda_input: str = "", shapes: Mapping[str, tuple[int, int]] | None = None
+) -> list[tuple[int, int]] | None:
+    """Frames to the left and right that are needed by the output named ``output``, and by the descriptor `lda_input`.
+
+    The rule is the graph's own.
 
     Args:
-        nodes: after what they depend on, but for what stands in IfDefined.
+        shapes: of transforms that are not known yet, by path.
 
-    Raises:
-        KeyError: there is no such output, or a node that does not exist or comes later.
+    Returns:
+        one pair, or two with `lda_input`; None: there is no such output, or something is wrong with the network, which
+        is told where it is built.
     """
-    furthest = 1 + sum(reach(node.input) for node in nodes if not isinstance(node, InputNode | DimRangeNode))
-    given, axis = range(2 * furthest + 1), Axis(-furthest, 3 * furthest + 1)
-    found: dict[str, Mask] = {}
-    for node in nodes:
-        if isinstance(node, InputNode):
-            found[node.name] = axis.mask([0] if node.name == IVECTOR else given)
-        elif isinstance(node, DimRangeNode):
-            found[node.name] = found[node.input_node]
-        else:
-            found[node.name] = defined(node.input, axis, axis.times, found)
-    times = axis.of(found["output"])
-    return max(0, int(times[0]) - given[0]), max(0, given[-1] - int(times[-1]))
+    if not any(isinstance(node, OutputNode) and node.name == "output" for node in config.nodes):
+        return None
+    wanted, nodes = ["output"], list(config.nodes)
+    if lda_input:
+        wanted.append(_STATISTICS)
+        nodes.append(OutputNode(_STATISTICS, parse_descriptor(lda_input).normalized()))
+    try:
+        components = make_components(config, _stand_ins(config, shapes or {}))
+        graph = Graph(dataclasses.replace(config, nodes=nodes), components)
+        return [graph.contexts([output]) for output in wanted]
+    except ConfigError:
+        return None
+
+
+def complaints(config: Config, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[Place, ConfigError]]:
+    """What is wrong with the components, each for itself, with the places of their lines."""
+    return component_errors(config, _stand_ins(config, shapes))
+
+
+def _stand_ins(config: Config, shapes: Mapping[str, tuple[int, int]]) -> Initializer:
+    zeros = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    return _Shapes(0, {**zeros, **config.transforms})

@@ -9,7 +9,7 @@ import numpy as np
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.models.components import ComponentModule
-from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, Node, OutputNode
+from kaldi_mpi.models.config import ComponentNode, Config, DimRangeNode, InputNode, Node, OutputNode, Place
 from kaldi_mpi.models.descriptor import Descriptor, DescriptorError
 from kaldi_mpi.models.times import Axis, Mask, Times, defined, demand, moduli, reach
 
@@ -37,7 +37,7 @@ class Graph:
     """
 
     def __init__(self, config: Config, components: Mapping[str, ComponentModule]) -> None:
-        self.source, self.components = config.source, components
+        self.source, self.components, self._places = config.source, components, config.places
         self.nodes: dict[str, Node] = {}
         self._complaints: list[str] = []
         for node in config.nodes:
@@ -58,10 +58,10 @@ class Graph:
         self.modulus = self._modulus()
 
     def error(self, node: str, cause: str) -> ConfigError:
-        return ConfigError(f"{self.source}: node {node}: {cause}")
+        return self._places.get(node, Place(self.source)).error(cause, f"node {node}")
 
     def _complain(self, node: str, cause: str) -> None:
-        self._complaints.append(f"{self.source}: node {node}: {cause}")
+        self._complaints.append(str(self.error(node, cause)))
 
     def inputs_of(self, node: Node) -> list[str]:
         """Names of the nodes that it takes; a component without an input names any node, also itself, as its input."""

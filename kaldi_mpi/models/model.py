@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.models.chance import Mode
-from kaldi_mpi.models.components import ComponentModule, FixedAffine, Initializer, make_component, split_transform
+from kaldi_mpi.models.components import ComponentModule, FixedAffine, Initializer, make_components, split_transform
 from kaldi_mpi.models.computation import Compiler, Computation
 from kaldi_mpi.models.config import ComponentNode, Config, InputNode, OutputNode
 from kaldi_mpi.models.graph import IVECTOR, Graph
@@ -285,8 +285,9 @@ def missing_transforms(config: Config) -> list[tuple[str, str]]:
 
 
 def transform_files(config: Config) -> list[tuple[str, str]]:
-    """(component, path) of all affine-transform-files."""
-    return [(spec.name, spec.options["matrix"]) for spec in config.components if "matrix" in spec.options]
+    """(component, path) of all affine-transform-files but those whose matrix the config knows itself."""
+    paths = ((spec.name, spec.options["matrix"]) for spec in config.components if "matrix" in spec.options)
+    return [(name, path) for name, path in paths if path not in config.transforms]
 
 
 def build_model(config: Config, *, seed: int, transforms: Mapping[str, NDArray[Any]] | None = None) -> AcousticModel:
@@ -298,7 +299,8 @@ def build_model(config: Config, *, seed: int, transforms: Mapping[str, NDArray[A
         transforms: path of an affine-transform-file, as the config has it -> its matrix (out, in + 1).
 
     Raises:
-        ConfigError: a transform is missing, or the network is not consistent or not supported.
+        ConfigError: a transform is missing, or the network is not consistent or not supported; what is wrong with
+            components is told of all of them, a line each.
     """
-    init = Initializer(seed, transforms or {})
-    return AcousticModel(config, {spec.name: make_component(spec, init) for spec in config.components})
+    init = Initializer(seed, {**config.transforms, **(transforms or {})})
+    return AcousticModel(config, make_components(config, init))

@@ -1,4 +1,4 @@
-"""Run with a real Kaldi's own xconfig modules: final.config's lines of many xconfigs, in one process.
+"""Final configs as a real Kaldi's own xconfig modules make them, of many xconfigs in one process.
 
     python -m tests.models.kaldi_xconfig KALDI_ROOT < texts.json > lines.json
 
@@ -10,10 +10,37 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import re
+import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from tests.paths import REPO, kaldi_root
+
+# Under Python 3, Kaldi's modules write some quotients as 256.0 (a projection's default width, filters of a residual
+# block), which its programs then refuse; Python 2 wrote 256, as we do.
+_COUNTS = re.compile(r"\b((?:[\w-]+-)?dim|num-filters-in|num-filters-out|dim-offset|time-offsets)=(\S+)")
+
+
+def kaldi_lines(texts: Sequence[str], folder: Path) -> list[list[str] | str]:
+    """What a real Kaldi makes of each; files that layers write (idct) are relative to `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.kaldi_xconfig", str(kaldi_root())],
+        input=json.dumps(list(texts)), capture_output=True, text=True, cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPO)}, timeout=300, check=True,
+    )  # fmt: skip
+    found: list[list[str] | str] = json.loads(done.stdout)
+    return found
+
+
+def comparable(lines: Iterable[str]) -> list[str]:
+    """Config lines without what means nothing: comments, empty lines, spaces in a row or after a comma."""
+    plain = (re.sub(r"\s*,\s*", ",", " ".join(line.split("#")[0].split())) for line in lines)
+    return [_COUNTS.sub(lambda m: f"{m[1]}=" + re.sub(r"(\d)\.0\b", r"\1", m[2]), line) for line in plain if line]
 
 
 def main() -> None:

@@ -3,7 +3,6 @@ its file is one that Kaldi writes again byte for byte. Needs KALDI_ROOT."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,33 +14,35 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.formats.tokens import read_matrix
 from kaldi_mpi.learner.network import stand_in
-from kaldi_mpi.models import AcousticModel, build_model, transform_files
+from kaldi_mpi.models import AcousticModel, build_model, parse_xconfig_text, transform_files
 from kaldi_mpi.models.components import Affine, BatchNorm
 from kaldi_mpi.models.config import Config, Place, parse_config
+from kaldi_mpi.models.xconfig import expand_xconfig
 from kaldi_mpi.nnet3 import from_torch, read_nnet, to_torch, write_nnet
-from tests.paths import REPO, kaldi_root
+from tests.models.kaldi_xconfig import comparable, kaldi_lines
+from tests.paths import kaldi_root
 from tests.recipe_networks import RecipeNetwork, recipe_networks
 
 pytestmark = [pytest.mark.kaldi, pytest.mark.timeout(1500)]
 
 PARTS = 8  # so that a part stays within a test's time
 
+# Networks with the lines of Kaldi's final.config; what its parser refuses, by the xconfig; where files of layers lie.
+Expanded = tuple[list[tuple[RecipeNetwork, list[str]]], dict[str, str], Path]
+
 
 @pytest.fixture(scope="module")
-def expanded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[RecipeNetwork, list[str]]], list[str], Path]:
-    """Networks with the lines of their final.config; what Kaldi refuses; where files that layers make lie."""
+def expanded(tmp_path_factory: pytest.TempPathFactory) -> Expanded:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "exp" / "configs").mkdir(parents=True)
     networks = recipe_networks()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.kaldi_xconfig", str(kaldi_root())],
-        input=json.dumps([network.text for network in networks]), capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPO)}, timeout=300, check=True,
-    )  # fmt: skip
-    lines = json.loads(done.stdout)
-    refused = [f"{n.script}: {x}" for n, x in zip(networks, lines, strict=True) if isinstance(x, str)]
+    lines = kaldi_lines([network.text for network in networks], folder)
+    refused = {
+        network.text: f"{network.script}: {x}" for network, x in zip(networks, lines, strict=True) if isinstance(x, str)
+    }
     return [(n, x) for n, x in zip(networks, lines, strict=True) if not isinstance(x, str)], refused, folder
 
 
@@ -96,7 +97,7 @@ def kaldis_output(folder: Path, feats: NDArray[np.float32], ivector: NDArray[np.
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_they_compute_what_kaldi_computes(
-    expanded: tuple[list[tuple[RecipeNetwork, list[str]]], list[str], Path],
+    expanded: Expanded,
     part: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,10 +107,9 @@ def test_they_compute_what_kaldi_computes(
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     torch.set_num_threads(1)
     wrong = []
-    for network, lines in networks[part::PARTS]:
-        places = ((line, Place(network.script, number)) for number, line in enumerate(lines))
-        if any("dim=256.0" in line for line in lines) or not any(line.startswith("output-node") for line in lines):
-            continue  # a float that Kaldi's parser makes under Python 3 and its nnet3-init refuses; a part of a network
+    for network, _ in networks[part::PARTS]:
+        # Ours: what Kaldi's modules make under Python 3 of a default width, 256.0, its programs refuse.
+        places = ((line, Place(network.script)) for line in expand_xconfig(network.text, network.script))
         config = parse_config(places, network.script)
         model = build_model(config, seed=0, transforms=transforms(config, folder))
         model.eval()
@@ -136,9 +136,49 @@ def test_they_compute_what_kaldi_computes(
     assert not wrong, "\n".join(wrong)
 
 
-def test_few_are_out(expanded: tuple[list[tuple[RecipeNetwork, list[str]]], list[str], Path]) -> None:
+def test_few_are_out(expanded: Expanded) -> None:
     """What is left out is what Kaldi's own parser refuses."""
     networks, refused, _ = expanded
     kinds = [network.kind for network, _ in networks]
-    assert kinds.count("chain") >= 190 and kinds.count("nnet3") >= 40
-    assert len(refused) < 30, "\n".join(refused)
+    assert kinds.count("chain") >= 200 and kinds.count("nnet3") >= 45 and kinds.count("rnnlm") >= 18
+    assert sum(network.documents for network, _ in networks) >= 470
+    assert len(refused) < 10, "\n".join(refused.values())
+
+
+def test_our_lines_are_kaldis(expanded: Expanded) -> None:
+    """And what Kaldi's parser refuses is refused."""
+    networks, refused, _ = expanded
+    wrong = [
+        network.script
+        for network, lines in networks
+        if comparable(expand_xconfig(network.text, network.script)) != comparable(lines)
+    ]
+    assert not wrong
+    for text in refused:
+        with pytest.raises(ConfigError):
+            expand_xconfig(text)
+
+
+def test_kaldi_refuses_the_contexts_that_we_do(expanded: Expanded, tmp_path: Path) -> None:
+    """Recipes of a time when a label delay did not have to stand in the fixed-affine-layer."""
+    networks, _, _ = expanded
+    refused = []
+    for network, _ in networks:
+        try:
+            parse_xconfig_text(network.text, network.script)
+        except ConfigError as error:
+            assert "which Kaldi refuses" in str(error)
+            refused.append(network)
+    assert 0 < len(refused) < 10
+    recipe = kaldi_root() / "egs" / "wsj" / "s5"
+    for network in refused[:3]:
+        (tmp_path / "network.xconfig").write_text(network.text)
+        done = subprocess.run(
+            [
+                *[sys.executable, str(recipe / "steps" / "nnet3" / "xconfig_to_configs.py")],
+                *["--xconfig-file", str(tmp_path / "network.xconfig"), "--config-dir", str(tmp_path / "configs")],
+            ],
+            env=os.environ | {"PATH": f"{kaldi_root()}/src/nnet3bin:{recipe}/utils:{os.environ['PATH']}"},
+            cwd=recipe, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode != 0 and "Please use delay=$label_delay" in done.stderr, network.script

@@ -99,7 +99,7 @@ def test_malformed_descriptors(text: str, message: str) -> None:
         ("prefinal-layer name=p big-dim=4 small-dim=4", r"x:2: big-dim: must be above small-dim 4, is 4"),
         ("linear-component name=l dim=-3", r"x:2: dim: must be positive, is -3"),
         ("dim-range-component name=r dim=3 dim-offset=39", r"x:2: dim-offset: columns 39 to 42 of an input of"),
-        ("gru-layer name=l cell-dim=8", r"x:2: layer type 'gru-layer' is not supported \(known: input, fixed"),
+        ("trnn-layer name=l cell-dim=8", r"x:2: layer type 'trnn-layer' is not supported; near it: tdnnf-layer"),
         ("output-layer name=output dim=10 include-log-softmax=maybe", r"x:2: include-log-softmax: true or false"),
         ("output-layer name=output dim=10 bottleneck-dim=11", r"x:2: bottleneck-dim: 11 is not between 0 and 10"),
         ("output-layer name=output dim=10 objective-type=mmi", r"x:2: objective-type: linear or quadratic"),
@@ -148,6 +148,11 @@ def test_output_delay_and_nested_append() -> None:
 
 
 LDA = "fixed-affine-layer name=lda {}input=Append(-2,-1,0,1,2) affine-transform-file=lda.mat\n"
+TDNNF = (
+    "tdnnf-layer name=f dim=200 bottleneck-dim=4 time-stride=3\n"
+    "tdnnf-layer name=g dim=200 bottleneck-dim=4 time-stride=3\n"
+    "output-layer name=output dim=9 output-delay=5\n"
+)
 LSTM = "fast-lstm-layer name=l cell-dim=4 delay=-1\noutput-layer name=output dim=9 output-delay={}\n"
 
 
@@ -163,6 +168,10 @@ def test_a_label_delay_must_stand_in_the_fixed_affine_layer_too() -> None:
     free = parse_xconfig_text(INPUT + LDA.format("write-init-config=false ") + LSTM.format(3))
     assert given.node_lines() == free.node_lines()
     parse_xconfig_text(INPUT + LDA.format("") + LSTM.format(0))
+    # What components take of other frames counts: 6 to the left here, which make up for the label delay.
+    parse_xconfig_text(INPUT + LDA.format("") + TDNNF)
+    with pytest.raises(ConfigError, match=r"only 1 and 7, which Kaldi refuses; .* fixed-affine-layer lda too: add"):
+        parse_xconfig_text(INPUT + LDA.format("") + TDNNF.replace("time-stride=3", "time-stride=2 context=left-only"))
 
 
 def test_contexts_are_the_models() -> None:
@@ -173,11 +182,17 @@ def test_contexts_are_the_models() -> None:
         "relu-layer name=a dim=6 input=Append(-3,0,2)\noutput-layer name=output dim=3 output-delay=-4\n",
         "fast-lstmp-layer name=f cell-dim=8 delay=-3 input=Append(-1,0)\nfast-lstm-layer name=b cell-dim=8 delay=3\n"
         "output-layer name=output dim=3 input=Append(f@2, b)\n",
+        "tdnnf-layer name=f dim=40 bottleneck-dim=4 time-stride=3\noutput-layer name=output dim=3 output-delay=1\n",
+        "conv-layer name=c height-in=4 height-out=4 num-filters-out=2 height-offsets=0 time-offsets=-2,0,3 "
+        "required-time-offsets=0,3\noutput-layer name=output dim=3\n",
+        "stats-layer name=s config=mean(-9:3:9:18)\noutput-layer name=output dim=3 input=Append(input, s)\n",
+        "attention-renorm-layer name=a key-dim=4 value-dim=5 num-left-inputs=3 num-right-inputs=2 time-stride=2 "
+        "num-left-inputs-required=1\noutput-layer name=output dim=3\n",
     )
     for text in texts:
         config = parse_xconfig_text(INPUT + text)
         model = build_model(config, seed=0)
-        assert contexts(config.nodes) == (model.left_context, model.right_context)
+        assert contexts(config) == [(model.left_context, model.right_context)]
 
 
 def recipes_xconfig(folder: Path) -> Path:

@@ -181,7 +181,15 @@ class ComponentModule(nn.Module):
         """
 
     def take_rates(self, options: Options) -> None:
-        self.learning_rate = options.number("learning-rate", 0.001)
-        self.learning_rate_factor = options.number("learning-rate-factor", 1.0)
-        self.max_change = options.number("max-change", 0.0)
-        self.l2_regularize = options.number("l2-regularize", 0.0)
+        """Options of every component that is trained; none may be below 0."""
+
+        def rate(key: str, default: float) -> float:
+            value = options.number(key, default)
+            if not value >= 0.0:
+                raise options.place.error(f"must not be negative, is {value}", key)
+            return value
+
+        self.learning_rate = rate("learning-rate", 0.001)
+        self.learning_rate_factor = rate("learning-rate-factor", 1.0)
+        self.max_change = rate("max-change", 0.0)
+        self.l2_regularize = rate("l2-regularize", 0.0)
