@@ -85,7 +85,7 @@ class BatchNorm(ComponentModule):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         flat = x.reshape(-1, self.block_dim)
         if self.mode.batch_statistics:
-            z: Tensor = _OverRows.apply(flat, self)  # type: ignore[no-untyped-call]
+            z: Tensor = _OverRows.apply(flat, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
             return z.view(x.shape)
         mean, variance = self.moments.to(x.dtype).split(self.block_dim)
         scale = self.target_rms * (variance + self.epsilon).rsqrt()
@@ -135,10 +135,10 @@ class _OverRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: BatchNorm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: BatchNorm, trains: bool) -> Tensor:
         mean = column_sums(x) / len(x)
         mean_square = column_sums(x.square()) / len(x)
-        if module.mode.collect or (module.mode.store and any(ctx.needs_input_grad)):
+        if module.mode.collect or (module.mode.store and trains):
             module._add(torch.cat([mean, mean_square]), len(x))
         variance = (mean_square - mean * mean).clamp_min(0.0)
         scale = module.target_rms * (variance + module.epsilon).rsqrt()
@@ -153,7 +153,7 @@ class _OverRows(torch.autograd.Function):
         z, scale = ctx.saved_tensors
         along = column_sums(derivative * z) * (-1.0 / (len(z) * ctx.target_rms**2))
         x = derivative - column_sums(derivative) / len(z)
-        return x.addcmul_(z, along).mul_(scale), None
+        return x.addcmul_(z, along).mul_(scale), None, None
 
 
 def _normalize(options: Options, init: Initializer) -> Normalize:
