@@ -18,6 +18,8 @@ _HEREDOC = re.compile(
 )
 # Layers for each language are added by a loop after the document.
 _LOOP = re.compile(r"^(?:\s*#[^\n]*\n|\s*\n)*(?P<loop>\s*for [^\n]*\n.*?^\s*done) *>> *\S+\bxconfig$", re.M | re.S)
+_VARIABLE = re.compile(r"\$\{?(\w+)")
+_SET = re.compile(r"^\s*(\w+)=(.*)$", re.M)
 _BRANCH = re.compile(r"^\s*(if|elif|else|fi)\b")
 # What a script takes from a data directory, a tree or an environment of its own.
 _GIVEN = {
@@ -64,10 +66,10 @@ def recipe_networks() -> list[RecipeNetwork]:
             if not (match["file1"] or match["file2"]):
                 continue
             before, loop = source[: match.start()], _LOOP.match(source[match.end() :])
-            for branches in ("all", "then", "else"):
-                text = _filled_in(
-                    script, _only(branches, before), match["text"], loop["loop"] if loop else "", match["quote"]
-                )
+            names = _names(before, match["text"])
+            ways = {_only(branches, before, names): branches for branches in ("else", "then", "all")}
+            for way, branches in reversed(ways.items()):
+                text = _filled_in(script, way, match["text"], loop["loop"] if loop else "", match["quote"])
                 lines = (line.split("#")[0].rstrip() for line in text.splitlines())
                 key = "\n".join(" ".join(line.split()) for line in lines if line)
                 if not key:
@@ -88,15 +90,28 @@ def _filled_in(script: str, before: str, document: str, loop: str, quote: str) -
     return evaluated(before, command, given, more=otherwise, kept=list(_GIVEN))
 
 
-def _only(branches: str, before: str) -> str:
+def _names(before: str, document: str) -> set[str]:
+    """The variables that a document depends on."""
+    names: set[str] = set()
+    new = set(_VARIABLE.findall(document))
+    while new:
+        names |= new
+        new = {
+            inner for name, value in _SET.findall(before) if name in names for inner in _VARIABLE.findall(value)
+        } - names
+    return names - set(_GIVEN)
+
+
+def _only(branches: str, before: str, names: set[str]) -> str:
     """A script without the branches that are not taken: ``then``, or ``else``; ``all``: as it stands.
 
-    What the place itself stands in, and what depends on the stage that a script is begun from, is always taken.
+    What the place itself stands in, what depends on the stage that a script is begun from, and what sets none of
+    `names`, is always taken.
     """
-    if branches == "all":
-        return before
     lines = before.replace("\\\n", " ").splitlines()
     taken = [True] * len(lines)
+    if branches == "all":
+        return "\n".join(lines)
     open_: list[tuple[int, int]] = []  # begin of an if, and of its first branch after the then-branch
     for number, line in enumerate(lines):
         word = _BRANCH.match(line)
@@ -108,8 +123,8 @@ def _only(branches: str, before: str) -> str:
             open_[-1] = (open_[-1][0], open_[-1][1] or number)
         elif word[1] == "fi" and open_:
             start, other = open_.pop()
-            if "stage" in lines[start]:
-                continue
             first, last = (other or number, number) if branches == "then" else (start, other or number)
+            if "stage" in lines[start] or not names & {name for name, _ in _SET.findall("\n".join(lines[first:last]))}:
+                continue
             taken[first:last] = [False] * (last - first)
     return "\n".join(line for line, keep in zip(lines, taken, strict=True) if keep)
