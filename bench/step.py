@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=32, help="in a minibatch")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as learners do
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "log").mkdir()
