@@ -48,6 +48,12 @@ class Gather:
             found = functional.pad(found, (0, 0, 0, 0, self._before, self._after))
         return found
 
+    @property
+    def run(self) -> slice | None:
+        """The rows, where they follow one another without gaps, or None."""
+        whole = self._before == self._after == 0 and self._slice is not None and self._slice.step == 1
+        return self._slice if whole else None
+
     def _select(self, data: Tensor) -> Tensor:
         if data.device not in self._index:
             rows = torch.from_numpy(np.maximum(self._inner, 0)).to(data.device)

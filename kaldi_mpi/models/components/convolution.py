@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kaldi_mpi.models.components.affine import constrain_orthonormal, natural_gradient_ranks
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums
 from kaldi_mpi.models.components.preconditioned import Rows, RowTrained, kept
 from kaldi_mpi.models.config import Options
 from kaldi_mpi.models.natural_gradient import NaturalGradient
@@ -61,13 +61,64 @@ class Tdnn(RowTrained):
             super().use_natural_gradient()
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        spliced = torch.cat([gather(x) for gather in _gathers(call, self.time_offsets)], dim=2)
-        if self.natural_gradient and torch.is_grad_enabled():
+        gathers = _gathers(call, self.time_offsets)
+        keeps = self.natural_gradient and torch.is_grad_enabled()
+        runs = [gather.run for gather in gathers]
+        if torch.is_grad_enabled() and all(run is not None for run in runs):
+            y: Tensor = _Spliced.apply(  # type: ignore[no-untyped-call]
+                x, self.linear, self.bias, runs, self.rows if keeps else None
+            )
+            return y
+        spliced = torch.cat([gather(x) for gather in gathers], dim=2)
+        if keeps:
             return kept(self.rows, spliced, self.linear, self.bias)
         return functional.linear(spliced, self.linear, self.bias)
 
     def constrain(self) -> bool:
         return constrain_orthonormal(self, self.linear)
+
+
+class _Spliced(torch.autograd.Function):
+    """A `Tdnn` whose offsets each take a run of rows: views go into the products, and derivatives are added in place.
+
+    With `rows` these are kept for the natural gradient, and the parameters get no gradient, as in `kept`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, linear: Tensor, bias: Tensor | None, runs: Sequence[slice], rows: Rows | None
+    ) -> Tensor:
+        ctx.runs, ctx.rows = runs, rows
+        parts = [x[run].reshape(-1, x.shape[2]) for run in runs]
+        weights = linear.split(x.shape[2], dim=1)
+        if rows is not None:
+            spliced = torch.cat(parts, dim=1)
+            ctx.save_for_backward(x, linear, bias, spliced)
+            out = functional.linear(spliced, linear, bias)
+        else:
+            ctx.save_for_backward(x, linear, bias)
+            out = functional.linear(parts[0], weights[0], bias)
+            for part, weight in zip(parts[1:], weights[1:], strict=True):
+                out.addmm_(part, weight.t())
+        return out.view(-1, x.shape[1], linear.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> Any:
+        x, linear, bias, *spliced = ctx.saved_tensors
+        derivative = derivatives[0].reshape(-1, linear.shape[0])
+        weights = linear.split(x.shape[2], dim=1)
+        of_x = of_linear = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for run, weight in zip(ctx.runs, weights, strict=True):
+                of_x[run].view(-1, x.shape[2]).addmm_(derivative, weight)
+        if ctx.rows is not None:
+            ctx.rows.keep(spliced[0], derivative)
+        else:
+            parts = [x[run].reshape(-1, x.shape[2]) for run in ctx.runs]
+            of_linear = torch.cat([derivative.t() @ part for part in parts], dim=1)
+            of_bias = None if bias is None else column_sums(derivative)
+        return of_x, of_linear, of_bias, None, None
 
 
 class TimeHeightConvolution(ComponentModule):
