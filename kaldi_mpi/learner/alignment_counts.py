@@ -13,6 +13,7 @@ from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.tokens import FloatArray, Writer
 from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.loader.alignments import each_alignment
+from kaldi_mpi.transport.world import World
 
 PRIOR_SCALE_FILE = "presoftmax_prior_scale.vec"
 _FLOOR, _LEAST_COUNT = 0.01, 5.0  # of MleTransitionUpdateConfig
@@ -51,6 +52,17 @@ class AlignmentCounts:
             counts += np.bincount(tids, minlength=size)
         if not counts.any():
             raise DataError("the alignments have no frames", file=ali_dir)
+        return cls(transitions, counts)
+
+    @classmethod
+    def of_all_learners(
+        cls, ali_dir: str, transitions: TransitionModel, counts: NDArray[np.float64] | None, world: World
+    ) -> AlignmentCounts:
+        """From `counts`, if all learners have read the alignments; otherwise rank 0 reads them for all."""
+        if counts is None:
+            counts = cls.of_directory(ali_dir, transitions).counts if world.rank == 0 else None
+            counts = world.broadcast(counts)
+        assert counts is not None
         return cls(transitions, counts)
 
     def trained_transitions(self) -> TransitionModel:

@@ -61,6 +61,7 @@ class Dataset:
         chunking: how features are cut; None: examples, which have their own shapes.
         options: the same on all ranks.
         single: a frame with its context, where training takes frames one by one; None: it takes chunks.
+        transition_counts: (transition-ids + 1,) float64, of the alignments that were read; None: none were.
     """
 
     train: Source
@@ -70,6 +71,7 @@ class Dataset:
     chunking: ChunkShape | Chunking | None
     options: DataOptions
     single: ChunkShape | None = None
+    transition_counts: NDArray[np.float64] | None = None
 
     @classmethod
     def open(
@@ -90,8 +92,9 @@ class Dataset:
         single = ChunkShape(1, *extra_context(options, context)) if options.single_frames else None
         if options.egs_dir is not None:
             return cls(*_open_egs(options, options.egs_dir, folder, world), None, options, single)
-        parts = _open_corpora(options, PdfAlignments(options.ali_dir, tid_to_pdf), folder, world)
-        return cls(*parts, chunk_shape(options, context), options, single)
+        alignments = PdfAlignments(options.ali_dir, tid_to_pdf)
+        parts = _open_corpora(options, alignments, folder, world)
+        return cls(*parts, chunk_shape(options, context), options, single, alignments.counts)
 
     @property
     def train_chunking(self) -> ChunkShape | Chunking | None:

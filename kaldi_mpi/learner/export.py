@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.cmvn_options import CmvnOptions, format_cmvn_opts
+from kaldi_mpi.formats.tokens import Writer
 from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.learner.options import DataOptions
 from kaldi_mpi.log import logger
@@ -62,4 +63,11 @@ def write_final_model(
         DataError: it could not be written; an earlier final.mdl is then still whole.
     """
     write_am(make_am(model, transitions, priors.astype(np.float32)), path, binary=binary)
+    logger.info("wrote %s", path)
+
+
+def write_average_output(path: Path, average: NDArray[np.float64]) -> None:
+    """post.final.vec: the mean of a raw network's outputs, as probabilities, (K,)."""
+    with atomic_write(path) as stream:
+        Writer(stream, binary=True).vector(average.astype(np.float32))
     logger.info("wrote %s", path)

@@ -44,13 +44,20 @@ def finish(
     if not stages.combined_before:
         recompute_batch_norm(model, dataset.combination, how)
     if stages.combine and writes:
-        models.write("combined", model)
+        models.write("combined" if models.acoustic is not None else "final", model)
     validation.score("final", model, how, None)
+    if models.acoustic is None and writes and not stages.combine:
+        models.write("final", model)
     if not stages.priors:
+        if models.acoustic is None and writes and options.cleanup:
+            models.clean()
         return
     priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
     if writes:
-        export.write_final_model(models.path("final"), model, models.transitions, priors, options.binary)
+        if models.acoustic is None:
+            export.write_average_output(models.path("final").with_name("post.final.vec"), priors)
+        else:
+            export.write_final_model(models.path("final"), model, models.acoustic[0], priors, options.binary)
         if options.cleanup:
             models.clean()
 

@@ -19,7 +19,7 @@ from kaldi_mpi.formats.tokens import FloatArray
 from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
-from kaldi_mpi.nnet3 import make_am, read_nnet, to_torch, write_am
+from kaldi_mpi.nnet3 import from_torch, make_am, read_nnet, to_torch, write_am, write_nnet
 from kaldi_mpi.transport.world import World
 
 _LEAST_SCALE = 0.5  # as in Kaldi's scripts
@@ -100,14 +100,14 @@ def models_to_combine(num_iterations: int, iterations_per_epoch: float, most: in
 
 
 class IterationModels:
-    """DIR/ITERATION.mdl: written by rank 0, read by whoever asks.
+    """DIR/ITERATION.mdl, or .raw: written by rank 0, read by whoever asks.
 
     Attributes:
-        transitions: of the models.
+        acoustic: transition model of all models, and their first priors, (K,) float32; None: they are raw networks.
 
     Args:
         folder: DIR.
-        transitions, priors: of the models; (K,) float32.
+        acoustic: see above.
         num_iterations: of the training.
         kept: iterations that are kept while the training goes on (for the combination).
         interval: those that it divides are kept for good.
@@ -117,19 +117,18 @@ class IterationModels:
     def __init__(
         self,
         folder: Path,
-        transitions: TransitionModel,
-        priors: FloatArray,
+        acoustic: tuple[TransitionModel, FloatArray] | None,
         num_iterations: int,
         kept: Sequence[int],
         interval: int,
         binary: bool,
     ) -> None:
-        self._folder, self.transitions, self._priors = folder, transitions, priors
+        self._folder, self.acoustic = folder, acoustic
         self._last, self._kept, self._interval, self._binary = num_iterations, frozenset(kept), interval, binary
 
     def path(self, name: int | str) -> Path:
         """Where the model of an iteration lies, or one with another name."""
-        return self._folder / f"{name}.mdl"
+        return self._folder / f"{name}.{'raw' if self.acoustic is None else 'mdl'}"
 
     def write(self, name: int | str, model: AcousticModel) -> None:
         """Write `model` as it is; of iterations before the last two, those go that nobody will want.
@@ -137,7 +136,10 @@ class IterationModels:
         Raises:
             DataError: it cannot be written.
         """
-        write_am(make_am(model, self.transitions, self._priors), self.path(name), binary=self._binary)
+        if self.acoustic is None:
+            write_nnet(from_torch(model), self.path(name), binary=self._binary)
+        else:
+            write_am(make_am(model, *self.acoustic), self.path(name), binary=self._binary)
         if isinstance(name, int):
             self._remove(name - 2, self._kept)
 

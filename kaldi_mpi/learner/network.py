@@ -18,7 +18,7 @@ from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel, Config, build_model, missing_transforms, parse_xconfig, transform_files
 from kaldi_mpi.models.components import BatchNorm, FixedScale, NoOp
 from kaldi_mpi.models.components.dropout import GeneralDropout, SpecAugmentTimeMask
-from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, read_config
+from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, OutputNode, read_config
 from kaldi_mpi.nnet3 import read_nnet, to_torch
 from kaldi_mpi.transport.world import World
 
@@ -77,9 +77,16 @@ class Network:
         """Rows that the network needs beside a labelled frame."""
         return Context(self.model.left_context, self.model.right_context)
 
-    def check_output(self, num_pdfs: int) -> None:
-        """Raises ConfigError if the output does not have the tree's pdf-ids."""
-        if self.model.output_dim != num_pdfs:
+    def check_output(self, num_pdfs: int | None) -> None:
+        """Raises ConfigError if the output is not linear, or has not the tree's pdf-ids (None: there is no tree)."""
+        model = self.model
+        node = next(n for n in model.config.nodes if n.name == model.main_output)
+        if isinstance(node, OutputNode) and node.objective != "linear":
+            raise ConfigError(
+                f"{self._source}: {node.name} has objective={node.objective}; only linear ones are trained, of "
+                "log-probabilities"
+            )
+        if num_pdfs is not None and self.model.output_dim != num_pdfs:
             raise ConfigError(
                 f"{self._source}: the output has dim={self.model.output_dim}, but the tree has {num_pdfs} pdf-ids"
             )
@@ -108,6 +115,8 @@ class Network:
         if isinstance(train, Examples) and train.num_pdfs != num_pdfs:
             raise ConfigError(
                 f"the examples in {options.egs_dir} have {train.num_pdfs} pdf-ids, but the tree has {num_pdfs}"
+                if options.ali_dir
+                else f"the examples in {options.egs_dir} have {train.num_pdfs} classes, and the output dim={num_pdfs}"
             )
 
     def scale_by_priors(self, path: Path) -> None:

@@ -28,7 +28,6 @@ HONOURED, TRANSLATED, IGNORED = "honoured", "translated", "ignored"
 # for the values at which nothing would in Kaldi either.
 NOT_YET: dict[str, Container[Any]] = {
     "image.augmentation-opts": (),
-    "compute-average-posteriors": (False,),
 }
 
 

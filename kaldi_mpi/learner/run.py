@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kaldi_mpi import log as console
 from kaldi_mpi.averaging import make_strategy
@@ -24,7 +26,7 @@ from kaldi_mpi.learner.asynchronous import AsynchronousPhase
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.finish import finish
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
+from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features, check_raw
 from kaldi_mpi.learner.iterations import (
     IterationModels,
     Shrinking,
@@ -93,8 +95,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     settings, folder = options.settings, Path(options.dir)
 
     # What can be wrong is looked for before anything is read that takes long.
-    if options.raw:
-        raise ConfigError(f"train-{options.program}: networks without a transition model are not trained yet")
+    check_raw(options)
     check_files(options.data, options.xconfig, options.input_model)
     world = everyone
     if settings.dedicated_server:
@@ -107,9 +108,9 @@ def train(options: TrainOptions, everyone: World) -> None:
             return
     check_super_learners(settings.super_learner_size, world.size)
     device = choose_device(options.use_gpu, world)
-    transitions = read_transition_model(Path(options.data.ali_dir) / "final.mdl")
+    transitions = None if options.raw else read_transition_model(Path(options.data.ali_dir) / "final.mdl")
     network = Network(options.xconfig, options.data.seed, world, options.input_model)
-    network.check_output(transitions.num_pdfs)
+    network.check_output(None if transitions is None else transitions.num_pdfs)
     for pattern in options.dropout_schedule.check(network.model):
         logger.warning("--trainer.dropout-schedule: no component with dropout is named %s", pattern)
     if options.data.egs_dir is not None:
@@ -121,13 +122,15 @@ def train(options: TrainOptions, everyone: World) -> None:
         (folder / "journal").mkdir(exist_ok=True)
         # Decoding wants these, also with the model of an iteration.
         export.write_cmvn_opts(folder, options.data.cmvn)
-        export.copy_alignment_files(folder, Path(options.data.ali_dir))
+        if not options.raw:
+            export.copy_alignment_files(folder, Path(options.data.ali_dir))
         export.copy_data_properties(folder, options.data)
     world.barrier()
 
     # The data, and the model.
-    dataset = Dataset.open(options.data, folder, transitions.tid_to_pdf, network.context, world)
-    network.check_data(dataset, transitions.num_pdfs)
+    tid_to_pdf = np.zeros(0, np.int32) if transitions is None else transitions.tid_to_pdf
+    dataset = Dataset.open(options.data, folder, tid_to_pdf, network.context, world)
+    network.check_data(dataset, network.model.output_dim)
     chunks = dataset.plan(world.size)
     plan, total_frames = make_plan(options, dataset, chunks)
     stages = stages_to_do(options, plan.num_iterations)
@@ -136,7 +139,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     if network.missing and not stages.lda:
         raise DataError(f"no such file (--stage {options.stage} skips its estimation)", file=network.missing[0][1])
     network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
-    models = begin_models(options, transitions, network, stages, plan, world)
+    models = begin_models(options, transitions, dataset.transition_counts, network, stages, plan, world)
     model = network.model.to(device)
     flat = FlatParameters.of_model(model)
     model.mode.chance = Chance(options.data.seed, world.rank)
@@ -257,27 +260,31 @@ def train(options: TrainOptions, everyone: World) -> None:
 
 
 def begin_models(
-    options: TrainOptions, transitions: TransitionModel, network: Network, stages: Stages, plan: Plan, world: World
+    options: TrainOptions,
+    transitions: TransitionModel | None,
+    transition_counts: NDArray[np.float64] | None,
+    network: Network,
+    stages: Stages,
+    plan: Plan,
+    world: World,
 ) -> IterationModels:
-    """What the alignments' counts decide, on all learners: the models' transitions and priors, the outputs' scale."""
+    """What the alignments' counts decide, on all learners: the models' transitions and priors, the outputs' scale.
+
+    Raw networks have none of these.
+    """
     folder = Path(options.dir)
-    counts = AlignmentCounts(transitions, world.broadcast(
-        AlignmentCounts.of_directory(options.data.ali_dir, transitions).counts if world.rank == 0 else None
-    ))  # fmt: skip
+    kept = models_to_combine(plan.num_iterations, plan.iterations_per_epoch, options.max_models_combine)
+    kept = kept if options.do_final_combination else []
+    interval = options.preserve_model_interval if options.cleanup else 1
+    if transitions is None:
+        return IterationModels(folder, None, plan.num_iterations, kept, interval, options.binary)
+    counts = AlignmentCounts.of_all_learners(options.data.ali_dir, transitions, transition_counts, world)
     if stages.prior_scale and world.rank == 0:
         counts.write_prior_scale(folder, options.presoftmax_prior_scale_power)
     world.barrier()
     network.scale_by_priors(folder / PRIOR_SCALE_FILE)
-    kept = models_to_combine(plan.num_iterations, plan.iterations_per_epoch, options.max_models_combine)
-    return IterationModels(
-        folder,
-        counts.trained_transitions(),
-        counts.priors(),
-        plan.num_iterations,
-        kept if options.do_final_combination else (),
-        options.preserve_model_interval if options.cleanup else 1,
-        options.binary,
-    )
+    what = counts.trained_transitions(), counts.priors()
+    return IterationModels(folder, what, plan.num_iterations, kept, interval, options.binary)
 
 
 def serve(options: TrainOptions, everyone: World) -> None:

@@ -50,10 +50,14 @@ class PdfAlignments:
     Args:
         source: as for `read_alignments`.
         tid_to_pdf: as for `to_pdfs`.
+
+    Attributes:
+        counts: (transition-ids + 1,) float64: how often each has come by.
     """
 
     def __init__(self, source: str | os.PathLike[str], tid_to_pdf: NDArray[np.int32]) -> None:
         self._source, self._table = source, np.asarray(tid_to_pdf, dtype=np.int32)
+        self.counts = np.zeros(len(self._table))
 
     def pairs(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, NDArray[np.int32]]]:
         """Key and pdf-ids of one utterance after the other; of `wanted` ones, where these are given.
@@ -63,7 +67,9 @@ class PdfAlignments:
         """
         for key, tids in each_alignment(self._source, wanted):
             if tids is not None:
-                yield key, _pdfs(tids, self._table, self._source, key)
+                pdfs = _pdfs(tids, self._table, self._source, key)
+                self.counts += np.bincount(tids, minlength=len(self.counts))
+                yield key, pdfs
 
 
 def each_alignment(

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.tokens import Reader
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.options import parse
@@ -235,6 +236,43 @@ def test_kaldi_reads_the_model_and_gives_the_same_scores(soft: Egs) -> None:
     assert by_class[0] and by_class[1], theirs
     # The figures are not comparable: Kaldi forgets them with each minibatch, and prints those of the last.
     assert len(by_class[0][1].split()) == len(by_class[1][1].split()) == NUM_PDFS
+
+
+@pytest.mark.parametrize("combines", ["true", "false"])
+def test_a_raw_network_is_trained_on_examples(hard: Egs, combines: str) -> None:
+    """As by train_raw_rnn.py: no alignments, no tree; final.raw and the models of iterations, the average output."""
+    folder = hard.toy.experiment(f"raw-{combines}")
+    kept = [option for option in hard.options(folder) if not option.startswith("--ali-dir")]
+    options = ["--program=raw-rnn", *kept, f"--feat-dir={hard.toy.feat_dir}", "--targets-scp=none"]
+    more = (f"--trainer.optimization.do-final-combination={combines}", "--compute-average-posteriors=true")
+    train(parse([*options, *more, "--cleanup=false"]), SoloWorld())
+    assert (folder / "final.raw").exists() and (folder / "1.raw").exists() and not list(folder.glob("*.mdl"))
+    average = Reader(folder / "post.final.vec").vector()
+    assert average.shape == (NUM_PDFS,) and average.sum() == pytest.approx(1.0, abs=1e-5)
+    first, last = (
+        float(
+            re.findall(
+                r"log-likelihood for 'output' is (\S+)", (folder / f"log/compute_prob_valid.{name}.log").read_text()
+            )[0]
+        )
+        for name in ("0", "final")
+    )
+    assert last > first + 0.2
+
+
+def test_what_raw_programs_cannot_do_is_told_at_once(hard: Egs, tmp_path: Path) -> None:
+    words = ["--program=raw-dnn", f"--dir={tmp_path}", f"--feat-dir={hard.toy.feat_dir}", "--targets-scp=t"]
+    with pytest.raises(ConfigError) as caught:
+        train(parse([*words, "--image.augmentation-opts=--horizontal-flip-prob=0.5"]), SoloWorld())
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == ["train-raw-dnn"] * 2
+
+
+def test_a_quadratic_objective_is_refused(hard: Egs) -> None:
+    folder = hard.toy.experiment("quadratic")
+    config = folder / "configs/network.xconfig"
+    config.write_text(config.read_text().replace("output-delay=2", "output-delay=2 objective-type=quadratic"))
+    with pytest.raises(ConfigError, match="output has objective=quadratic; only linear ones are trained"):
+        train(parse(hard.options(folder)), SoloWorld())
 
 
 def shell(command: str, cwd: Path) -> str:

@@ -8,8 +8,9 @@ strategy=allreduce           # see docs/strategies.md; periodic and bmuf need fr
 frames_per_average=
 num_epochs=                  # default 5
 chunks_per_minibatch=32      # over all learners
-initial_lrate=0.0015         # effective: per learner it is num_learners times this
+initial_lrate=0.0015         # effective, as Kaldi's recipes have it for small corpora
 final_lrate=0.00015
+dropout_schedule=0,0@0.20,0.3@0.50,0 # of the LSTM's gates
 seed=0
 mpiexec=                     # default: the one of the Python environment, else the one on PATH
 mpiexec_opts=
@@ -43,18 +44,22 @@ rm -f "$dir/configs/lda.mat"
 if [ -n "$xconfig" ]; then
   sed -e "s|DIR|$dir|g" -e "s|NUM_TARGETS|$num_targets|g" "$xconfig" > "$dir/configs/network.xconfig"
 else
+  projections="recurrent-projection-dim=48 non-recurrent-projection-dim=48"
+  regularised="dropout-proportion=0.0 l2-regularize=0.001"
   cat > "$dir/configs/network.xconfig" <<EOF
 input dim=40 name=input
 # The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training. The label
 # delay stands in both lines, as Kaldi's xconfig_to_configs.py wants it.
 fixed-affine-layer name=lda delay=3 input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
-fast-lstm-layer name=lstm1 cell-dim=128 decay-time=20 delay=-1
-fast-lstm-layer name=lstm2 cell-dim=128 decay-time=20 delay=-1
-output-layer name=output output-delay=3 dim=$num_targets max-change=1.5
+fast-lstmp-layer name=lstm1 cell-dim=128 $projections decay-time=20 delay=-1 $regularised
+fast-lstmp-layer name=lstm2 cell-dim=128 $projections decay-time=20 delay=-1 $regularised
+output-layer name=output output-delay=3 dim=$num_targets max-change=1.5 l2-regularize=0.001
 EOF
 fi
 
 options=()
+# A network without dropout has nothing to schedule.
+if [ -z "$xconfig" ]; then options+=("--trainer.dropout-schedule=$dropout_schedule"); fi
 if [ -n "$frames_per_average" ]; then options+=(--frames-per-average "$frames_per_average"); fi
 if [ -n "$mpiexec" ]; then options+=(--mpiexec "$mpiexec"); fi
 if [ -n "$mpiexec_opts" ]; then options+=("--mpiexec-opts=$mpiexec_opts"); fi
