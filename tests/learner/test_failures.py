@@ -173,7 +173,7 @@ def test_options_of_train_rnn_are_accepted(toy: Toy, tmp_path: Path) -> None:
         "--trainer.optimization.num-jobs-initial=3", "--trainer.optimization.num-jobs-final=15",
         "--trainer.optimization.shrink-value=0.99", "--feat.online-ivector-dir=", "--cleanup", "true",
     ]  # fmt: skip
-    steered = dataclasses.replace(parse(plain), stage=-10, num_jobs_initial=3, num_jobs_final=15)
+    steered = dataclasses.replace(parse(plain), stage=-10, num_jobs_initial=3, num_jobs_final=15, shrink_value=0.99)
     assert parse(plain + recipe) == steered
 
 
