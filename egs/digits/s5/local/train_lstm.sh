@@ -44,15 +44,13 @@ rm -f "$dir/configs/lda.mat"
 if [ -n "$xconfig" ]; then
   sed -e "s|DIR|$dir|g" -e "s|NUM_TARGETS|$num_targets|g" "$xconfig" > "$dir/configs/network.xconfig"
 else
-  projections="recurrent-projection-dim=48 non-recurrent-projection-dim=48"
-  regularised="dropout-proportion=0.0 l2-regularize=0.001"
   cat > "$dir/configs/network.xconfig" <<EOF
 input dim=40 name=input
 # The splice and its transform, as in Kaldi's recipes; lda.mat is estimated at the start of the training. The label
 # delay stands in both lines, as Kaldi's xconfig_to_configs.py wants it.
 fixed-affine-layer name=lda delay=3 input=Append(-2,-1,0,1,2) affine-transform-file=$dir/configs/lda.mat
-fast-lstmp-layer name=lstm1 cell-dim=128 $projections decay-time=20 delay=-1 $regularised
-fast-lstmp-layer name=lstm2 cell-dim=128 $projections decay-time=20 delay=-1 $regularised
+fast-lstmp-layer name=lstm1 cell-dim=128 recurrent-projection-dim=48 non-recurrent-projection-dim=48 decay-time=20 delay=-1 dropout-proportion=0.0 l2-regularize=0.001
+fast-lstmp-layer name=lstm2 cell-dim=128 recurrent-projection-dim=48 non-recurrent-projection-dim=48 decay-time=20 delay=-1 dropout-proportion=0.0 l2-regularize=0.001
 output-layer name=output output-delay=3 dim=$num_targets max-change=1.5 l2-regularize=0.001
 EOF
 fi
