@@ -185,7 +185,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     else:
         saved = None
         if not stages.initial:
-            name = stages.first_model
+            name = "final" if options.raw and stages.combined_before else stages.first_model
             copy_model(models.read(name, f"--stage {options.stage} begins with it"), model, str(models.path(name)))
             state.begun_at = state.step = plan.first_step(stages.first_iteration)
             state.frames = frames_before(state.step, dataset, chunks)

@@ -258,6 +258,11 @@ def test_a_raw_network_is_trained_on_examples(hard: Egs, combines: str) -> None:
         for name in ("0", "final")
     )
     assert last > first + 0.2
+    (folder / "post.final.vec").unlink()
+    train(parse([*options, *more, "--cleanup=false", f"--stage={len(list(folder.glob('[0-9]*.raw')))}"]), SoloWorld())
+    assert np.allclose(Reader(folder / "post.final.vec").vector(), average, atol=1e-6), (
+        "only the average output is left"
+    )
 
 
 def test_what_raw_programs_cannot_do_is_told_at_once(hard: Egs, tmp_path: Path) -> None:
