@@ -12,7 +12,7 @@ from kaldi_mpi.errors import DataError
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.tokens import FloatArray, Writer
 from kaldi_mpi.formats.transition import TransitionModel
-from kaldi_mpi.loader.alignments import each_alignment
+from kaldi_mpi.loader import PdfAlignments
 from kaldi_mpi.transport.world import World
 
 PRIOR_SCALE_FILE = "presoftmax_prior_scale.vec"
@@ -37,22 +37,14 @@ class AlignmentCounts:
         """Those of ``ali.*.gz``.
 
         Raises:
-            DataError: an archive is malformed, or has a transition-id that the model has not; names file and key.
+            DataError: an archive is malformed or of another model, or there are no frames; names file and key.
         """
-        size = transitions.num_transition_ids + 1
-        counts = np.zeros(size)
-        for key, tids in each_alignment(ali_dir):
-            if tids is None or not len(tids):
-                continue
-            if tids.min() < 1 or tids.max() >= size:
-                raise DataError(
-                    f"transition-ids from {tids.min()} to {tids.max()}: the model has 1 to {size - 1}",
-                    file=ali_dir, key=key,
-                )  # fmt: skip
-            counts += np.bincount(tids, minlength=size)
-        if not counts.any():
+        alignments = PdfAlignments(ali_dir, transitions.tid_to_pdf)
+        for _ in alignments.pairs():  # counts them
+            pass
+        if not alignments.counts.any():
             raise DataError("the alignments have no frames", file=ali_dir)
-        return cls(transitions, counts)
+        return cls(transitions, alignments.counts)
 
     @classmethod
     def of_all_learners(

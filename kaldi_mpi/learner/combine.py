@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.models.components import BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,28 @@ class Combined:
     best: float
 
 
+def models_to_combine(num_iterations: int, iterations_per_epoch: float, most: int) -> list[int]:
+    """The iterations whose models the final combination may take, ascending (``get_model_combine_iters``).
+
+    They are `most`, if half of all are as many; where half an epoch has more, `most` or a few more of those, evenly
+    spaced.
+    """
+    wanted = min(int(iterations_per_epoch / 2) + 1, num_iterations // 2)
+    if wanted > most:
+        found = set(range(num_iterations - wanted + 1, num_iterations + 1, wanted // most))
+    else:
+        found = set(range(num_iterations - min(most, num_iterations // 2) + 1, num_iterations + 1))
+    return sorted(found | {num_iterations})
+
+
 def tensors_of(model: AcousticModel) -> list[Tensor]:
     """What is averaged: parameters, activation statistics, and batch-norm's moments."""
     parts: list[Tensor] = []
     for module in model.by_name.values():
         parts += [parameter.data for parameter in module.parameters()]
         parts += module.statistics()
-        moments = getattr(module, "moments", None)
-        if moments is not None:
-            parts.append(moments)
+        if isinstance(module, BatchNorm):
+            parts.append(module.moments)
     return parts
 
 

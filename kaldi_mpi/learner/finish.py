@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from kaldi_mpi.learner import export
 from kaldi_mpi.learner.combine import combine
-from kaldi_mpi.learner.iterations import IterationModels, copy_model, models_to_combine
+from kaldi_mpi.learner.iterations import IterationModels
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.options import TrainOptions
-from kaldi_mpi.learner.schedule import Plan
 from kaldi_mpi.learner.stages import Stages
+from kaldi_mpi.learner.state import copy_model
 from kaldi_mpi.learner.validate import Validation, compute_prob, mean_posterior, recompute_batch_norm
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
@@ -20,7 +20,6 @@ from kaldi_mpi.models import AcousticModel
 def finish(
     options: TrainOptions,
     stages: Stages,
-    plan: Plan,
     validation: Validation,
     models: IterationModels,
     log: TrainingLog,
@@ -39,27 +38,20 @@ def finish(
     writes, dataset = how.world.rank == 0, how.dataset
     model.eval()
     if stages.combine:
-        numbers = models_to_combine(plan.num_iterations, plan.iterations_per_epoch, options.max_models_combine)
-        combine_models(list(reversed(numbers)), options.max_objective_evaluations, validation, models, log)
+        combine_models(models.kept[::-1], options.max_objective_evaluations, validation, models, log)
     if not stages.combined_before:
         recompute_batch_norm(model, dataset.combination, how)
-    if stages.combine and writes:
-        models.write("combined" if models.acoustic is not None else "final", model)
+    if writes and (stages.combine or models.acoustic is None):
+        models.write(models.combined, model)
     validation.score("final", model, how, None)
-    if models.acoustic is None and writes and not stages.combine:
-        models.write("final", model)
-    if not stages.priors:
-        if models.acoustic is None and writes and options.cleanup:
-            models.clean()
-        return
-    priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
-    if writes:
-        if models.acoustic is None:
+    if stages.priors:
+        priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
+        if writes and models.acoustic is None:
             export.write_average_output(models.path("final").with_name("post.final.vec"), priors)
-        else:
+        elif writes and models.acoustic is not None:
             export.write_final_model(models.path("final"), model, models.acoustic[0], priors, options.binary)
-        if options.cleanup:
-            models.clean()
+    if writes and options.cleanup:
+        models.clean()
 
 
 def combine_models(

@@ -62,12 +62,9 @@ class Network:
         }
         vectors = {spec.name: spec.options["scales"] for spec in config.components if "scales" in spec.options}
         self.scaled = [name for name, path in vectors.items() if Path(path).name == PRIOR_SCALE_FILE]
-        outputs = {
-            spec.name: int(spec.options["output-dim"]) for spec in config.components if "output-dim" in spec.options
-        }
         for name, path in vectors.items():
             if name in self.scaled:
-                transforms[path] = np.ones((1, _width_of(config, name, outputs)), np.float32)
+                transforms[path] = np.ones((1, _width_of(config, name)), np.float32)
             else:
                 transforms[path] = read_vector(path)
         self.model = build_model(config, seed=seed, transforms=transforms)
@@ -106,12 +103,13 @@ class Network:
             hint = " (--feat.online-ivector-dir gives them)" if ivectors_can_be_given else ""
             raise ConfigError(f"{self._source}: the network takes {wanted}, but the data have {have}{hint}")
 
-    def check_data(self, dataset: Dataset, num_pdfs: int) -> None:
+    def check_data(self, dataset: Dataset) -> None:
         """Raises ConfigError if the network does not fit the data, or examples do not fit the tree."""
         options, train = dataset.options, dataset.train
         self.check_input(
             train.feat_dim, train.ivector_dim, options.egs_dir is None and options.online_ivector_dir is None
         )
+        num_pdfs = self.model.output_dim  # the tree's, where there is one: `check_output`
         if isinstance(train, Examples) and train.num_pdfs != num_pdfs:
             raise ConfigError(
                 f"the examples in {options.egs_dir} have {train.num_pdfs} pdf-ids, but the tree has {num_pdfs}"
@@ -150,11 +148,15 @@ class Network:
         self.missing = []
 
 
-def _width_of(config: Config, component: str, outputs: dict[str, int]) -> int:
-    """Columns of what a component gets, which is the output of another."""
-    node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
-    of_nodes = {n.name: outputs.get(n.component, 0) for n in config.nodes if isinstance(n, ComponentNode)}
-    return node.input.dim(of_nodes.__getitem__)
+def _width_of(config: Config, component: str) -> int:
+    """Columns of what a component gets, which is the output of an affine one."""
+    outputs = {spec.name: int(spec.options.get("output-dim", 0)) for spec in config.components}
+    of_nodes = {node.name: outputs[node.component] for node in config.nodes if isinstance(node, ComponentNode)}
+    return _node_of(config, component).input.dim(of_nodes.__getitem__)
+
+
+def _node_of(config: Config, component: str) -> ComponentNode:
+    return next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
 
 
 def stand_in(config: Config, component: str) -> NDArray[np.float32]:
@@ -171,9 +173,8 @@ def stand_in(config: Config, component: str) -> NDArray[np.float32]:
                 dims[node.name] = int(spec.options.get("dim", 0))
             elif "matrix" in spec.options and (rows := _rows(config, spec.options["matrix"])):
                 dims[node.name] = rows
-    node = next(n for n in config.nodes if isinstance(n, ComponentNode) and n.component == component)
     try:
-        dim = node.input.dim(dims.__getitem__)
+        dim = _node_of(config, component).input.dim(dims.__getitem__)
     except KeyError as above:
         # Its statistics would depend on layers that are still to be trained.
         raise ConfigError(

@@ -22,6 +22,7 @@ from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Fault, parse_faults
 from kaldi_mpi.learner.passed_on import Notes, egs_options, train_options
 from kaldi_mpi.learner.recipe_options import DNN, IGNORED, NOT_YET, PROGRAMS, RAW_DNN, RAW_RNN, RNN, options_of
+from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, Words, at_least, boolean, optional
@@ -367,13 +368,12 @@ def _check_together(given: dict[str, Any]) -> None:
             "--trainer.optimization.backstitch-training-scale: under allreduce and adpsgd-delay1 learners must not "
             "move apart within a step; take --strategy periodic or an asynchronous one"
         )
-    # Of one learner, at the start; with more of them it is looked at where their number is known.
-    shrink = given["proportional_shrink"] * max(given["initial_rate"], given["final_rate"])
-    if shrink > 0.5:
-        complaints.append(
-            f"--trainer.optimization.proportional-shrink {given['proportional_shrink']:g}: too large, it scales the "
-            f"parameters by {1 - shrink:g} each iteration, and Kaldi wants more than 0.5"
-        )
+    try:
+        # Of one learner; with more of them it is looked at where their number is known.
+        rate = max(given["initial_rate"], given["final_rate"])
+        Shrinking(proportional=given["proportional_shrink"]).scale(rate, first=False, saturation=0.0)
+    except ConfigError as error:
+        complaints.append(str(error))
     if complaints:
         raise ConfigError("\n".join(complaints))
 

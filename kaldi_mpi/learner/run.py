@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kaldi_mpi import log as console
 from kaldi_mpi.averaging import make_strategy
@@ -23,17 +22,12 @@ from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
 from kaldi_mpi.learner import checkpoint, export, faults
 from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE, AlignmentCounts
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.combine import models_to_combine
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.finish import finish
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features, check_raw
-from kaldi_mpi.learner.iterations import (
-    IterationModels,
-    Shrinking,
-    copy_model,
-    models_to_combine,
-    sum_statistics,
-)
+from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
@@ -48,8 +42,9 @@ from kaldi_mpi.learner.schedule import (
     make_phases,
 )
 from kaldi_mpi.learner.server import Server, command_server
+from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.stages import Stages, stages_to_do
-from kaldi_mpi.learner.state import TrainingState
+from kaldi_mpi.learner.state import TrainingState, copy_model
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
 from kaldi_mpi.learner.synchronous import run_synchronous
 from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation
@@ -130,7 +125,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     # The data, and the model.
     tid_to_pdf = np.zeros(0, np.int32) if transitions is None else transitions.tid_to_pdf
     dataset = Dataset.open(options.data, folder, tid_to_pdf, network.context, world)
-    network.check_data(dataset, network.model.output_dim)
+    network.check_data(dataset)
     chunks = dataset.plan(world.size)
     plan, total_frames = make_plan(options, dataset, chunks)
     stages = stages_to_do(options, plan.num_iterations)
@@ -139,7 +134,7 @@ def train(options: TrainOptions, everyone: World) -> None:
     if network.missing and not stages.lda:
         raise DataError(f"no such file (--stage {options.stage} skips its estimation)", file=network.missing[0][1])
     network.estimate_transforms(dataset, world, options.max_lda_jobs * options.samples_per_iter)
-    models = begin_models(options, transitions, dataset.transition_counts, network, stages, plan, world)
+    models = begin_models(options, transitions, dataset, network, stages, plan, world)
     model = network.model.to(device)
     flat = FlatParameters.of_model(model)
     model.mode.chance = Chance(options.data.seed, world.rank)
@@ -183,9 +178,8 @@ def train(options: TrainOptions, everyone: World) -> None:
         state.load_state_dict(saved["state"])
         log.summary.load_state_dict(saved["summary"])
     else:
-        saved = None
         if not stages.initial:
-            name = "final" if options.raw and stages.combined_before else stages.first_model
+            name = models.combined if stages.combined_before else stages.first_iteration
             copy_model(models.read(name, f"--stage {options.stage} begins with it"), model, str(models.path(name)))
             state.begun_at = state.step = plan.first_step(stages.first_iteration)
             state.frames = frames_before(state.step, dataset, chunks)
@@ -210,7 +204,7 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     # The training.
     model.train()
-    if state.step == 0 and saved is None and stages.initial:
+    if state.step == 0 and stages.initial:
         validation.run(0, flat.to_numpy(), 0.0)
     traffic = Traffic(world, phases)
     first_frames = state.frames
@@ -252,7 +246,7 @@ def train(options: TrainOptions, everyone: World) -> None:
                 "stopped before iteration %d (--exit-stage); the same command goes on from there", stages.end_iteration
             )
         return
-    finish(options, stages, plan, validation, models, log)
+    finish(options, stages, validation, models, log)
     if world.rank == 0:
         log.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoint.remove(folder)
@@ -262,7 +256,7 @@ def train(options: TrainOptions, everyone: World) -> None:
 def begin_models(
     options: TrainOptions,
     transitions: TransitionModel | None,
-    transition_counts: NDArray[np.float64] | None,
+    dataset: Dataset,
     network: Network,
     stages: Stages,
     plan: Plan,
@@ -278,7 +272,7 @@ def begin_models(
     interval = options.preserve_model_interval if options.cleanup else 1
     if transitions is None:
         return IterationModels(folder, None, plan.num_iterations, kept, interval, options.binary)
-    counts = AlignmentCounts.of_all_learners(options.data.ali_dir, transitions, transition_counts, world)
+    counts = AlignmentCounts.of_all_learners(options.data.ali_dir, transitions, dataset.transition_counts, world)
     if stages.prior_scale and world.rank == 0:
         counts.write_prior_scale(folder, options.presoftmax_prior_scale_power)
     world.barrier()

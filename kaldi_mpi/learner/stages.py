@@ -51,11 +51,6 @@ class Stages:
         """Whether a checkpoint at the beginning of `iteration` is where this run may go on."""
         return self.initial or iteration == self.first_iteration
 
-    @property
-    def first_model(self) -> int | str:
-        """The name of the model that this run begins with, where it does not begin with a new one."""
-        return "combined" if self.combined_before else self.first_iteration
-
 
 def stages_to_do(options: TrainOptions, num_iterations: int) -> Stages:
     """What `options` leave to do of a training of `num_iterations`.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kaldi_mpi.averaging import Strategy
+from kaldi_mpi.errors import DataError
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.models import AcousticModel
@@ -71,3 +72,23 @@ def load_buffers(model: AcousticModel, buffers: dict[str, Tensor]) -> None:
             own.copy_(value)
         else:
             setattr(module, leaf, value.to(own.device))
+
+
+def copy_model(source: AcousticModel, target: AcousticModel, file: str) -> None:
+    """Give `target` the parameters and statistics of `source`, component by component.
+
+    Raises:
+        DataError: they are not the same network; names `file`, which `source` is from, and the component.
+    """
+    if list(source.by_name) != list(target.by_name):
+        raise DataError("it has other components than the network that is trained", file=file)
+    for name, module in source.by_name.items():
+        own = target.by_name[name]
+        for mine, theirs in zip(own.parameters(), module.parameters(), strict=True):
+            if mine.shape != theirs.shape:
+                raise DataError(
+                    f"parameters of shape {tuple(theirs.shape)}, the network that is trained has {tuple(mine.shape)}",
+                    file=file, key=name,
+                )  # fmt: skip
+            mine.data.copy_(theirs.data)
+    load_buffers(target, dict(source.named_buffers()))

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Injector
-from kaldi_mpi.learner.iterations import Shrinking, log_shrinking
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.objective import log_likelihood
 from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
+from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.state import TrainingState
+from kaldi_mpi.log import logger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ class LearnerStep:
             saturation = model.saturation() if number else 0.0
             rate = self.rate.actual(frames, self._num_learners)
             self._scale = self._shrinking.scale(rate, number == 0, saturation)
-            log_shrinking(number, self._scale, saturation)
+            if self._scale != 1.0:
+                logger.info("iteration %d: shrink: %.5f (saturation %.3f)", number, self._scale, saturation)
         for module in model.by_name.values():
             module.zero_statistics()
 

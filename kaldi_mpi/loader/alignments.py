@@ -41,7 +41,7 @@ def read_alignments(
         DataError: nothing to read, a job's archive missing, an utterance that comes twice, or a malformed
             archive; names file, key and byte offset (in the decompressed data).
     """
-    return {key: values for key, values in each_alignment(source, wanted) if values is not None}
+    return {key: values for key, values in _each_alignment(source, wanted) if values is not None}
 
 
 class PdfAlignments:
@@ -65,21 +65,17 @@ class PdfAlignments:
         Raises:
             DataError: as `read_alignments` and `to_pdfs` do.
         """
-        for key, tids in each_alignment(self._source, wanted):
+        for key, tids in _each_alignment(self._source, wanted):
             if tids is not None:
                 pdfs = _pdfs(tids, self._table, self._source, key)
                 self.counts += np.bincount(tids, minlength=len(self.counts))
                 yield key, pdfs
 
 
-def each_alignment(
-    source: str | os.PathLike[str], wanted: Collection[str] | None = None
+def _each_alignment(
+    source: str | os.PathLike[str], wanted: Collection[str] | None
 ) -> Iterator[tuple[str, NDArray[np.int32] | None]]:
-    """Key and transition-ids of one utterance after the other; None in place of those that are not wanted.
-
-    Raises:
-        DataError: as `read_alignments` does.
-    """
+    """All utterances; None in place of the alignments that are not wanted."""
     return read_job_entries(
         source, "ali", INT_VECTORS, wanted, twice="the utterance is aligned twice", nothing="no alignment in it"
     )

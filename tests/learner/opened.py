@@ -26,6 +26,6 @@ def open_data(options: TrainOptions, world: World | None = None) -> tuple[Datase
 def open_all(options: TrainOptions, world: World | None = None) -> tuple[Dataset, Network]:
     """The data and the network as training begins."""
     dataset, network = open_data(options, world)
-    network.check_data(dataset, transitions_of(options).num_pdfs)
+    network.check_data(dataset)
     network.estimate_transforms(dataset, world or SoloWorld(), options.max_lda_jobs * options.samples_per_iter)
     return dataset, network

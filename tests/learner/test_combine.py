@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner.combine import add_to_mean, combine, tensors_of
-from kaldi_mpi.learner.iterations import Shrinking, models_to_combine
+from kaldi_mpi.learner.combine import add_to_mean, combine, models_to_combine, tensors_of
 from kaldi_mpi.learner.objective import log_likelihood
+from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.loader import Minibatch
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.components import BatchNorm

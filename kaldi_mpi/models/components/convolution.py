@@ -88,12 +88,12 @@ class _Spliced(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, linear: Tensor, bias: Tensor | None, runs: Sequence[slice], rows: Rows | None
     ) -> Tensor:
-        ctx.runs, ctx.rows = runs, rows
+        ctx.runs, ctx.rows, ctx.shape = runs, rows, x.shape
         parts = [x[run].reshape(-1, x.shape[2]) for run in runs]
         weights = linear.split(x.shape[2], dim=1)
         if rows is not None:
             spliced = torch.cat(parts, dim=1)
-            ctx.save_for_backward(x, linear, bias, spliced)
+            ctx.save_for_backward(spliced, linear, bias)
             out = functional.linear(spliced, linear, bias)
         else:
             ctx.save_for_backward(x, linear, bias)
@@ -104,18 +104,17 @@ class _Spliced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *derivatives: Tensor) -> Any:
-        x, linear, bias, *spliced = ctx.saved_tensors
-        derivative = derivatives[0].reshape(-1, linear.shape[0])
-        weights = linear.split(x.shape[2], dim=1)
+        kept_rows, linear, bias = ctx.saved_tensors  # all of x, or the spliced rows
+        derivative, columns = derivatives[0].reshape(-1, linear.shape[0]), ctx.shape[2]
         of_x = of_linear = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            for run, weight in zip(ctx.runs, weights, strict=True):
-                of_x[run].view(-1, x.shape[2]).addmm_(derivative, weight)
+            of_x = derivative.new_zeros(ctx.shape)
+            for run, weight in zip(ctx.runs, linear.split(columns, dim=1), strict=True):
+                of_x[run].view(-1, columns).addmm_(derivative, weight)
         if ctx.rows is not None:
-            ctx.rows.keep(spliced[0], derivative)
+            ctx.rows.keep(kept_rows, derivative)
         else:
-            parts = [x[run].reshape(-1, x.shape[2]) for run in ctx.runs]
+            parts = [kept_rows[run].reshape(-1, columns) for run in ctx.runs]
             of_linear = torch.cat([derivative.t() @ part for part in parts], dim=1)
             of_bias = None if bias is None else column_sums(derivative)
         return of_x, of_linear, of_bias, None, None
