@@ -6,18 +6,16 @@ that chance decides switched off: no dropout, no self-repair, no constraint.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kaldi_mpi.formats.tokens import write_matrix
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import TrainingLog
@@ -27,7 +25,8 @@ from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.nnet3 import read_nnet, to_torch
 from tests.learner.golden_training import NEVER, FixedRate, arrays, minibatches, parameters
-from tests.paths import REPO, golden, kaldi_root
+from tests.models.kaldi_xconfig import kaldi_lines
+from tests.paths import golden, kaldi_root
 
 pytestmark = pytest.mark.kaldi
 
@@ -96,15 +95,12 @@ def kaldi(program: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@functools.cache
-def configs() -> dict[str, list[str]]:
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | str]:
     """final.config of every network, as Kaldi's own modules make it."""
     nets = {**RNN, **FF}
     texts = [INPUT + text.replace("IDCT", "idct.mat") + OUTPUT for text in nets.values()]
-    command = [sys.executable, "-m", "tests.models.kaldi_xconfig", str(kaldi_root())]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True, cwd=REPO)
-    found: dict[str, list[str]] = dict(zip(nets, json.loads(done.stdout), strict=True))
-    return found
+    return dict(zip(nets, kaldi_lines(texts, tmp_path_factory.mktemp("configs")), strict=True))
 
 
 def without_chance(line: str) -> str:
@@ -117,13 +113,11 @@ def without_chance(line: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*RNN, *FF])
-def test_minibatches_are_nnet3_trains(tmp_path: Path, name: str) -> None:
+def test_minibatches_are_nnet3_trains(configs: dict[str, list[str] | str], tmp_path: Path, name: str) -> None:
     torch.set_num_threads(1)
-    lines = configs()[name]
+    lines = configs[name]
     assert isinstance(lines, list), lines
     rng = np.random.default_rng(2)
-    from kaldi_mpi.formats.tokens import write_matrix
-
     write_matrix(tmp_path / "idct.mat", rng.standard_normal((12, 13)) * 0.3)
     text = "\n".join(without_chance(line) for line in lines).replace("idct.mat", str(tmp_path / "idct.mat"))
     (tmp_path / "final.config").write_text(text + "\n")
