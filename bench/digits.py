@@ -49,18 +49,19 @@ class Training:
 def environment() -> dict[str, str]:
     """This Python first on the PATH, one thread a process."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": str(Path(sys.executable).parent.parent)}
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return os.environ | one | {"PATH": path, "VIRTUAL_ENV": str(Path(sys.executable).parent.parent)}
 
 
-def run(command: str, log: Path | None = None) -> str:
-    """Run a line of bash in the recipe's directory; returns what it printed.
+def run(command: str, log: Path | None = None, recipe: Path = RECIPE) -> str:
+    """Run a line of bash in the recipe's directory, or a copy's; returns what it printed.
 
     Raises:
         RuntimeError: it failed; with its last words.
     """
     done = subprocess.run(
         ["bash", "-c", f"set -e; . ./path.sh; {command}"],
-        cwd=RECIPE, env=environment(), capture_output=True, text=True, check=False,
+        cwd=recipe, env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if log is not None:
         log.write_text(done.stdout + done.stderr)
