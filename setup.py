@@ -1,5 +1,5 @@
-"""Build of the C extension; everything else stands in pyproject.toml."""
+"""Build of the C extensions; everything else stands in pyproject.toml."""
 
 from setuptools import setup
 
-setup(cffi_modules=["csrc/build_csrc.py:ffibuilder"])
+setup(cffi_modules=["csrc/build_csrc.py:loader", "csrc/build_csrc.py:models"])

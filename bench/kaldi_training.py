@@ -192,27 +192,31 @@ class Bench:
         folder = self.recipe / "exp" / f"{net}_{arm}_{seed}"
         result = folder / "result.json"
         if not result.exists():
-            egs = self.examples(net)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            model = self.start(net, seed).relative_to(self.recipe)
-            more = f"--egs.dir={egs.relative_to(self.recipe)} --trainer.input-model={model}"
+            self.start(net, seed)
             began = time.monotonic()
-            strategy, learners = arm.split("-")
-            if strategy == "kaldi":
-                more += f" {jobs(int(learners))}"
-                self.run(f"steps/nnet3/{self.call(net, folder, seed, more)}", folder / "train.out")
-            else:
-                more += f" --num-learners={learners} --strategy={strategy} {self.options.more}"
-                if strategy == "periodic":
-                    more += f" --frames-per-average={int(learners) * self.frames_of_job(net, egs)}"
-                program = f"$KALDI_MPI_ROOT/steps_mpi/nnet3/{self.call(net, folder, seed, more)}"
-                self.run(program, folder / "train.out")
+            egs = self.run_arm(net, arm, seed, folder)
             seconds = time.monotonic() - began
             figures = {"seconds": seconds, "frames": self.frames(folder), **self.score(folder, egs)}
             result.write_text(json.dumps(figures))
         found: dict[str, float] = json.loads(result.read_text())
         return found
+
+    def run_arm(self, net: str, arm: str, seed: int, folder: Path) -> Path:
+        """Train into `folder`, which is made anew; returns the examples."""
+        egs, model = self.examples(net), self.start(net, seed).relative_to(self.recipe)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        more = f"--egs.dir={egs.relative_to(self.recipe)} --trainer.input-model={model}"
+        strategy, learners = arm.split("-")
+        if strategy == "kaldi":
+            program = f"steps/nnet3/{self.call(net, folder, seed, f'{more} {jobs(int(learners))}')}"
+        else:
+            more += f" --num-learners={learners} --strategy={strategy} {self.options.more}"
+            if strategy == "periodic":
+                more += f" --frames-per-average={int(learners) * self.frames_of_job(net, egs)}"
+            program = f"$KALDI_MPI_ROOT/steps_mpi/nnet3/{self.call(net, folder, seed, more)}"
+        self.run(program, folder / "train.out")
+        return egs
 
     def frames_of_job(self, net: str, egs: Path) -> int:
         """Labelled frames on which a job of Kaldi trains in an iteration, on average: an archive's, or one of eight."""
@@ -224,6 +228,12 @@ class Bench:
         pattern = re.compile(r"Overall average objective function for 'output' is \S+ over (\S+) frames")
         found = (pattern.findall(path.read_text(errors="replace")) for path in folder.glob("log/train.*.*.log"))
         return float(sum(float(words[-1]) for words in found if words))
+
+    def seconds_per_iteration(self, folder: Path) -> tuple[float, int]:
+        """Of a training's iterations but for the first, by the times at which its ITER.mdl were written; how many."""
+        numbers = sorted(int(path.stem) for path in folder.glob("*.mdl") if path.stem.isdigit())
+        first, last = (folder / f"{number}.mdl" for number in (numbers[1], numbers[-1]))
+        return (last.stat().st_mtime - first.stat().st_mtime) / (numbers[-1] - numbers[1]), numbers[-1]
 
     def score(self, folder: Path, egs: Path) -> dict[str, float]:
         """Log-likelihood and accuracy on the held-out examples, per frame, and the word error rate in per cent."""

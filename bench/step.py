@@ -5,14 +5,20 @@ learner. The bare loop is what one would write: torch.nn modules, `loss.backward
 peepholes of nnet3, as a loop over time; torch.nn.LSTM, which cannot have them, is timed beside it. All arms take
 turns in one process; the figures are medians over rounds of frames per second, and of the ratios within a round. The
 last line is one JSON object.
+
+With --kaldi WORK (and KALDI_ROOT): the whole training instead, two learners under `periodic` beside two jobs of Kaldi's
+train_rnn.py on the same examples of the LSTM of kaldi_training.py, in turns, averaging after 70 000 and after 16 000
+frames of both together. Its time is that between the models of two iterations, which both write.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,10 +29,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as the launcher of learners sets it, befo
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kaldi_training
+
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.optimiser import KaldiSgd
+from kaldi_mpi.learner.run import settle_process
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
@@ -37,6 +48,7 @@ from kaldi_mpi.models.xconfig import parse_xconfig_text
 
 FEATS, PDFS, RATE = 40, 600, 1e-5
 LSTM_CELLS, LSTM_LAYERS = 256, 2
+PERIODS = (70_000, 16_000)  # frames between averages
 TDNNF_DIM, TDNNF_BOTTLENECK, TDNNF_STRIDES = 512, 96, (1, 1, 3, 3)
 
 
@@ -201,9 +213,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=8, help="minibatches an arm takes in a round; a multiple of 4")
     parser.add_argument("--chunks", type=int, default=32, help="in a minibatch")
+    parser.add_argument("--kaldi", type=Path, metavar="WORK", help="beside Kaldi's jobs; a directory for everything")
+    parser.add_argument("--train", help="with --kaldi, at first: data directory of the training speech")
+    parser.add_argument("--test", help="and of the test speech")
     options = parser.parse_args()
+    if options.kaldi:
+        print(json.dumps(beside_kaldi(options.kaldi.resolve(), options)))
+        return
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as learners do
+    settle_process()  # as learners do; the bare loop profits too
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "log").mkdir()
@@ -222,6 +240,30 @@ def main() -> None:
             speeds = measure(arms, minibatches(options.steps, options.chunks, shape), options.rounds)
             result[name] = summary(name, speeds)
     print(json.dumps(result | {"threads": 1, "steps": options.steps, "rounds": options.rounds}))
+
+
+def beside_kaldi(work: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Microseconds a frame by Kaldi's jobs and by our learners, and the ratio, at each period."""
+    nets = kaldi_training.NETS
+    bench = kaldi_training.Bench(work, argparse.Namespace(train=options.train, test=options.test, epochs=1, more=""))
+    bench.prepare()
+    result = {}
+    for period in PERIODS:
+        name, samples = f"lstm-{period}", period // 2 // 20
+        of_lstm = (option for option in nets["lstm"].options if "samples-per-iter" not in option)
+        nets[name] = dataclasses.replace(nets["lstm"], options=(*of_lstm, f"--trainer.samples-per-iter={samples}"))
+        found: dict[str, list[float]] = {"kaldi-2": [], "periodic-2": []}
+        for number in range(options.rounds):
+            for arm, times in found.items():
+                folder = bench.recipe / "exp" / f"{name}_{arm}_time"
+                bench.run_arm(name, arm, number, folder)
+                seconds, iterations = bench.seconds_per_iteration(folder)
+                times.append(1e6 * seconds * iterations / bench.frames(folder))
+                print(f"{period} frames, round {number}, {arm}: {times[-1]:.1f} us a frame", flush=True)
+        ratio = statistics.median(ours / theirs for theirs, ours in zip(*found.values(), strict=True))
+        medians = {f"{arm}_us": round(statistics.median(times), 2) for arm, times in found.items()}
+        result[str(period)] = medians | {"ratio": round(ratio, 3)}
+    return result
 
 
 def summary(name: str, speeds: dict[str, list[float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Describes the C extension ``kaldi_mpi.loader._csrc`` to cffi (API mode); setup.py builds it.
+"""Describes the C extensions ``kaldi_mpi.loader._csrc`` and ``kaldi_mpi.models._csrc`` to cffi; setup.py builds them.
 
 What Python sees is what stands between ``/* python: begin */`` and ``/* python: end */`` in the headers, so
 that a declaration is written once. With ``KALDI_MPI_WERROR=1`` in the environment the compiler's warnings are
@@ -14,8 +14,11 @@ from pathlib import Path
 from cffi import FFI
 
 CSRC = Path(__file__).resolve().parent
+# The passes over activations, which know nothing of data.
+MODEL_HEADERS = ["passes.h"]
+MODEL_SOURCES = ["passes.c"]
 # In order of dependence: a header may use what the ones before it declare.
-HEADERS = [
+LOADER_HEADERS = [
     "error.h",
     "file.h",
     "decode.h",
@@ -36,6 +39,7 @@ HEADERS = [
     "queue.h",
 ]
 SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
+LOADER_SOURCES = [name for name in SOURCES if name not in MODEL_SOURCES]
 # Sums and products are never fused: what is decoded must be the same float on every machine.
 STANDARD = ["-std=c11", "-O3", "-ffp-contract=off"]
 # The file that cffi generates is compiled with these flags too, and is not clean under -Wpedantic and
@@ -44,22 +48,22 @@ WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
 STRICT_WARNINGS = [*WARNINGS, "-Wpedantic", "-Wconversion"]
 
 
-def declarations() -> str:
-    """The parts of all headers that are meant for Python."""
+def declarations(headers: list[str]) -> str:
+    """The parts of headers that are meant for Python."""
     part = re.compile(r"/\* python: begin \*/\n(.*?)/\* python: end \*/", re.DOTALL)
-    return "\n".join(text for name in HEADERS for text in part.findall((CSRC / name).read_text("utf-8")))
+    return "\n".join(text for name in headers for text in part.findall((CSRC / name).read_text("utf-8")))
 
 
-def make_ffibuilder() -> FFI:
-    """The description of the extension, with paths relative to the repository as setuptools wants them."""
+def make_ffibuilder(module: str, headers: list[str], sources: list[str]) -> FFI:
+    """The description of an extension, with paths relative to the repository as setuptools wants them."""
     flags = STANDARD + WARNINGS + (["-Werror"] if os.environ.get("KALDI_MPI_WERROR") == "1" else [])
     builder = FFI()
-    builder.cdef(declarations())
+    builder.cdef(declarations(headers))
     builder.set_source(
-        "kaldi_mpi.loader._csrc",
-        "\n".join(f'#include "{name}"' for name in HEADERS),
-        sources=[f"csrc/{name}" for name in SOURCES],
-        depends=[f"csrc/{name}" for name in HEADERS],
+        module,
+        "\n".join(f'#include "{name}"' for name in headers),
+        sources=[f"csrc/{name}" for name in sources],
+        depends=[f"csrc/{name}" for name in headers],
         include_dirs=["csrc"],
         libraries=["pthread", "m"],
         extra_compile_args=flags,
@@ -67,4 +71,5 @@ def make_ffibuilder() -> FFI:
     return builder
 
 
-ffibuilder = make_ffibuilder()
+loader = make_ffibuilder("kaldi_mpi.loader._csrc", LOADER_HEADERS, LOADER_SOURCES)
+models = make_ffibuilder("kaldi_mpi.models._csrc", MODEL_HEADERS, MODEL_SOURCES)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from build_csrc import STANDARD, WARNINGS, make_ffibuilder  # noqa: E402
+from build_csrc import STANDARD, WARNINGS, loader  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build(kind: Kind, directory: Path) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     generated = directory / "_csrc.c"
-    make_ffibuilder().emit_c_code(str(generated))
+    loader.emit_c_code(str(generated))
     flags = [*STANDARD, "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", *WARNINGS, *kind.flags]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{sysconfig.get_path('include')}"]
 

@@ -16,7 +16,7 @@ from kaldi_mpi.models.components import BackpropTruncation, Call
 from kaldi_mpi.models.config import ComponentNode, DimRangeNode, InputNode, Node, OutputNode
 from kaldi_mpi.models.descriptor import Descriptor
 from kaldi_mpi.models.graph import IVECTOR, Graph
-from kaldi_mpi.models.lstm import LstmSettings
+from kaldi_mpi.models.lstm_backward import LstmSettings
 from kaldi_mpi.models.lstm_group import LstmGroup, recognise
 from kaldi_mpi.models.rows import MISSING, Gather
 from kaldi_mpi.models.times import MOVES, Axis, Mask, Times, defined, moved, offsets_of

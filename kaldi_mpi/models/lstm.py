@@ -9,49 +9,16 @@ is d interleaved sequences, advances by blocks of ``d * B`` rows.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-_tanh_backward = torch.ops.aten.tanh_backward.grad_input
-
-
-@dataclass(frozen=True)
-class LstmSettings:
-    """What the recurrence needs beside its parameters.
-
-    Attributes:
-        delay: frames from a frame to the one that it recurs to; negative for the past.
-        scale: factor of the recurrence in the forward pass (1 - |delay| / decay-time).
-        clipping_threshold: largest norm of the recurrent gradient of a frame; not positive: no limit.
-        zeroing_threshold: norm above which it becomes 0 at a frame on a boundary; not positive: never.
-        zeroing_interval: frames between boundaries.
-    """
-
-    delay: int = -1
-    scale: float = 1.0
-    clipping_threshold: float = 30.0
-    zeroing_threshold: float = 15.0
-    zeroing_interval: int = 20
-    recurrence_interval: int = 1
-
-    def boundaries(self, first: int, frames: int, sequences: int, stride: int = 1) -> Tensor:
-        """(frames * sequences,) bool: where a large recurrent gradient is zeroed; frames lie `stride` apart.
-
-        As in nnet3 the boundaries are shifted by the number of the sequence in the minibatch, so that they
-        do not always fall on the same frame of an utterance.
-        """
-        t = torch.arange(first, first + frames * stride, stride).unsqueeze(1) - torch.arange(sequences).unsqueeze(0)
-        interval = self.zeroing_interval
-        here = torch.div(t, interval, rounding_mode="floor")
-        before = torch.div(t - self.recurrence_interval, interval, rounding_mode="floor")
-        return (here != before).reshape(-1)
+from kaldi_mpi.log import logger
+from kaldi_mpi.models.lstm_backward import Limit, LstmSettings, coefficients, repairs, sums
 
 
 class LstmKeeper(Protocol):
@@ -172,7 +139,9 @@ class _Lstm(torch.autograd.Function):
         x = x3.reshape(rows, in_dim)
         gates = torch.addmm(bias, x, w_all[:, :in_dim].t())
         w_rec = (w_all[:, in_dim:] * settings.scale).t().contiguous()
-        w_if, w_o = peepholes[:2].contiguous(), peepholes[2]
+        weights = peepholes.contiguous()
+        w_if, w_o = weights[:2], weights[2]
+        kernels = kernels_for(x.device)
 
         # Cells and recurrent outputs have `shift` rows of zeros where the recurrence starts, so that the
         # values of a block and those that it recurs to are two views of one buffer.
@@ -214,20 +183,23 @@ class _Lstm(torch.autograd.Function):
         scale = settings.scale
         for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh, dropped in _order(parts, reverse):
             s.addmm_(h_old, w_rec)
-            s_if2.addcmul_(c_old2, w_if, value=scale)
-            s_if.sigmoid_()
-            g.tanh_()
-            torch.mul(i, g, out=c)
-            if mask is None:
-                c.addcmul_(f, c_old, value=scale)
+            if kernels is not None:
+                kernels.forward(s, c_old, weights, None if mask is None else dropped, scale, c, tanh, m_k)
             else:
-                c.mul_(dropped[:, 0:1]).addcmul_(f * dropped[:, 1:2], c_old, value=scale)
-            o.addcmul_(c, w_o)
-            o.sigmoid_()
-            torch.tanh(c, out=tanh)
-            torch.mul(o, tanh, out=m_k)
-            if mask is not None:
-                m_k.mul_(dropped[:, 2:3])
+                s_if2.addcmul_(c_old2, w_if, value=scale)
+                s_if.sigmoid_()
+                g.tanh_()
+                torch.mul(i, g, out=c)
+                if mask is None:
+                    c.addcmul_(f, c_old, value=scale)
+                else:
+                    c.mul_(dropped[:, 0:1]).addcmul_(f * dropped[:, 1:2], c_old, value=scale)
+                o.addcmul_(c, w_o)
+                o.sigmoid_()
+                torch.tanh(c, out=tanh)
+                torch.mul(o, tanh, out=m_k)
+                if mask is not None:
+                    m_k.mul_(dropped[:, 2:3])
             if w_proj is not None:
                 if b_rp is None:
                     torch.mm(m_k, w_proj, out=out)
@@ -239,13 +211,13 @@ class _Lstm(torch.autograd.Function):
             span = slice(low * batch, high * batch)
             ctx.settings, ctx.place, ctx.low, ctx.high, ctx.keeper = settings, place, low, high, keeper
             ctx.shape = (frames, batch, in_dim)
-            ctx.sums = None if keeper is None else _sums(gates[span], tanh_c[span])
+            ctx.sums = None if keeper is None else sums(gates[span], tanh_c[span])
             repair = None if keeper is None else keeper.repair()
             ctx.repair = (
-                None if repair is None else _repairs(gates[span], tanh_c[span], repair, peepholes, settings.scale)
+                None if repair is None else repairs(gates[span], tanh_c[span], repair, peepholes, settings.scale)
             )
             drop = None if mask is None else mask.reshape(rows, 3)[span]
-            to_m, to_old = _coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale, drop)
+            to_m, to_old = coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale, drop)
             ctx.save_for_backward(
                 x[span],
                 gates[span],
@@ -282,9 +254,10 @@ class _Lstm(torch.autograd.Function):
         recur[slice(rows, None) if reverse else slice(0, shift)] = 0.0
         d_gates = x.new_empty(rows, 4 * cell)
         grad = grad[ctx.low : ctx.high].reshape(rows, -1)
-        d_rp = None if w_rp is None else grad.clone()
+        kernels = kernels_for(x.device)
+        d_out = grad if w_rp is None and kernels is None else grad.clone()
         first = ctx.place.first + ctx.low * ctx.place.stride
-        limit = _Limit(settings, first, ctx.high - ctx.low, batch, ctx.place.stride, x.device)
+        limit = Limit(settings, first, ctx.high - ctx.low, batch, ctx.place.stride, x.device)
         repair = ctx.repair
 
         sizes = _blocks(rows, shift, reverse)
@@ -293,7 +266,7 @@ class _Lstm(torch.autograd.Function):
             recur[here].split(sizes),
             recur[here][:, :cell].split(sizes),
             recur[here][:, cell:].split(sizes),
-            (grad if d_rp is None else d_rp).split(sizes),
+            d_out.split(sizes),
             to_m.split(sizes),
             to_old.split(sizes),
             coefs[:, :ifg].unflatten(1, (3, cell)).split(sizes),
@@ -304,12 +277,21 @@ class _Lstm(torch.autograd.Function):
             recur[target][:, :cell].split(sizes),
             recur[target][:, cell:].split(sizes),
             recur[here][:, :cell].unsqueeze(1).split(sizes),
+            coefs.split(sizes),
             limit.boundaries.split(sizes),
             *(part.split(sizes) for part in repair or ()),
         ]
         steps = _order(parts, reverse)
-        for k, step in enumerate(steps):
-            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, boundary, *more = step
+        for number, step in enumerate(steps):
+            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, k, boundary, *more = step
+            last = number + 1 == len(steps)
+            if kernels is not None:
+                factors = kernels.limit(both, boundary, out, cell, limit.clip, limit.zero)
+                dm = out if w_rp is None else torch.mm(out, w_rp)
+                kernels.backward(dc, factors, dm, (k_m, k_old, k), more or None, ds, None if last else to_dc)
+                if not last:
+                    torch.mm(ds, w_rec, out=to_dh)
+                continue
             limit.apply(both, boundary)
             if w_rp is None:
                 dm = dh.add_(out)
@@ -325,12 +307,12 @@ class _Lstm(torch.autograd.Function):
             torch.mul(dc3, k_ifg, out=ds_ifg)
             if more:
                 ds_ifg.add_(of_gates[:, :ifg].unflatten(1, (3, cell)))
-            if k + 1 < len(steps):
+            if not last:
                 torch.mul(dc, k_old, out=to_dc)
                 if more:
                     to_dc.add_(of_old)
                 torch.mm(ds, w_rec, out=to_dh)
-        return _Lstm._gradients(ctx, d_gates, d_rp, (frames, batch, in_dim))
+        return _Lstm._gradients(ctx, d_gates, None if w_rp is None else d_out, (frames, batch, in_dim))
 
     @staticmethod
     def _gradients(ctx: Any, d_gates: Tensor, d_rp: Tensor | None, shape: tuple[int, int, int]) -> Any:
@@ -361,92 +343,39 @@ class _Lstm(torch.autograd.Function):
         return dx, dw, d_bias, d_peep, d_wrp, d_brp, None, None, None, None
 
 
-def _sums(gates: Tensor, tanh_c: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows of the values of i, f, g, o, tanh(c) and of their derivatives, (5, C) each."""
-    cell = tanh_c.shape[1]
-    values = torch.stack([*gates.sum(0).split(cell), tanh_c.sum(0)])
-    squares = torch.stack([*gates.square().sum(0).split(cell), tanh_c.square().sum(0)])
-    # A sigmoid's derivative is y - y^2, a tanh's 1 - y^2.
-    of_values = values.clone()
-    of_values[2] = of_values[4] = float(len(tanh_c))
-    return values, of_values - squares
+# By device: the kernels that stand in for PyTorch's operations between the products, or None.
+_KERNELS: dict[torch.device, ModuleType | None] = {}
 
 
-def _repairs(
-    gates: Tensor, tanh_c: Tensor, repair: Tensor, peepholes: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What self-repair adds to the derivatives of the loss: at the cell, the gates' inputs, and the old cell.
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """lstm_kernels.py on a GPU where it gives what PyTorch gives, which is tried at the first call; else None."""
+    if device.type != "cuda" and device not in _KERNELS:
+        return None
+    if device not in _KERNELS:
+        _KERNELS[device] = None  # for the trial's reference
+        try:
+            from kaldi_mpi.models import lstm_kernels
+        except ImportError as error:
+            logger.warning("LSTM on %s by PyTorch's operations, several times slower: no Triton (%s)", device, error)
+            return None
+        error_ = lstm_kernels.trial(lambda chosen: _trial(device, chosen))
+        if error_ is None:
+            _KERNELS[device] = lstm_kernels
+        else:
+            logger.warning("LSTM on %s by PyTorch's operations, several times slower: Triton %s", device, error_)
+    return _KERNELS[device]
 
-    Saturated units are pushed back to where they are not: by s (2 y - 1) for a sigmoid, s y for a tanh.
-    """
-    cell = tanh_c.shape[1]
-    i, f, g, o = gates.split(cell, dim=1)
-    of_gates = torch.cat(
-        [(2 * i - 1) * repair[0], (2 * f - 1) * repair[1], g * repair[2], (2 * o - 1) * repair[3]], dim=1
+
+def _trial(device: torch.device, kernels: ModuleType | None) -> list[Tensor]:
+    """Output and gradients of a small layer."""
+    _KERNELS[device] = kernels
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(6, 5, 7), (48, 7 + 8), (48,), (3, 12), (8, 12), (8,)]
+    x, w_all, bias, peepholes, w_rp, b_rp = (
+        torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes
     )
-    of_cell = tanh_c * repair[4] + of_gates[:, 3 * cell :] * peepholes[2]
-    of_old = (of_gates[:, :cell] * peepholes[0] + of_gates[:, cell : 2 * cell] * peepholes[1]) * scale
-    return of_cell, of_gates, of_old
-
-
-def _coefficients(
-    gates: Tensor, c_old: Tensor, tanh_c: Tensor, peepholes: Tensor, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Replace the gates i, f, g, o by the coefficients of their gradients.
-
-    Args:
-        mask: (rows, 3), the gates' dropout masks.
-
-    Returns:
-        d cell / d m (through tanh and the output gate's peephole), and d old cell / d cell.
-    """
-    i, f, g, o = gates.split(c_old.shape[1], dim=1)
-    to_m = _tanh_backward(o, tanh_c, grad_input=torch.empty_like(c_old))
-    _sigmoid_backward(tanh_c, o, grad_input=o)
-    to_old = f.clone(memory_format=torch.contiguous_format)
-    _sigmoid_backward(c_old, f, grad_input=f)
-    of_g = _tanh_backward(i, g, grad_input=torch.empty_like(c_old))
-    _sigmoid_backward(g, i, grad_input=i)
-    g.copy_(of_g)
-    if mask is not None:
-        of_i, of_f, of_o = mask.unsqueeze(1).unbind(2)
-        for value, factor in ((to_m, of_o), (o, of_o), (to_old, of_f), (f, of_f), (g, of_i), (i, of_i)):
-            value.mul_(factor)
-    to_m.addcmul_(o, peepholes[2])
-    if scale != 1.0:
-        f *= scale
-    to_old.addcmul_(i, peepholes[0]).addcmul_(f, peepholes[1])
-
-    if scale != 1.0:
-        to_old *= scale
-    return to_m, to_old
-
-
-@functools.lru_cache(maxsize=64)
-def _boundaries_on(device: torch.device, settings: LstmSettings, *shape: int) -> Tensor:
-    """`LstmSettings.boundaries` on a device: brought there once, not with each minibatch."""
-    return settings.boundaries(*shape).to(device)
-
-
-class _Limit:
-    """BackpropTruncationComponent's limits on the recurrent gradient, applied in place to a block of rows."""
-
-    def __init__(
-        self, settings: LstmSettings, first: int, frames: int, batch: int, stride: int, device: torch.device
-    ) -> None:
-        self.clip = settings.clipping_threshold if settings.clipping_threshold > 0 else math.inf
-        self.zero = settings.zeroing_threshold if settings.zeroing_threshold > 0 else math.inf
-        self.smallest = min(self.clip, self.zero)
-        self.boundaries = _boundaries_on(device, settings, first, frames, batch, stride)
-
-    def apply(self, rows: Tensor, boundary: Tensor) -> None:
-        # The norm of all rows together bounds that of each: mostly one reduction settles it.
-        if math.isinf(self.smallest):
-            return
-        # On a GPU the host would wait for it.
-        if rows.device.type == "cpu" and torch.linalg.vector_norm(rows).item() <= self.smallest:
-            return
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        factors = (self.clip / norms).clamp_(max=1.0)
-        factors.masked_fill_(boundary & (norms > self.zero), 0.0)
-        rows.mul_(factors.unsqueeze(1))
+    settings = LstmSettings(delay=-2, scale=0.9, clipping_threshold=2.0, zeroing_threshold=1.5, zeroing_interval=3)
+    with torch.enable_grad():
+        output = lstm(x, w_all, bias, peepholes, settings, w_rp=w_rp, b_rp=b_rp)
+        gradients = torch.autograd.grad(output.square().sum(), [x, w_all, bias, peepholes, w_rp, b_rp])
+    return [output.detach(), *gradients]

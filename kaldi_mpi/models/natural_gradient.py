@@ -28,6 +28,8 @@ _WORST_CONDITION, _ORTHOGONALITY = 1.0e6, 1.0e-3
 _FIRST_CALLS = 10  # in which each call updates
 _FIRST_ESTIMATES = 3  # repetitions on the first rows
 _LARGEST_INVERSE = 100.0
+# Of a norm that is computed as a difference: below this share of what it is the difference of, it is rounding.
+_LEAST_DIFFERENCE = 1.0e-3
 
 Matrix = NDArray[np.float64]
 
@@ -47,6 +49,38 @@ class _Moments:
         flat = self.packed.numpy().astype(np.float64)
         k, l = flat[: 2 * rank * rank].reshape(2, rank, rank)  # noqa: E741 - the paper's name
         return k, l, float(flat[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
+    """Preconditioned rows: [x ones] - hidden w, times `factor`.
+
+    Attributes:
+        x: (N, D); where `formed`, hidden w has been subtracted from it.
+        hidden, w: (N, R), and (R, D), or (R, D + 1) with a column for the ones; None: there is nothing to subtract.
+        ones: whether there is a column of ones.
+        factor: 0-dim.
+    """
+
+    x: Tensor
+    hidden: Tensor | None
+    w: Tensor | None
+    ones: bool
+    factor: Tensor
+    formed: bool = True
+
+    def products(self, left: Tensor) -> tuple[Tensor, Tensor | None]:
+        """left' times the rows without the factor, (L, D) and, for the ones, (L,); `left` is (N, L)."""
+        of_x = left.t() @ self.x
+        of_ones = left.sum(0) if self.ones else None
+        if self.hidden is None or self.w is None or (self.formed and of_ones is None):
+            return of_x, of_ones
+        if self.formed:
+            assert of_ones is not None
+            return of_x, of_ones.sub_(left.t() @ (self.hidden @ self.w[:, -1]))
+        small = left.t() @ self.hidden
+        of_x.addmm_(small, self.w[:, : of_x.shape[1]], alpha=-1)
+        return of_x, None if of_ones is None else of_ones.sub_(small @ self.w[:, -1])
 
 
 class NaturalGradient:
@@ -84,42 +118,89 @@ class NaturalGradient:
         self.d: NDArray[np.float32] = np.zeros(0, np.float32)
         self.w: Tensor | None = None
         self._pending: _Moments | None = None
+        self._gram: Tensor | None = None  # of `w`, where it has been needed
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The preconditioned rows, (N, D): of the same Frobenius norm as `rows`, (N, D) float32."""
         preconditioned, factor = self.precondition(rows)
         return preconditioned * factor
 
-    @torch.no_grad()
     def precondition(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same in two parts: rows, and the factor (0-dim, on the device) that gives them their norm back."""
+        split = self.split(rows)
+        return split.x, split.factor
+
+    @torch.no_grad()
+    def split(self, rows: Tensor, ones: bool = False, against: int | None = None) -> SplitRows:
+        """The preconditioned rows, as two terms where that saves work.
+
+        Args:
+            rows: (N, D) float32.
+            ones: whether a further column of ones belongs to them, which nobody need write.
+            against: columns of the matrix by which all rows will be multiplied; None: the rows themselves are wanted.
+        """
         one = rows.new_ones(())
-        if rows.shape[1] == 1 or not len(rows):
-            return rows, one
-        if self.w is None or self.w.shape[1] != rows.shape[1]:
-            self._begin(rows)
+        columns = rows.shape[1] + int(ones)
+        if columns == 1 or not len(rows):
+            return SplitRows(rows, None, None, ones, one)
+        if self.w is None or self.w.shape[1] != columns:
+            self._begin(rows, ones)
         assert self.w is not None
+        w = self.w
         update = not self.frozen and (
             self.calls <= _FIRST_CALLS or (self.calls - _FIRST_CALLS) % self.update_period == 0
         )
         if update and self._pending is not None:
             self._finish(self._pending)
             self._pending = None
-        hidden = rows @ self.w.t()
-        preconditioned = torch.addmm(rows, hidden, self.w, alpha=-1)
-        before, after = _square(rows), _square(preconditioned)
+            w = self.w
+        hidden, before = self._hidden(rows, ones), _square(rows, ones)
+        apart = self._apart(rows, hidden, before, against)
+        if apart is None:
+            x = torch.addmm(rows, hidden, w[:, : rows.shape[1]], alpha=-1)
+            after = _square(x)
+            if ones:
+                after = after + (1.0 - hidden @ w[:, -1]).square().sum()
+        else:
+            x, after = rows, apart
         if update:
-            moments = self._moments(rows, hidden, before)
+            moments = self._moments(rows, hidden, before, ones)
             if moments.ready is None or self.calls <= _FIRST_CALLS:
                 self._finish(moments)
             else:
                 self._pending = moments
         self.calls += 1
-        return preconditioned, torch.where(before > 0, (before / after).sqrt(), one)
+        factor = torch.where(before > 0, (before / after).sqrt(), one)
+        return SplitRows(x, hidden, w, ones, factor, apart is None)
 
-    def _begin(self, rows: Tensor) -> None:
+    def _apart(self, rows: Tensor, hidden: Tensor, before: Tensor, against: int | None) -> Tensor | None:
+        """The sum of squares of the preconditioned rows, 0-dim, without them; None: they shall be computed.
+
+        |X - H W|^2 = |X|^2 - 2 |H|^2 + <H'H, WW'>, as H = X W'. On a GPU products cost little, and whether the
+        difference can be trusted would have to be waited for.
+        """
+        assert self.w is not None
+        (count, dim), rank = rows.shape, hidden.shape[1]
+        if against is None or rows.device.type != "cpu":
+            return None
+        if count * dim <= (count + dim) * against + count * rank:
+            return None
+        if self._gram is None:
+            self._gram = (self.w @ self.w.t()).double()
+        l = (hidden.t() @ hidden).double()  # noqa: E741
+        after = before.double() - 2.0 * l.trace() + (l * self._gram).sum()
+        return after.to(rows.dtype) if after > _LEAST_DIFFERENCE * before else None
+
+    def _hidden(self, rows: Tensor, ones: bool) -> Tensor:
+        """[rows ones] w', (N, R)."""
+        assert self.w is not None
+        if not ones:
+            return rows @ self.w.t()
+        return torch.addmm(self.w[:, -1], rows, self.w[:, :-1].t())
+
+    def _begin(self, rows: Tensor, ones: bool) -> None:
         """Start from a fixed set of directions, and estimate a few times on the first rows."""
-        count, dim = rows.shape
+        count, dim = len(rows), rows.shape[1] + int(ones)
         rank = min(self.rank, dim - 1)
         self.rho, self.d = _EPSILON, np.full(rank, _EPSILON, np.float32)
         self._pending = None
@@ -131,10 +212,12 @@ class NaturalGradient:
         start /= math.sqrt(2.0 + self.alpha * (dim + rank) / dim)
         self.w = start.to(rows)
         for _ in range(1 if count <= rank else _FIRST_ESTIMATES):
-            self._finish(self._moments(rows, rows @ self.w.t(), _square(rows)))
+            self._finish(self._moments(rows, self._hidden(rows, ones), _square(rows, ones), ones))
 
-    def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor) -> _Moments:
+    def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor, ones: bool) -> _Moments:
         j = hidden.t() @ rows
+        if ones:
+            j = torch.cat([j, hidden.sum(0).unsqueeze(1)], dim=1)
         parts = [j @ j.t(), hidden.t() @ hidden, trace]
         packed = torch.cat([part.reshape(-1) for part in parts])
         if packed.device.type == "cpu":
@@ -150,7 +233,7 @@ class NaturalGradient:
         small = [of_j, of_w] if root is None else [of_j, of_w, np.diag(root)]
         there = torch.from_numpy(np.stack(small).astype(np.float32)).to(self.w.device, non_blocking=True)
         there = there.to(self.w.dtype)
-        self.w = torch.addmm(there[0] @ moments.j, there[1], self.w)
+        self.w, self._gram = torch.addmm(there[0] @ moments.j, there[1], self.w), None
         if root is not None:
             self.w = _reorthogonalised(self.w, there[2].diagonal())
 
@@ -212,12 +295,13 @@ class NaturalGradient:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.calls, self.rho, self.d = state["calls"], state["rho"], state["d"].numpy().copy()
         self.w = None if state["w"] is None else state["w"].to(device)
-        self._pending = None
+        self._pending = self._gram = None
 
 
-def _square(rows: Tensor) -> Tensor:
-    """The sum of all squares, 0-dim; row by row, so that rounding does not add up."""
-    return torch.linalg.vector_norm(rows, dim=1).square().sum()
+def _square(rows: Tensor, ones: bool = False) -> Tensor:
+    """The sum of all squares, 0-dim; row by row, so that rounding does not add up. `ones`: of [rows ones]."""
+    square = torch.linalg.vector_norm(rows, dim=1).square().sum()
+    return square + len(rows) if ones else square
 
 
 def send_to_host(packed: Tensor) -> tuple[Tensor, Any]:

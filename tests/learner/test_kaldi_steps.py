@@ -152,11 +152,14 @@ def test_minibatches_are_nnet3_trains(configs: dict[str, list[str] | str], tmp_p
 
 
 def bound(name: str, key: tuple[str, str]) -> float:
-    """How far from Kaldi's, by the largest change. Seen: below 0.001, and up to 0.02 in three that are ill-conditioned.
+    """How far from Kaldi's, by the largest change. Seen: below 0.001, and more in what is ill-conditioned.
 
-    Peepholes are, and convolutions of few filters (golden/training says so), and what is below an attention's softmax.
+    Peepholes are (features that differ by 1e-7 move lstmb's by up to 6 %), and convolutions of few filters
+    (golden/training says so), and what is below an attention's softmax.
     """
-    if key[0].endswith("lstm_nonlin") or name in ("attention", "res-block"):
+    if key[0].endswith("lstm_nonlin"):
+        return 0.1
+    if name in ("attention", "res-block"):
         return 0.03
     return 0.002
 

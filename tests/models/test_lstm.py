@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models.lstm import LstmSettings, lstm
+from kaldi_mpi.models.lstm import lstm
+from kaldi_mpi.models.lstm_backward import LstmSettings
 
 
 class Truncate(torch.autograd.Function):

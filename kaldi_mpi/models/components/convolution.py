@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kaldi_mpi.models.components.affine import constrain_orthonormal, natural_gradient_ranks
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.components.preconditioned import Rows, RowTrained, kept
 from kaldi_mpi.models.config import Options
 from kaldi_mpi.models.natural_gradient import NaturalGradient
+from kaldi_mpi.models.passes import column_sums
 from kaldi_mpi.models.rows import Gather, positions
 
 
@@ -108,8 +109,12 @@ class _Spliced(torch.autograd.Function):
         derivative, columns = derivatives[0].reshape(-1, linear.shape[0]), ctx.shape[2]
         of_x = of_linear = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = derivative.new_zeros(ctx.shape)
-            for run, weight in zip(ctx.runs, linear.split(columns, dim=1), strict=True):
+            of_x = derivative.new_empty(ctx.shape)
+            (first, *runs), (weight, *weights) = ctx.runs, linear.split(columns, dim=1)
+            of_x[: first.start] = 0.0
+            of_x[first.stop :] = 0.0
+            torch.mm(derivative, weight, out=of_x[first].view(-1, columns))
+            for run, weight in zip(runs, weights, strict=True):
                 of_x[run].view(-1, columns).addmm_(derivative, weight)
         if ctx.rows is not None:
             ctx.rows.keep(kept_rows, derivative)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums, saturations_of
+from kaldi_mpi.models import passes
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, saturations_of
 from kaldi_mpi.models.config import Options
+from kaldi_mpi.models.passes import column_sums
 
 _STORE, _REPAIR, _ODERIV = 0.5, 0.5, 0.75
 _LARGEST_REPAIR = 0.1
 
 
-_threshold_backward = torch.ops.aten.threshold_backward
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
 
@@ -100,10 +101,11 @@ class Stored(Pointwise):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if not (self.mode.store and torch.is_grad_enabled()):
-            y = self.function(x)
-            if self.mode.collect:
-                self.store(y)
-            return y
+            with torch.no_grad():
+                y, sums = self.value(x, self.mode.collect and self.stores())
+            if sums is not None:
+                self.add(sums, x.shape[0] * x.shape[1])
+            return self.function(x) if torch.is_grad_enabled() else y
         y = _Trained.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -116,31 +118,51 @@ class Stored(Pointwise):
     def load_training_state(self, state: dict[str, Any]) -> None:
         self._stored, self._stored_oderiv = state["stored"]
 
-    def store(self, y: Tensor) -> None:
-        """Add the values of a forward call, (rows, B, dim), and the function's derivatives."""
-        if not (self.mode.chance.decide(self.name, "stats", _STORE) or not self._stored):
-            return
-        self._stored = True
+    def value(self, x: Tensor, sums: bool) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
+        """The value of rows, (rows, B, dim); and, if wanted, sums over rows of it and of the function's derivative."""
+        y = self.function(x)
+        if not sums:
+            return y, None
         slope = self.slope(y)
-        for name, of in (("value_sum", y), ("deriv_sum", slope)):
-            if of is None:
-                continue
-            total = getattr(self, name)
-            if total.numel() != self.output_dim:
-                total = torch.zeros(self.output_dim, dtype=torch.float64, device=y.device)
-                setattr(self, name, total)
-            total += column_sums(of)
-        self.count += y.shape[0] * y.shape[1]
+        return y, (column_sums(y), None if slope is None else column_sums(slope))
 
-    def store_oderiv(self, derivative: Tensor) -> None:
-        """Add the squares of the derivatives that arrive at the output."""
-        if not (self.mode.chance.decide(self.name, "oderiv", _ODERIV) or not self._stored_oderiv):
-            return
-        self._stored_oderiv = True
-        if self.oderiv_sum.numel() != self.output_dim:
-            self.oderiv_sum = torch.zeros(self.output_dim, dtype=torch.float64, device=derivative.device)
-        self.oderiv_sum += column_sums(derivative.square())
-        self.oderiv_count += derivative.shape[0] * derivative.shape[1]
+    def repaired(
+        self, y: Tensor, derivative: Tensor, repair: Tensor | None, squares: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`gradient` with `repair`, (dim,), times `pushes` added; and, if wanted, sums of the derivative's squares."""
+        gradient = self.gradient(y, derivative)
+        if repair is not None:
+            gradient = gradient.addcmul(self.pushes(y), repair)
+        return gradient, column_sums(derivative.square()) if squares else None
+
+    def stores(self) -> bool:
+        """Whether the sums of this forward call are kept."""
+        stored, self._stored = self._stored, True
+        return self.mode.chance.decide(self.name, "stats", _STORE) or not stored
+
+    def add(self, sums: tuple[Tensor, Tensor | None], rows: int) -> None:
+        """Keep the sums of a forward call."""
+        for name, of in zip(("value_sum", "deriv_sum"), sums, strict=True):
+            if of is not None:
+                self._add_to(name, of)
+        self.count += rows
+
+    def stores_oderiv(self) -> bool:
+        """Whether the squares of the derivatives of this backward call are kept."""
+        stored, self._stored_oderiv = self._stored_oderiv, True
+        return self.mode.chance.decide(self.name, "oderiv", _ODERIV) or not stored
+
+    def add_oderiv(self, squares: Tensor, rows: int) -> None:
+        """Keep them."""
+        self._add_to("oderiv_sum", squares)
+        self.oderiv_count += rows
+
+    def _add_to(self, name: str, sums: Tensor) -> None:
+        total = getattr(self, name)
+        if total.numel() != self.output_dim:
+            total = torch.zeros(self.output_dim, dtype=torch.float64, device=sums.device)
+            setattr(self, name, total)
+        total += sums
 
     def units_to_repair(self) -> Tensor:
         """(block_dim,) float32: 1 for units whose mean derivative is too small, -1 for those where it is too large."""
@@ -161,8 +183,9 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Stored) -> Tensor:
-        y = module.function(x)
-        module.store(y)
+        y, sums = module.value(x, module.stores())
+        if sums is not None:
+            module.add(sums, x.shape[0] * x.shape[1])
         ctx.module = module
         ctx.save_for_backward(y)
         return y
@@ -171,13 +194,15 @@ class _Trained(torch.autograd.Function):
     def backward(ctx: Any, *derivatives: Tensor) -> Any:
         module: Stored = ctx.module
         (y,) = ctx.saved_tensors
-        gradient = module.gradient(y, derivatives[0])
+        repair = None
         may = module.repairs and module.repair_scale > 0 and module.deriv_sum.numel() == module.output_dim
         if may and module.mode.chance.decide(module.name, "repair", _REPAIR):
             units = module.units_to_repair().to(y.dtype).repeat(module.output_dim // module.block_dim)
             # The loss is the negated objective: what Kaldi adds to a derivative is subtracted here.
-            gradient = gradient.addcmul(module.pushes(y), units, value=-module.repair_scale / _REPAIR)
-        module.store_oderiv(derivatives[0])
+            repair = units * (-module.repair_scale / _REPAIR)
+        gradient, squares = module.repaired(y, derivatives[0], repair, module.stores_oderiv())
+        if squares is not None:
+            module.add_oderiv(squares, y.shape[0] * y.shape[1])
         return gradient, None
 
 
@@ -190,14 +215,13 @@ class RectifiedLinear(Stored):
     def function(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def slope(self, y: Tensor) -> Tensor:
-        return torch.sign(y)  # the value is never negative
+    def value(self, x: Tensor, sums: bool) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
+        return passes.relu(x, sums)
 
-    def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
-        return _threshold_backward(derivative, y, 0)
-
-    def pushes(self, y: Tensor) -> Tensor:
-        return torch.ones_like(y)
+    def repaired(
+        self, y: Tensor, derivative: Tensor, repair: Tensor | None, squares: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return passes.relu_backward(derivative, y, repair, squares)  # pushed by 1 wherever they are
 
 
 class Sigmoid(Stored):
@@ -248,8 +272,8 @@ class LogSoftmax(Stored):
     def function(self, x: Tensor) -> Tensor:
         return functional.log_softmax(x, dim=-1)
 
-    def store(self, y: Tensor) -> None:
-        """Kaldi stores nothing in the forward pass of this one."""
+    def stores(self) -> bool:
+        return False  # as in Kaldi
 
     def gradient(self, y: Tensor, derivative: Tensor) -> Tensor:
         return derivative - y.exp() * derivative.sum(dim=-1, keepdim=True)

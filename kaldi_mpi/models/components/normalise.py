@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer, column_sums
+from kaldi_mpi.models.components.base import Call, ComponentModule, Initializer
 from kaldi_mpi.models.config import Options
+from kaldi_mpi.models.passes import batch_norm, batch_norm_backward
 
 # 2^-66: nnet3's floor of the mean square in NormalizeComponent.
 _NORM_FLOOR = 2.0**-66
@@ -129,31 +130,21 @@ class BatchNorm(ComponentModule):
 
 
 class _OverRows(torch.autograd.Function):
-    """z = g (x - mean) of the rows' own mean and variance, with g = target_rms / sqrt(variance + epsilon).
-
-    Backward x' = g (z' - mean z') - g z mean(z' z) / target_rms^2, as in nnet3, in as few passes as there can be.
-    """
+    """`BatchNorm` by the rows' own mean and variance."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: BatchNorm, trains: bool) -> Tensor:
-        mean = column_sums(x) / len(x)
-        mean_square = column_sums(x.square()) / len(x)
+        z, mean, mean_square, scale = batch_norm(x.contiguous(), module.epsilon, module.target_rms)
         if module.mode.collect or (module.mode.store and trains):
             module._add(torch.cat([mean, mean_square]), len(x))
-        variance = (mean_square - mean * mean).clamp_min(0.0)
-        scale = module.target_rms * (variance + module.epsilon).rsqrt()
-        z = (x - mean).mul_(scale)
         ctx.target_rms = module.target_rms
         ctx.save_for_backward(z, scale)
         return z
 
     @staticmethod
     def backward(ctx: Any, *derivatives: Tensor) -> Any:
-        (derivative,) = derivatives
         z, scale = ctx.saved_tensors
-        along = column_sums(derivative * z) * (-1.0 / (len(z) * ctx.target_rms**2))
-        x = derivative - column_sums(derivative) / len(z)
-        return x.addcmul_(z, along).mul_(scale), None, None
+        return batch_norm_backward(derivatives[0], z, scale, ctx.target_rms), None, None
 
 
 def _normalize(options: Options, init: Initializer) -> Normalize:

@@ -44,6 +44,7 @@ class Rows:
         """Forget what was kept."""
         self._kept.clear()
 
+    @torch.no_grad()
     def add_gradient(self, linear: Tensor, bias: Tensor | None) -> None:
         """Add the preconditioned gradient to `linear` (output_dim, input_dim) and `bias` (output_dim,)."""
         if not self._kept:
@@ -51,16 +52,19 @@ class Rows:
         parts = self._kept
         x, derivative = parts[0] if len(parts) == 1 else (torch.cat([part[i] for part in parts]) for i in (0, 1))
         parts.clear()
-        if bias is not None:
-            x = functional.pad(x, (0, 1), value=1.0)
-        x, of_in = self.input.precondition(x)
-        derivative, of_out = self.output.precondition(derivative)
-        gradient = (derivative.t() @ x).mul_(of_in * of_out)
-        if bias is None:
-            linear.add_(gradient)
-        else:
-            linear.add_(gradient[:, :-1])
-            bias.add_(gradient[:, -1])
+        rows = self.input.split(x, ones=bias is not None, against=derivative.shape[1])
+        derivatives = self.output.split(derivative, against=x.shape[1])
+        of_linear, of_bias = rows.products(derivatives.x)
+        if not derivatives.formed:
+            assert derivatives.hidden is not None and derivatives.w is not None
+            of_hidden, of_hidden_bias = rows.products(derivatives.hidden)
+            of_linear.addmm_(derivatives.w.t(), of_hidden, alpha=-1)
+            if of_bias is not None and of_hidden_bias is not None:
+                of_bias.addmv_(derivatives.w.t(), of_hidden_bias, alpha=-1)
+        factor = rows.factor * derivatives.factor
+        linear.addcmul_(of_linear, factor)
+        if bias is not None and of_bias is not None:
+            bias.addcmul_(of_bias, factor)
 
     def freeze(self, freeze: bool) -> None:
         self.input.frozen = self.output.frozen = freeze

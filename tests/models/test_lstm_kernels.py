@@ -1,0 +1,107 @@
+"""The Triton kernels of the LSTM's step, through Triton's interpreter, against PyTorch's operations."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kaldi_mpi.models import lstm as lstm_module
+from kaldi_mpi.models.lstm import kernels_for, lstm
+from kaldi_mpi.models.lstm_backward import LstmSettings
+
+CPU = torch.device("cpu")
+CELL, IN = 6, 4
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kaldi_mpi.models import lstm_kernels
+
+    return lstm_kernels
+
+
+class Keeper:
+    """Repairs some units, and keeps no rows."""
+
+    def __init__(self) -> None:
+        self.amounts = torch.linspace(-0.1, 0.1, 5 * CELL).view(5, CELL)
+
+    def repair(self) -> Tensor:
+        return self.amounts
+
+    def store(self, values: Tensor, derivatives: Tensor, rows: int) -> None:
+        self.stored = values, derivatives, rows
+
+    def keep_gates(self, x: Tensor, derivative: Tensor) -> bool:
+        return False
+
+    def keep_projection(self, m: Tensor, derivative: Tensor) -> bool:
+        return False
+
+
+def results(settings: LstmSettings, projection: int, masked: bool, repaired: bool, low: int | None) -> list[Tensor]:
+    """Output, and gradients of everything."""
+    generator = torch.Generator().manual_seed(3)
+    frames, batch = 7, 5
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (frames, batch, IN), "w_all": (4 * CELL, IN + (projection or CELL)), "bias": (4 * CELL,),
+        "peepholes": (3, CELL),
+    }  # fmt: skip
+    more: dict[str, Any] = {}
+    if projection:
+        shapes |= {"w_rp": (projection + 1, CELL), "b_rp": (projection + 1,)}
+    values: dict[str, Any] = {
+        name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()
+    }
+    if masked:
+        more["mask"] = (torch.rand(frames, batch, 3, generator=generator) < 0.7).float() / 0.7
+    if repaired:
+        more["keeper"] = Keeper()
+    output = lstm(**values, settings=settings, first=-2, min_deriv_time=low, **more)
+    weights = torch.randn(output.shape, generator=generator)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), list(values.values()))]
+
+
+@pytest.mark.parametrize("delay", [-1, -2, 3])
+@pytest.mark.parametrize("projection", [0, 3])
+@pytest.mark.parametrize(("masked", "repaired", "low"), [(False, False, None), (True, False, -1), (True, True, None)])
+@pytest.mark.parametrize("limits", [(30.0, 15.0), (0.7, 0.4), (0.0, 0.0)], ids=str)
+def test_kernels_give_what_pytorch_gives(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, delay: int, projection: int, masked: bool,
+    repaired: bool, low: int | None, limits: tuple[float, float],
+) -> None:  # fmt: skip
+    settings = LstmSettings(delay, 0.9, limits[0], limits[1], zeroing_interval=3)
+    wanted = results(settings, projection, masked, repaired, low)
+    monkeypatch.setitem(lstm_module._KERNELS, CPU, kernels)
+    assert kernels_for(CPU) is kernels
+    for ours, theirs in zip(results(settings, projection, masked, repaired, low), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_finds_what_is_wrong(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lstm_module._KERNELS, CPU, None)
+    assert kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) is None
+
+    def limited_wrongly(*arguments: Any) -> Tensor:
+        return limit(*arguments) * 0.9
+
+    limit = kernels.limit
+    monkeypatch.setattr(kernels, "limit", limited_wrongly)
+    assert "differ by" in (kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) or "")
+
+    def unfit(*arguments: Any) -> Tensor:
+        raise RuntimeError("a compiler's long tale\nno such target")
+
+    monkeypatch.setattr(kernels, "forward", unfit)
+    assert kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) == "cannot be used: no such target"
+
+
+def test_a_cpu_has_none_of_its_own() -> None:
+    assert kernels_for(CPU) is None
