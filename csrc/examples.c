@@ -105,6 +105,8 @@ int km_targets_next(km_targets *targets, km_error *error) {
                               (size_t)(targets->row - targets->decoded) * (size_t)io->cols;
         for (int32_t column = 0; column < io->cols; column++)
             if (add_pair(targets, column, values[column], error) != KM_OK) return KM_FAILED;
+        /* A row of targets that are all 0 is one all the same, for a quadratic objective. */
+        if (targets->count == 0) targets->pairs[targets->count++] = (km_pair){0, 0.0F};
     }
     targets->row++;
     return KM_OK;

@@ -26,6 +26,7 @@ from kaldi_mpi.loader import (
     MinibatchRule,
     PdfAlignments,
     Source,
+    Targets,
     new_buffers,
 )
 from kaldi_mpi.log import logger
@@ -75,14 +76,20 @@ class Dataset:
 
     @classmethod
     def open(
-        cls, options: DataOptions, folder: Path, tid_to_pdf: NDArray[np.int32], context: Context, world: World
+        cls,
+        options: DataOptions,
+        folder: Path,
+        tid_to_pdf: NDArray[np.int32],
+        context: Context,
+        world: World,
+        num_outputs: int,
     ) -> Dataset:
-        """Open the examples, or split the aligned utterances by the seed and open each part.
+        """Open the examples, or split the utterances that have labels by the seed and open each part.
 
         Args:
             folder: the training's directory, where the lists of what is held out and the examples' index go.
             tid_to_pdf: pdf-ids of the transition-ids of the alignments (`TransitionModel.tid_to_pdf`).
-            context: of the network.
+            context, num_outputs: of the network.
 
         Raises:
             DataError: features and alignments do not fit each other, too few utterances are left, or an archive
@@ -92,6 +99,10 @@ class Dataset:
         single = ChunkShape(1, *extra_context(options, context)) if options.single_frames else None
         if options.egs_dir is not None:
             return cls(*_open_egs(options, options.egs_dir, folder, world), None, options, single)
+        if options.targets_scp is not None:
+            targets = Targets(options.targets_scp, options.use_dense_targets, num_outputs)
+            parts = _open_corpora(options, targets, folder, world)
+            return cls(*parts, chunk_shape(options, context), options, single)
         alignments = PdfAlignments(options.ali_dir, tid_to_pdf)
         parts = _open_corpora(options, alignments, folder, world)
         return cls(*parts, chunk_shape(options, context), options, single, alignments.counts)
@@ -200,9 +211,9 @@ def chunk_shape(options: DataOptions, context: Context) -> ChunkShape | Chunking
 
 
 def _open_corpora(
-    options: DataOptions, alignments: PdfAlignments, folder: Path, world: World
+    options: DataOptions, given: PdfAlignments | Targets, folder: Path, world: World
 ) -> tuple[Corpus, Corpus, Corpus, Corpus]:
-    """The aligned utterances, split by the seed; rank 0 writes down which ones are held out.
+    """The utterances with labels, split by the seed; rank 0 writes down which ones are held out.
 
     Each file is read once. The parts share the labels, which take two bytes a frame: the alignments, all of them at a
     time, would take more memory than all else.
@@ -210,11 +221,12 @@ def _open_corpora(
     assert options.feat_dir is not None  # the options' parser sees to it
     feat_dir = Path(options.feat_dir)
     scp = read_table(feat_dir / "feats.scp")
-    labels = Labels.read(alignments.pairs(wanted=scp))
+    labels = Labels.read(given.pairs(wanted=scp))
     keys = sorted(labels)
     if len(keys) < 2:
         raise DataError(
-            f"{len(keys)} of its utterances have alignments in {options.ali_dir}; 2 are needed", file=scp.name
+            f"{len(keys)} of its utterances have labels in {options.targets_scp or options.ali_dir}; 2 are needed",
+            file=scp.name,
         )
     rng = np.random.default_rng([options.seed, 0x76616C])  # 'val': apart from every other use of the seed
     held_out = max(1, min(options.num_utts_subset, int(len(keys) * _LARGEST_HELD_OUT_SHARE)))
@@ -247,7 +259,7 @@ def _open_corpora(
             with atomic_write(folder / name, "w") as stream:
                 stream.writelines(f"{key}\n" for key in part)
         logger.info(
-            "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp are not aligned",
+            "training on %d utterances, %d frames; %d utterances, %d frames held out; %d in feats.scp have no labels",
             len(train), parts[0].total_frames, len(valid), parts[1].total_frames, len(scp) - len(keys),
         )  # fmt: skip
     return (*parts, parts[2])

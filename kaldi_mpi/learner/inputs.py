@@ -8,7 +8,7 @@ from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.files import read_number, read_text
 from kaldi_mpi.learner.dataset import DIAGNOSTIC_EGS, Context, extra_context, outer_context
 from kaldi_mpi.learner.network import Network
-from kaldi_mpi.learner.options import DataOptions, TrainOptions
+from kaldi_mpi.learner.options import DataOptions
 from kaldi_mpi.loader.tables import peek_columns
 from kaldi_mpi.log import logger
 
@@ -34,6 +34,8 @@ def check_files(options: DataOptions, xconfig: str, input_model: str | None = No
             needed["--feat.online-ivector-dir"] = (options.online_ivector_dir, names)
     if options.ali_dir:  # raw networks have none
         needed["--ali-dir"] = (options.ali_dir, ["final.mdl", "tree", "num_jobs"])
+    if options.egs_dir is None and options.targets_scp is not None and not Path(options.targets_scp).is_file():
+        raise DataError("no such file (--targets-scp)", file=options.targets_scp)
     for option, (folder, names) in needed.items():
         if not Path(folder).is_dir():
             raise DataError(f"no such directory (given by {option})", file=folder)
@@ -45,23 +47,6 @@ def check_files(options: DataOptions, xconfig: str, input_model: str | None = No
             raise DataError("no such file (--trainer.input-model)", file=input_model)
     elif not Path(xconfig).is_file():
         raise DataError("no such file (the network's xconfig)", file=xconfig)
-
-
-def check_raw(options: TrainOptions) -> None:
-    """What of the raw programs can be done: examples with posteriors as targets (others are told where they are read).
-
-    Raises:
-        ConfigError: all that cannot, a line each.
-    """
-    if not options.raw:
-        return
-    data, complaints = options.data, []
-    if data.egs_dir is None:
-        complaints.append("features and --targets-scp cannot be trained on yet; make examples of them, for --egs.dir")
-    if data.image_augmentation:
-        complaints.append(f"--image.augmentation-opts {data.image_augmentation}: images cannot be augmented yet")
-    if complaints:
-        raise ConfigError("\n".join(f"train-{options.program}: {complaint}" for complaint in complaints))
 
 
 def check_egs(options: DataOptions, context: Context, takes_ivectors: bool) -> None:

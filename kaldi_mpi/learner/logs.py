@@ -32,19 +32,22 @@ class Score:
 
     Attributes:
         log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
-        accuracy: share of frames whose most probable pdf-id is the right one.
+        accuracy: share of frames whose most probable pdf-id is the right one; None where the objective is not linear,
+            and `log_likelihood` is its mean.
         frames: how many, by the weights of their labels.
         by_class: the accuracy of each pdf-id, -1 where it does not occur; None: not asked for.
     """
 
     log_likelihood: float
-    accuracy: float
+    accuracy: float | None
     frames: int
     by_class: tuple[float, ...] | None = None
 
     def lines(self) -> list[str]:
         """The lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
         over = f"per frame, over {self.frames} frames."
+        if self.accuracy is None:
+            return [f"Overall objective for 'output' is {self.log_likelihood:.6g} {over}"]
         lines = [
             f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} {over}",
             f"Overall accuracy for 'output' is {self.accuracy:.6g} {over}",
@@ -228,12 +231,12 @@ class TrainingLog:
         self.own_frames = 0  # trained on by this learner, in this run
         # Own sum of log-probabilities in this iteration, on the learner's device.
         self._objective: torch.Tensor = torch.zeros((), dtype=torch.float64)
-        self._objective_weight = 0.0  # and of the labels' weights
+        self._objective_weight: torch.Tensor | float = 0.0  # and of what its mean is taken over
 
-    def add_objective(self, objective: torch.Tensor, weight: float, frames: int) -> None:
+    def add_objective(self, objective: torch.Tensor, weight: torch.Tensor | float, frames: int) -> None:
         """A minibatch's sum of log-probabilities, 0-dim, of its labels' weights, and its labelled frames."""
         self._objective = self._objective.to(objective.device, non_blocking=True) + objective
-        self._objective_weight += weight
+        self._objective_weight = self._objective_weight + weight
         self.own_frames += frames
 
     def show_progress(self, frames: int, last: bool = False) -> None:
@@ -250,11 +253,11 @@ class TrainingLog:
             )
 
     def _mean_objective(self) -> float:
-        return float(self._objective) / max(1.0, self._objective_weight)
+        return float(self._objective) / max(1.0, float(self._objective_weight))
 
     def end_iteration(self, iteration: int) -> None:
         """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
-        self._logs.train(iteration, self._rank, float(self._objective), round(self._objective_weight))
+        self._logs.train(iteration, self._rank, float(self._objective), round(float(self._objective_weight)))
         self._objective, self._objective_weight = torch.zeros((), dtype=torch.float64), 0.0
         self.loader.log(iteration)
 

@@ -75,13 +75,13 @@ class Network:
         return Context(self.model.left_context, self.model.right_context)
 
     def check_output(self, num_pdfs: int | None) -> None:
-        """Raises ConfigError if the output is not linear, or has not the tree's pdf-ids (None: there is no tree)."""
+        """Raises ConfigError if the output has not the tree's pdf-ids, or is not linear; None: there is no tree."""
         model = self.model
         node = next(n for n in model.config.nodes if n.name == model.main_output)
-        if isinstance(node, OutputNode) and node.objective != "linear":
+        if num_pdfs is not None and isinstance(node, OutputNode) and node.objective != "linear":
             raise ConfigError(
-                f"{self._source}: {node.name} has objective={node.objective}; only linear ones are trained, of "
-                "log-probabilities"
+                f"{self._source}: {node.name} has objective={node.objective}; an acoustic model's is linear, of "
+                "log-probabilities (others: train_raw_dnn.py, train_raw_rnn.py)"
             )
         if num_pdfs is not None and self.model.output_dim != num_pdfs:
             raise ConfigError(

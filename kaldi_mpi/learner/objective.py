@@ -9,6 +9,25 @@ from torch import Tensor
 from kaldi_mpi.loader import Minibatch
 
 
+def objective_of(kind: str, output: Tensor, batch: Minibatch[Tensor]) -> tuple[Tensor, Tensor | float]:
+    """The objective of a minibatch, summed over its frames, and what its mean is taken over; both 0-dim.
+
+    As ComputeObjectiveFunction of nnet3: ``linear`` is the sum of targets times outputs, over the sum of targets;
+    ``quadratic`` minus half the squared difference of targets and outputs, over the number of frames.
+
+    Args:
+        kind: the output node's objective.
+        output: (B, W, outputs).
+    """
+    if kind == "linear":
+        return log_likelihood(output, batch), batch.weight
+    there = labelled_rows(batch)
+    targets = torch.zeros_like(output)
+    targets.scatter_add_(2, _by_row(batch.labels).clamp_min(0), label_weights(batch).to(output.dtype))
+    squares = (targets - output).square().sum(dim=2)
+    return -0.5 * torch.where(there, squares, torch.zeros_like(squares)).sum(), there.sum()
+
+
 def log_likelihood(output: Tensor, batch: Minibatch[Tensor]) -> Tensor:
     """The sum over all labels of weight times log-probability, as a scalar.
 

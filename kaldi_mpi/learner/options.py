@@ -20,8 +20,9 @@ from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.learner import recipe_options
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Fault, parse_faults
+from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.passed_on import Notes, egs_options, train_options
-from kaldi_mpi.learner.recipe_options import DNN, IGNORED, NOT_YET, PROGRAMS, RAW_DNN, RAW_RNN, RNN, options_of
+from kaldi_mpi.learner.recipe_options import DNN, IGNORED, PROGRAMS, RAW_DNN, RAW_RNN, RNN, options_of
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
@@ -303,10 +304,6 @@ def _note_options(given: dict[str, Any], program: str, words: dict[str, str], no
             continue
         if option.use == IGNORED and given[option.name] != option.default_of(program):
             notes.lines.append(f"option --{option.name} {word} is ignored: {option.note}")
-        value = given.get(option.dest)
-        if option.name in NOT_YET and value is not None and value not in NOT_YET[option.name]:
-            notes.warnings.append(f"option --{option.name} {word}: what it steers is not done yet; the training goes "
-                "on without it")  # fmt: skip
     jobs = [given[f"num_jobs_{end}"] for end in ("initial", "final")]
     if any(jobs):
         first, last = (recipe_options.BY_NAME[f"trainer.optimization.num-jobs-{end}"].default if n is None else n
@@ -374,6 +371,11 @@ def _check_together(given: dict[str, Any]) -> None:
         Shrinking(proportional=given["proportional_shrink"]).scale(rate, first=False, saturation=0.0)
     except ConfigError as error:
         complaints.append(str(error))
+    if given["image_augmentation"]:
+        try:
+            ImageAugmentation.parse(given["image_augmentation"])
+        except ConfigError as error:
+            complaints.append(str(error))
     if complaints:
         raise ConfigError("\n".join(complaints))
 

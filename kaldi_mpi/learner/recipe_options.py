@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kaldi_mpi.errors import ConfigError
@@ -23,12 +23,6 @@ PROGRAMS = (RNN, DNN, RAW_RNN, RAW_DNN)
 _CHUNKS, _FRAMES, _RAW = (RNN, RAW_RNN), (DNN, RAW_DNN), (RAW_RNN, RAW_DNN)
 
 HONOURED, TRANSLATED, IGNORED = "honoured", "translated", "ignored"
-
-# What these steer is still to come: they are taken and delivered, and the log warns that nothing follows from it, but
-# for the values at which nothing would in Kaldi either.
-NOT_YET: dict[str, Container[Any]] = {
-    "image.augmentation-opts": (),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +155,8 @@ OPTIONS: tuple[RecipeOption, ...] = (
         "out (at most a tenth of all); the others are ignored, each with a line"),
     _ignored("egs.stage", _ANY, 0, "no examples are made, features are read as they are needed"),
     _ignored("egs.cmd", text, None, "no examples are made, features are read as they are needed"),
-    _honoured("image.augmentation-opts", "image_augmentation", text, None, "options of "
-        "nnet3-egs-augment-image", programs=(RAW_DNN,)),
+    _honoured("image.augmentation-opts", "image_augmentation", text, None, "options of nnet3-egs-augment-image: images "
+        "are shifted, mirrored and turned at random", programs=(RAW_DNN,)),
     _honoured("trainer.srand", "seed", _ANY, 0, "seed of everything random: same seed and number of learners, same "
         "bytes"),
     _honoured("trainer.num-epochs", "num_epochs", _POSITIVE, None, "epochs; fractions work (default: what --strategy "

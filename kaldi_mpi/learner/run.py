@@ -26,7 +26,8 @@ from kaldi_mpi.learner.combine import models_to_combine
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.finish import finish
 from kaldi_mpi.learner.flat import FlatParameters
-from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features, check_raw
+from kaldi_mpi.learner.images import ImageAugmentation
+from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
 from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
@@ -97,7 +98,6 @@ def train(options: TrainOptions, everyone: World) -> None:
     settings, folder = options.settings, Path(options.dir)
 
     # What can be wrong is looked for before anything is read that takes long.
-    check_raw(options)
     check_files(options.data, options.xconfig, options.input_model)
     world = everyone
     if settings.dedicated_server:
@@ -113,6 +113,10 @@ def train(options: TrainOptions, everyone: World) -> None:
     transitions = None if options.raw else read_transition_model(Path(options.data.ali_dir) / "final.mdl")
     network = Network(options.xconfig, options.data.seed, world, options.input_model)
     network.check_output(None if transitions is None else transitions.num_pdfs)
+    images = None
+    if options.data.image_augmentation:
+        images = ImageAugmentation.parse(options.data.image_augmentation)
+        images.check(network.model.input_dim)
     for pattern in options.dropout_schedule.check(network.model):
         logger.warning("--trainer.dropout-schedule: no component with dropout is named %s", pattern)
     if options.data.egs_dir is not None:
@@ -131,7 +135,7 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     # The data, and the model.
     tid_to_pdf = np.zeros(0, np.int32) if transitions is None else transitions.tid_to_pdf
-    dataset = Dataset.open(options.data, folder, tid_to_pdf, network.context, world)
+    dataset = Dataset.open(options.data, folder, tid_to_pdf, network.context, world, network.model.output_dim)
     network.check_data(dataset)
     chunks = dataset.plan(world.size)
     plan, total_frames = make_plan(options, dataset, chunks)
@@ -173,6 +177,7 @@ def train(options: TrainOptions, everyone: World) -> None:
         backstitch_interval=options.backstitch_interval,
         dropout=options.dropout_schedule,
         shrinking=Shrinking(options.shrink_value, options.shrink_saturation_threshold, options.proportional_shrink),
+        images=images,
     )
     validation = Validation(
         model, flat, Pass(dataset, world, device), log, models if world.rank == 0 else None,

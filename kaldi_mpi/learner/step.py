@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Injector
+from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.logs import TrainingLog
-from kaldi_mpi.learner.objective import log_likelihood
+from kaldi_mpi.learner.objective import objective_of
 from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.state import TrainingState
@@ -56,6 +57,7 @@ class LearnerStep:
             step, then forward by 1 plus that from there (Wang et al., "Backstitch", Interspeech 2017); 0: never.
         dropout: of components, by how much of the data is done.
         shrinking: of parameters, as iterations begin.
+        images: what happens to inputs that are images; None: nothing.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class LearnerStep:
         backstitch_interval: int = 1,
         dropout: DropoutSchedule | None = None,
         shrinking: Shrinking | None = None,
+        images: ImageAugmentation | None = None,
     ) -> None:
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
@@ -78,6 +81,7 @@ class LearnerStep:
         self._backstitch_scale, self._backstitch_interval = backstitch_scale, backstitch_interval
         self._dropout = DropoutSchedule() if dropout is None else dropout
         self._shrinking = Shrinking() if shrinking is None else shrinking
+        self._images = images
         self._scale = 1.0  # of the parameters, before the next minibatch
         self._minibatches = 0
         # The parameters before the minibatch, where they have moved before its gradient was taken; and whether they
@@ -126,19 +130,21 @@ class LearnerStep:
         flat = self.state.flat
         flat.gradients.zero_()
         if batch.frames:
-            width = batch.shape.width
+            width, feats = batch.shape.width, batch.feats
+            if self._images is not None:
+                feats = self._images(feats, self.state.model.mode.chance)
             output = self.state.model(
-                batch.feats,
+                feats,
                 batch.first,
                 width,
                 ivectors=batch.ivectors,
                 min_deriv_time=self._derivatives.first,
                 max_deriv_time=self._derivatives.last(width),
             )
-            objective = log_likelihood(output, batch)
+            objective, weight = objective_of(self.state.model.objective, output, batch)
             (-objective).backward()
             if logged:
-                self._log.add_objective(objective.detach(), batch.weight, batch.frames)
+                self._log.add_objective(objective.detach(), weight, batch.frames)
             for c in flat.components:
                 if c.module is not None:
                     c.module.finish_gradient()

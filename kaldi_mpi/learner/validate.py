@@ -26,6 +26,7 @@ from kaldi_mpi.learner.objective import (
     label_scores,
     label_weights,
     labelled_rows,
+    objective_of,
     right_weight,
     right_weight_by_class,
 )
@@ -103,25 +104,33 @@ def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[
 
 @torch.no_grad()
 def compute_prob(model: AcousticModel, source: Source, how: Pass, by_class: bool = False) -> Score:
-    """Log-probability and accuracy of `model` on all of `source`, each learner taking its share.
+    """Objective and, where it is linear, accuracy of `model` on all of `source`, each learner taking its share.
 
     Every rank gets the same score. Labels count by their weights. With `by_class` the accuracy of each pdf-id, too.
     """
-    classes = model.output_dim if by_class else 0
+    linear = model.objective == "linear"
+    classes = model.output_dim if by_class and linear else 0
     sums = np.zeros(3 + 2 * classes)
     for batch in how.batches(source):
         output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+        if not linear:
+            objective, count = objective_of(model.objective, output.double(), batch)
+            sums[0] += objective.item()
+            sums[2] += float(count)
+            continue
         weights = label_weights(batch).double()
         sums[0] += (label_scores(output, batch).double() * weights).sum().item()
         sums[1] += right_weight(output, batch).item()
         sums[2] += batch.weight
-        if by_class:
+        if classes:
             sums[3:] += right_weight_by_class(output, batch).cpu().numpy().reshape(-1)
     sums = how.world.sum_float64(sums)
-    objective, correct, total = sums[:3].tolist()
+    mean, correct, total = sums[:3].tolist()
+    if not linear:
+        return Score(mean / max(total, 1e-20), None, round(total))
     right, weight = sums[3:].reshape(2, classes)
     by_pdf = tuple(float(r / w) if w else -1.0 for r, w in zip(right, weight, strict=True)) if by_class else None
-    return Score(objective / max(total, 1e-20), correct / max(total, 1e-20), round(total), by_pdf)
+    return Score(mean / max(total, 1e-20), correct / max(total, 1e-20), round(total), by_pdf)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from kaldi_mpi.loader.labels import Labels
 from kaldi_mpi.loader.plan import ChunkPlan, Position, Source
 from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_posteriors
 from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, NumpyMinibatch, new_buffers
+from kaldi_mpi.loader.targets import Targets
 from kaldi_mpi.loader.transforms import DeltaOptions, SpliceOptions, parse_delta_opts, parse_splice_opts
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Posterior",
     "Source",
     "SpliceOptions",
+    "Targets",
     "new_buffers",
     "parse_cmvn_opts",
     "parse_delta_opts",

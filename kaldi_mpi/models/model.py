@@ -49,6 +49,7 @@ class AcousticModel(nn.Module):
         input_dim, output_dim: columns of features and of the main output.
         ivector_dim: columns of the i-vector; 0: the network takes none.
         outputs: names of all outputs; main_output: ``output``, or the first where there is no such.
+        objective: the main output's, ``linear`` or ``quadratic``.
         left_context, right_context: input frames needed beside an output frame, as nnet3-info prints them.
         config: the nodes.
         mode: what is switched on of that which only training does; `train` and `eval` set it as nnet3-train and
@@ -81,6 +82,9 @@ class AcousticModel(nn.Module):
         self.input_name = inputs[0].name
         self.ivector_dim = sum(node.dim for node in all_inputs if node.name == IVECTOR)
         self.main_output = "output" if "output" in self.outputs else self.outputs[0]
+        self.objective = next(
+            n.objective for n in self.config.nodes if isinstance(n, OutputNode) and n.name == self.main_output
+        )
         self.input_dim, self.output_dim = inputs[0].dim, self.graph.dim(self.main_output)
         self.left_context, self.right_context = self.graph.contexts(self.outputs)
         self._computation = functools.lru_cache(maxsize=256)(self._compile)

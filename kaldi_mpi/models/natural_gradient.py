@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ _LARGEST_INVERSE = 100.0
 _LEAST_DIFFERENCE = 1.0e-3
 
 Matrix = NDArray[np.float64]
+Parts = tuple[Tensor, ...]  # columns side by side
 
 
 @dataclasses.dataclass
@@ -56,13 +58,13 @@ class SplitRows:
     """Preconditioned rows: [x ones] - hidden w, times `factor`.
 
     Attributes:
-        x: (N, D); where `formed`, hidden w has been subtracted from it.
-        hidden, w: (N, R), and (R, D), or (R, D + 1) with a column for the ones; None: there is nothing to subtract.
+        x: columns side by side, (N, D1), (N, D2) and so on; where `formed`, hidden w has been subtracted from them.
+        hidden, w: (N, R) and (R, D) with D = D1 + D2 + ..., a column more for the ones; None: nothing to subtract.
         ones: whether there is a column of ones.
         factor: 0-dim.
     """
 
-    x: Tensor
+    x: tuple[Tensor, ...]
     hidden: Tensor | None
     w: Tensor | None
     ones: bool
@@ -71,8 +73,10 @@ class SplitRows:
 
     def products(self, left: Tensor) -> tuple[Tensor, Tensor | None]:
         """left' times the rows without the factor, (L, D) and, for the ones, (L,); `left` is (N, L)."""
-        of_x = left.t() @ self.x
         of_ones = left.sum(0) if self.ones else None
+        of_x = left.new_empty(left.shape[1], sum(part.shape[1] for part in self.x))
+        for part, columns in zip(self.x, of_x.split([part.shape[1] for part in self.x], dim=1), strict=True):
+            torch.mm(left.t(), part, out=columns)
         if self.hidden is None or self.w is None or (self.formed and of_ones is None):
             return of_x, of_ones
         if self.formed:
@@ -127,21 +131,23 @@ class NaturalGradient:
 
     def precondition(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The same in two parts: rows, and the factor (0-dim, on the device) that gives them their norm back."""
-        split = self.split(rows)
-        return split.x, split.factor
+        split = self.split([rows])
+        return split.x[0], split.factor
 
     @torch.no_grad()
-    def split(self, rows: Tensor, ones: bool = False, against: int | None = None) -> SplitRows:
+    def split(self, rows: Sequence[Tensor], ones: bool = False, against: int | None = None) -> SplitRows:
         """The preconditioned rows, as two terms where that saves work.
 
         Args:
-            rows: (N, D) float32.
+            rows: float32, columns side by side: (N, D1), (N, D2) and so on.
             ones: whether a further column of ones belongs to them, which nobody need write.
             against: columns of the matrix by which all rows will be multiplied; None: the rows themselves are wanted.
         """
-        one = rows.new_ones(())
-        columns = rows.shape[1] + int(ones)
-        if columns == 1 or not len(rows):
+        rows = tuple(rows)
+        one = rows[0].new_ones(())
+        dim = sum(part.shape[1] for part in rows)
+        columns = dim + int(ones)
+        if columns == 1 or not len(rows[0]):
             return SplitRows(rows, None, None, ones, one)
         if self.w is None or self.w.shape[1] != columns:
             self._begin(rows, ones)
@@ -157,8 +163,8 @@ class NaturalGradient:
         hidden, before = self._hidden(rows, ones), _square(rows, ones)
         apart = self._apart(rows, hidden, before, against)
         if apart is None:
-            x = torch.addmm(rows, hidden, w[:, : rows.shape[1]], alpha=-1)
-            after = _square(x)
+            x = tuple(torch.addmm(part, hidden, of, alpha=-1) for part, of in zip(rows, _columns(w, rows), strict=True))
+            after = _square(x, False)
             if ones:
                 after = after + (1.0 - hidden @ w[:, -1]).square().sum()
         else:
@@ -173,15 +179,15 @@ class NaturalGradient:
         factor = torch.where(before > 0, (before / after).sqrt(), one)
         return SplitRows(x, hidden, w, ones, factor, apart is None)
 
-    def _apart(self, rows: Tensor, hidden: Tensor, before: Tensor, against: int | None) -> Tensor | None:
+    def _apart(self, rows: Parts, hidden: Tensor, before: Tensor, against: int | None) -> Tensor | None:
         """The sum of squares of the preconditioned rows, 0-dim, without them; None: they shall be computed.
 
         |X - H W|^2 = |X|^2 - 2 |H|^2 + <H'H, WW'>, as H = X W'. On a GPU products cost little, and whether the
         difference can be trusted would have to be waited for.
         """
         assert self.w is not None
-        (count, dim), rank = rows.shape, hidden.shape[1]
-        if against is None or rows.device.type != "cpu":
+        (count, rank), dim = hidden.shape, sum(part.shape[1] for part in rows)
+        if against is None or hidden.device.type != "cpu":
             return None
         if count * dim <= (count + dim) * against + count * rank:
             return None
@@ -189,18 +195,20 @@ class NaturalGradient:
             self._gram = (self.w @ self.w.t()).double()
         l = (hidden.t() @ hidden).double()  # noqa: E741
         after = before.double() - 2.0 * l.trace() + (l * self._gram).sum()
-        return after.to(rows.dtype) if after > _LEAST_DIFFERENCE * before else None
+        return after.to(hidden.dtype) if after > _LEAST_DIFFERENCE * before else None
 
-    def _hidden(self, rows: Tensor, ones: bool) -> Tensor:
+    def _hidden(self, rows: Parts, ones: bool) -> Tensor:
         """[rows ones] w', (N, R)."""
         assert self.w is not None
-        if not ones:
-            return rows @ self.w.t()
-        return torch.addmm(self.w[:, -1], rows, self.w[:, :-1].t())
+        (first, *parts), (of_first, *of_parts) = rows, _columns(self.w, rows)
+        hidden = torch.addmm(self.w[:, -1], first, of_first.t()) if ones else first @ of_first.t()
+        for part, of in zip(parts, of_parts, strict=True):
+            hidden.addmm_(part, of.t())
+        return hidden
 
-    def _begin(self, rows: Tensor, ones: bool) -> None:
+    def _begin(self, rows: Parts, ones: bool) -> None:
         """Start from a fixed set of directions, and estimate a few times on the first rows."""
-        count, dim = len(rows), rows.shape[1] + int(ones)
+        count, dim = len(rows[0]), sum(part.shape[1] for part in rows) + int(ones)
         rank = min(self.rank, dim - 1)
         self.rho, self.d = _EPSILON, np.full(rank, _EPSILON, np.float32)
         self._pending = None
@@ -210,20 +218,19 @@ class NaturalGradient:
             start[row, row] = 1.1
             start[row] /= start[row].norm()
         start /= math.sqrt(2.0 + self.alpha * (dim + rank) / dim)
-        self.w = start.to(rows)
+        self.w = start.to(rows[0])
         for _ in range(1 if count <= rank else _FIRST_ESTIMATES):
             self._finish(self._moments(rows, self._hidden(rows, ones), _square(rows, ones), ones))
 
-    def _moments(self, rows: Tensor, hidden: Tensor, trace: Tensor, ones: bool) -> _Moments:
-        j = hidden.t() @ rows
-        if ones:
-            j = torch.cat([j, hidden.sum(0).unsqueeze(1)], dim=1)
+    def _moments(self, rows: Parts, hidden: Tensor, trace: Tensor, ones: bool) -> _Moments:
+        of_ones = [hidden.sum(0).unsqueeze(1)] if ones else []
+        j = torch.cat([*(hidden.t() @ part for part in rows), *of_ones], dim=1)
         parts = [j @ j.t(), hidden.t() @ hidden, trace]
         packed = torch.cat([part.reshape(-1) for part in parts])
         if packed.device.type == "cpu":
-            return _Moments(packed, j, len(rows))
+            return _Moments(packed, j, len(hidden))
         host, event = send_to_host(packed)
-        return _Moments(host, j, len(rows), event)
+        return _Moments(host, j, len(hidden), event)
 
     def _finish(self, moments: _Moments) -> None:
         """Put the estimate that follows from a call's moments in the place of the present one."""
@@ -298,10 +305,17 @@ class NaturalGradient:
         self._pending = self._gram = None
 
 
-def _square(rows: Tensor, ones: bool = False) -> Tensor:
-    """The sum of all squares, 0-dim; row by row, so that rounding does not add up. `ones`: of [rows ones]."""
-    square = torch.linalg.vector_norm(rows, dim=1).square().sum()
-    return square + len(rows) if ones else square
+def _columns(w: Tensor, rows: Parts) -> tuple[Tensor, ...]:
+    """The columns of w, (R, D) or more, that belong to each part of rows."""
+    dims = [part.shape[1] for part in rows]
+    return w[:, : sum(dims)].split(dims, dim=1)
+
+
+def _square(rows: Parts, ones: bool) -> Tensor:
+    """The sum of all squares of [rows ones], 0-dim; row by row, so that rounding does not add up."""
+    squares = [torch.linalg.vector_norm(part, dim=1).square().sum() for part in rows]
+    square = squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    return square + len(rows[0]) if ones else square
 
 
 def send_to_host(packed: Tensor) -> tuple[Tensor, Any]:

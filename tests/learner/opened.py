@@ -20,7 +20,8 @@ def open_data(options: TrainOptions, world: World | None = None) -> tuple[Datase
     world = world or SoloWorld()
     network = Network(options.xconfig, options.data.seed, world)
     tid_to_pdf = transitions_of(options).tid_to_pdf
-    return Dataset.open(options.data, Path(options.dir), tid_to_pdf, network.context, world), network
+    outputs = network.model.output_dim
+    return Dataset.open(options.data, Path(options.dir), tid_to_pdf, network.context, world, outputs), network
 
 
 def open_all(options: TrainOptions, world: World | None = None) -> tuple[Dataset, Network]:

@@ -92,20 +92,15 @@ class _Spliced(torch.autograd.Function):
         ctx.runs, ctx.rows, ctx.shape = runs, rows, x.shape
         parts = [x[run].reshape(-1, x.shape[2]) for run in runs]
         weights = linear.split(x.shape[2], dim=1)
-        if rows is not None:
-            spliced = torch.cat(parts, dim=1)
-            ctx.save_for_backward(spliced, linear, bias)
-            out = functional.linear(spliced, linear, bias)
-        else:
-            ctx.save_for_backward(x, linear, bias)
-            out = functional.linear(parts[0], weights[0], bias)
-            for part, weight in zip(parts[1:], weights[1:], strict=True):
-                out.addmm_(part, weight.t())
+        ctx.save_for_backward(x, linear, bias)
+        out = functional.linear(parts[0], weights[0], bias)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            out.addmm_(part, weight.t())
         return out.view(-1, x.shape[1], linear.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *derivatives: Tensor) -> Any:
-        kept_rows, linear, bias = ctx.saved_tensors  # all of x, or the spliced rows
+        x, linear, bias = ctx.saved_tensors
         derivative, columns = derivatives[0].reshape(-1, linear.shape[0]), ctx.shape[2]
         of_x = of_linear = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -116,10 +111,10 @@ class _Spliced(torch.autograd.Function):
             torch.mm(derivative, weight, out=of_x[first].view(-1, columns))
             for run, weight in zip(runs, weights, strict=True):
                 of_x[run].view(-1, columns).addmm_(derivative, weight)
+        parts = [x[run].reshape(-1, columns) for run in ctx.runs]
         if ctx.rows is not None:
-            ctx.rows.keep(kept_rows, derivative)
+            ctx.rows.keep(parts, derivative)
         else:
-            parts = [kept_rows[run].reshape(-1, columns) for run in ctx.runs]
             of_linear = torch.cat([derivative.t() @ part for part in parts], dim=1)
             of_bias = None if bias is None else column_sums(derivative)
         return of_x, of_linear, of_bias, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ class Rows:
         of_in, of_out = alpha if isinstance(alpha, tuple) else (alpha, alpha)
         self.input = NaturalGradient(rank_in, update_period, num_samples_history, of_in)
         self.output = NaturalGradient(rank_out, update_period, num_samples_history, of_out)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[list[Tensor], Tensor]] = []
 
-    def keep(self, x: Tensor, derivative: Tensor) -> None:
-        """Add the rows of one call: (..., input_dim) and the loss's derivative at the output, (..., output_dim)."""
-        self._kept.append((x.reshape(-1, x.shape[-1]), derivative.reshape(-1, derivative.shape[-1])))
+    def keep(self, x: Tensor | Sequence[Tensor], derivative: Tensor) -> None:
+        """Add the rows of one call: (..., input_dim) and the loss's derivative at the output, (..., output_dim).
+
+        Columns of x may come apart, as (..., D1), (..., D2) and so on; in each call in the same way.
+        """
+        parts = [x] if isinstance(x, Tensor) else x
+        flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+        self._kept.append((flat, derivative.reshape(-1, derivative.shape[-1])))
 
     def drop(self) -> None:
         """Forget what was kept."""
@@ -49,12 +55,12 @@ class Rows:
         """Add the preconditioned gradient to `linear` (output_dim, input_dim) and `bias` (output_dim,)."""
         if not self._kept:
             return
-        parts = self._kept
-        x, derivative = parts[0] if len(parts) == 1 else (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        parts.clear()
+        calls, self._kept = self._kept, []
+        x = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*(x for x, _ in calls), strict=True)]
+        derivative = torch.cat([d for _, d in calls]) if len(calls) > 1 else calls[0][1]
         rows = self.input.split(x, ones=bias is not None, against=derivative.shape[1])
-        derivatives = self.output.split(derivative, against=x.shape[1])
-        of_linear, of_bias = rows.products(derivatives.x)
+        derivatives = self.output.split([derivative], against=linear.shape[1])
+        of_linear, of_bias = rows.products(derivatives.x[0])
         if not derivatives.formed:
             assert derivatives.hidden is not None and derivatives.w is not None
             of_hidden, of_hidden_bias = rows.products(derivatives.hidden)
