@@ -151,17 +151,19 @@ class Dataset:
         on_request: bool = False,
         depth: int = 4,
         plan: ChunkPlan | None = None,
+        whole: MinibatchRule | None = None,
     ) -> DeviceBatches:
         """Minibatches of `source`, one of the parts, on `device`; see `MinibatchReader` for the arguments.
 
-        With `trains` false they are of whole chunks, whatever the training takes: these cost less for each frame.
+        With `trains` false they are of whole chunks, whatever the training takes: these cost less for each frame. How
+        many of them, `whole` says, or `whole_minibatch`.
 
         Raises:
             DataError: memory or threads cannot be had.
         """
         options, streams = self.options, streams_of(device)
         chunking, minibatch = (
-            (self.train_chunking, options.minibatch) if trains else (self.chunking, self.whole_minibatch)
+            (self.train_chunking, options.minibatch) if trains else (self.chunking, whole or self.whole_minibatch)
         )
         buffers = None
         if streams is not None:

@@ -5,6 +5,8 @@ As ``train_rnn.py`` does from ``--stage`` num-iterations on: ``combined.mdl``, t
 
 from __future__ import annotations
 
+import dataclasses
+
 from kaldi_mpi.learner import export
 from kaldi_mpi.learner.combine import combine
 from kaldi_mpi.learner.iterations import IterationModels
@@ -12,9 +14,12 @@ from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.options import TrainOptions
 from kaldi_mpi.learner.stages import Stages
 from kaldi_mpi.learner.state import copy_model
-from kaldi_mpi.learner.validate import Validation, compute_prob, mean_posterior, recompute_batch_norm
+from kaldi_mpi.learner.validate import Pass, Validation, compute_prob, mean_posterior, recompute_batch_norm
+from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
+
+_CHUNKS_FOR_PRIORS = 128  # of a minibatch, as in Kaldi's compute_average_posterior
 
 
 def finish(
@@ -37,15 +42,18 @@ def finish(
     model, how = validation.model, validation.how
     writes, dataset = how.world.rank == 0, how.dataset
     model.eval()
+    # As many whole chunks as --trainer.optimization.minibatch-size says, also where that counts single frames.
+    combining = dataclasses.replace(how, minibatch=dataset.options.minibatch)
     if stages.combine:
-        combine_models(models.kept[::-1], options.max_objective_evaluations, validation, models, log)
+        combine_models(models.kept[::-1], options.max_objective_evaluations, validation, models, log, combining)
     if not stages.combined_before:
-        recompute_batch_norm(model, dataset.combination, how)
+        recompute_batch_norm(model, dataset.combination, combining)
     if writes and (stages.combine or models.acoustic is None):
         models.write(models.combined, model)
     validation.score("final", model, how, None)
     if stages.priors:
-        priors = mean_posterior(model, dataset.train, how, options.prior_subset_size, options.data.seed)
+        averaging = dataclasses.replace(how, minibatch=MinibatchRule.of(_CHUNKS_FOR_PRIORS))
+        priors = mean_posterior(model, dataset.train, averaging, options.prior_subset_size, options.data.seed)
         if writes and models.acoustic is None:
             export.write_average_output(models.path("final").with_name("post.final.vec"), priors)
         elif writes and models.acoustic is not None:
@@ -60,13 +68,14 @@ def combine_models(
     validation: Validation,
     models: IterationModels,
     log: TrainingLog,
+    how: Pass,
 ) -> None:
     """Put the best mean of these iterations' models into the model of `validation`.
 
     All learners read the models and share out the examples by which the means are compared; batch-norm takes its
     means from each minibatch then, and dropout is off, as in nnet3-combine.
     """
-    model, how = validation.model, validation.how
+    model = validation.model
     lines: list[str] = []
 
     def score(candidate: AcousticModel) -> float:

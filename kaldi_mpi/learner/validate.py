@@ -30,7 +30,7 @@ from kaldi_mpi.learner.objective import (
     right_weight,
     right_weight_by_class,
 )
-from kaldi_mpi.loader import Source
+from kaldi_mpi.loader import MinibatchRule, Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.components import BatchNorm
 from kaldi_mpi.models.lda import LdaStats
@@ -58,11 +58,17 @@ class IterationEnd:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """How a pass cuts its data: whole chunks, this learner's share of them, and its device."""
+    """How a pass cuts its data: whole chunks, this learner's share of them, and its device.
+
+    Attributes:
+        minibatch: chunks of a minibatch, where that makes a difference, since batch-norm takes its means from it; None:
+            as is convenient.
+    """
 
     dataset: Dataset
     world: World
     device: torch.device
+    minibatch: MinibatchRule | None = None
 
     def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
         """This learner's minibatches of one epoch, but for those without frames.
@@ -80,6 +86,7 @@ class Pass:
             seed=seed or 0,
             shuffle=seed is not None,
             num_epochs=1,
+            whole=self.minibatch,
         ) as batches:
             for batch in batches:
                 if max_chunks is not None and chunks >= max_chunks:

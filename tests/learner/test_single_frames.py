@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import json
+import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +19,12 @@ from kaldi_mpi.learner.run import train
 from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.validate import Pass, compute_prob
 from kaldi_mpi.loader import ChunkShape, Corpus, Examples, MinibatchRule
+from kaldi_mpi.nnet3 import read_nnet
 from kaldi_mpi.testing.threads import run_world
 from kaldi_mpi.transport.world import SoloWorld
 from tests.egs_data import Chunk, chunk_example, float_matrix, write_egs
 from tests.learner.opened import open_all, open_data
+from tests.paths import kaldi_root
 from tests.toy import FEAT_DIM, NUM_PDFS, Toy, make_toy
 
 CPU = torch.device("cpu")
@@ -136,3 +140,26 @@ def test_examples_of_less_context_or_other_widths_are_refused(toy: Toy, egs: Pat
         train(parse([*given, "--egs.chunk-left-context=3"]), SoloWorld())
     with pytest.raises(ConfigError, match=r"are of 8 frames, and --egs.frames-per-eg asks for 7"):
         train(parse([*given, "--egs.frames-per-eg=7"]), SoloWorld())
+
+
+@pytest.mark.kaldi
+def test_batch_norm_is_computed_anew_on_minibatches_as_large_as_nnet3_combines(toy: Toy, egs: Path) -> None:
+    """Of whole examples, as many as a minibatch of training has frames: of fewer, which are alike, means are others."""
+    given = options(toy, "batch-norm", f"--egs.dir={egs}", "--trainer.num-epochs=1")
+    folder = toy.work / "batch-norm"
+    (folder / "configs" / "network.xconfig").write_text(XCONFIG.replace("relu-layer", "relu-batchnorm-layer"))
+    train(parse(given), SoloWorld())
+    programs = kaldi_root() / "src/nnet3bin"
+    command = (
+        f"{programs}/nnet3-am-copy --raw=true {folder}/final.mdl {folder}/0.raw && {programs}/nnet3-combine "
+        f"--use-gpu=no {folder}/0.raw 'ark:{programs}/nnet3-merge-egs --minibatch-size=1:64 "
+        f"ark:{egs}/train_diagnostic.egs ark:- |' {folder}/1.raw"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = read_nnet(folder / "0.raw"), read_nnet(folder / "1.raw")
+    for name in ("tdnn1.batchnorm", "tdnn2.batchnorm"):
+        mine, other = (net.components[name].values for net in (ours, theirs))
+        assert mine["Count"] == other["Count"]
+        for token in ("StatsMean", "StatsVar"):
+            np.testing.assert_allclose(mine[token], other[token], rtol=1e-4, atol=1e-5, err_msg=f"{name} {token}")
