@@ -16,6 +16,7 @@ the first of them, the leader, has the published model and talks to the other le
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -38,6 +39,22 @@ from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
 from kaldi_mpi.learner.validate import BackgroundValidation, IterationEnd, Validation, spread_of
 from kaldi_mpi.transport.gpu import takes_device_pointers
 from kaldi_mpi.transport.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ticket:
+    """What a super-learner's leader has its learners do.
+
+    Attributes:
+        now, ahead: this ticket and, if it is known already, the next.
+        iteration: that begins with it; None: none does.
+        saturation: of the leader's model, by which all decide whether it is shrunk then.
+    """
+
+    now: int
+    ahead: int | None
+    iteration: int | None
+    saturation: float
 
 
 class AsynchronousPhase:
@@ -166,13 +183,12 @@ class AsynchronousPhase:
             self._client.start()
         requested = -1
         while (ticket := self._next_ticket()) is not None:
-            now, ahead = ticket
             if not self._leads:
-                for number in (now, ahead):
+                for number in (ticket.now, ticket.ahead):
                     if number is not None and number > requested:
                         requested = number
                         self._reader.request(number)
-            self._train_on(next(self._batches), now)
+            self._train_on(next(self._batches), ticket)
         if self._leads:
             self._participant.leave()
             self._participant.settle()
@@ -193,24 +209,26 @@ class AsynchronousPhase:
 
         self._peers.messages.post(open_segment)
 
-    def _next_ticket(self) -> tuple[int, int | None] | None:
-        """This ticket and, if it is known already, the next; None at the segment's end."""
-        got: tuple[int, int | None] | None = None
+    def _next_ticket(self) -> _Ticket | None:
+        """What this learner, or its super-learner, does next; None at the segment's end."""
+        got = None
         if self._leads:
             ticket = self._client.next()
-            got = None if ticket is None else (ticket, self._client.peek())
+            if ticket is not None:
+                iteration = self._iterations_begun.pop(0) if self._iterations_begun else None
+                saturation = 0.0 if iteration is None else self._learner.saturation()
+                got = _Ticket(ticket, self._client.peek(), iteration, saturation)
         return got if self._group is None else self._group.world.broadcast(got)
 
-    def _train_on(self, batch: Batch, ticket: int) -> None:
+    def _train_on(self, batch: Batch, ticket: _Ticket) -> None:
         """One step of this learner, or of its super-learner."""
         began = time.monotonic()
-        frames = round(self._dataset.train.total_frames * self._map.epochs(ticket))
-        if self._iterations_begun:
-            iteration = self._iterations_begun.pop(0)
-            self._log.end_iteration(iteration - 1)
-            self._learner.begin_iteration(iteration, frames)
+        frames = round(self._dataset.train.total_frames * self._map.epochs(ticket.now))
+        if ticket.iteration is not None:
+            self._log.end_iteration(ticket.iteration - 1)
+            self._learner.begin_iteration(ticket.iteration, frames, ticket.saturation)
         self._learner.compute(batch, frames)
-        self._learner.change(frames, self._reader.plan.chunks_of_step(ticket), self._change)
+        self._learner.change(frames, self._reader.plan.chunks_of_step(ticket.now), self._change)
         values = self._state.flat.values
         if self._leads:
             self._participant.publish(self._change, values, batch.global_frames)

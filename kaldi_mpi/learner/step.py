@@ -97,7 +97,11 @@ class LearnerStep:
         """From now on steps are those of a phase: its strategy's factor of the rate, and this rank's super-learner."""
         self._rate_factor, self._super_learner = rate_factor, super_learner
 
-    def begin_iteration(self, number: int, frames: int) -> None:
+    def saturation(self) -> float:
+        """Of the model's sigmoids and tanhs, where parameters may be shrunk by it; else 0."""
+        return self.state.model.saturation() if self._shrinking.acts else 0.0
+
+    def begin_iteration(self, number: int, frames: int, saturation: float | None = None) -> None:
         """Shrink the parameters, with the next minibatch, if it is time; and forget the activation statistics.
 
         Statistics then are of one iteration, as in Kaldi, whose jobs begin with none.
@@ -105,10 +109,12 @@ class LearnerStep:
         Args:
             number: of the iteration, from 0.
             frames: trained on so far, over all learners.
+            saturation: None: that of this learner's model.
         """
         model = self.state.model
         if self._shrinking.acts:
-            saturation = model.saturation() if number else 0.0
+            saturation = self.saturation() if saturation is None else saturation
+            saturation = saturation if number else 0.0
             rate = self.rate.actual(frames, self._num_learners)
             self._scale = self._shrinking.scale(rate, number == 0, saturation)
             if self._scale != 1.0:

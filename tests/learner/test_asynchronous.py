@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from kaldi_mpi.averaging import NAMES
 from kaldi_mpi.averaging.journal import JournalEvent, read_journal
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.run import train as train_here
-from kaldi_mpi.transport.world import SoloWorld
+from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.testing.threads import run_world
+from kaldi_mpi.transport.world import SoloWorld, World
 from tests.learner.test_training import parameters
 from tests.toy import Toy, environment, launch_command, make_toy, train
 
@@ -86,6 +90,30 @@ def test_one_super_learner_of_all_is_allreduce(toy: Toy) -> None:
     reference, _, _ = run(toy, "plain-allreduce", 2, "--strategy=allreduce")
     folder, _, _ = run(toy, "super-of-all", 2, "--strategy=adpsgd-random", "--super-learner-size=2")
     np.testing.assert_allclose(parameters(folder), parameters(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_learners_of_a_super_learner_begin_iterations_together(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They shrink by what their leader has seen: of another model theirs would be gradients of."""
+    begun: dict[int, list[tuple[int, float | None]]] = collections.defaultdict(list)
+    begin, local = LearnerStep.begin_iteration, threading.local()
+
+    def record(self: LearnerStep, number: int, frames: int, saturation: float | None = None) -> None:
+        if saturation is not None:  # between the steps of an asynchronous phase
+            begun[local.rank].append((number, saturation))
+        begin(self, number, frames, saturation)
+
+    monkeypatch.setattr(LearnerStep, "begin_iteration", record)
+    shrinking = ("--trainer.optimization.shrink-value=0.9", "--trainer.optimization.shrink-saturation-threshold=0.01")
+    options = toy.options(toy.experiment("super-shrink"), "--strategy=expair", "--super-learner-size=2", *shrinking)
+
+    def one(world: World) -> None:
+        local.rank = world.rank
+        train_here(parse(options), world)
+
+    run_world(4, one)
+    assert set(begun) == {0, 1, 2, 3}
+    assert begun[0] == begun[1] and begun[2] == begun[3] and begun[0] != begun[2]
+    assert any(saturation for _, saturation in begun[0])
 
 
 def test_super_learners_must_fit(toy: Toy) -> None:
