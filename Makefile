@@ -35,7 +35,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(C_FILES) csrc/buil
 digits: setup
 	cd egs/digits/s5 && PATH="$(BIN):$$PATH" ./run.sh $(ARGS)
 
-test: setup
+# A gigabyte that the tests of the GPU's kernels alone need.
+$(VENV)/.kernels: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps triton
+	touch $@
+
+test: setup $(VENV)/.kernels
 	$(BIN)/python -m pytest $(PYTEST)
 
 strategies: setup
@@ -77,5 +82,5 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean
-	rm -rf $(VENV) kaldi_mpi/loader/_csrc*.so kaldi_mpi/loader/_csrc.c
+	rm -rf $(VENV) kaldi_mpi/*/_csrc*.so kaldi_mpi/*/_csrc.c
 	find . -name __pycache__ -prune -exec rm -rf {} +
