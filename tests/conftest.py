@@ -33,6 +33,8 @@ SLOW_TIMEOUT = 1500
 NO_TIME_LIMIT = ["--timeout=0", "-o", "faulthandler_timeout=0"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton, which PyTorch may import at any time, defines its own functions for the interpreter or for a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

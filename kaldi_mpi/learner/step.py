@@ -113,8 +113,10 @@ class LearnerStep:
         """
         model = self.state.model
         if self._shrinking.acts:
-            saturation = self.saturation() if saturation is None else saturation
-            saturation = saturation if number else 0.0
+            if not number:
+                saturation = 0.0  # nothing is known of the model yet
+            elif saturation is None:
+                saturation = self.saturation()
             rate = self.rate.actual(frames, self._num_learners)
             self._scale = self._shrinking.scale(rate, number == 0, saturation)
             if self._scale != 1.0:

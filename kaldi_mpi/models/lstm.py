@@ -9,7 +9,8 @@ is d interleaved sequences, advances by blocks of ``d * B`` rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from kaldi_mpi.log import logger
-from kaldi_mpi.models.lstm_backward import Limit, LstmSettings, coefficients, repairs, sums
+from kaldi_mpi.models.cuda_graphs import CudaRecorder, Graphs
+from kaldi_mpi.models.lstm_backward import LstmSettings, boundaries_on, coefficients, repairs, sums
+from kaldi_mpi.models.lstm_steps import Layout, backward_steps, forward_steps
 
 
 class LstmKeeper(Protocol):
@@ -84,6 +87,9 @@ def lstm(
     return output
 
 
+_TRIALS = 4  # of graphs: a run, a recording, and two replays more
+
+
 @dataclass(frozen=True)
 class _Place:
     """Rows in time: the first one's, frames between them, and those [low, high) that get derivatives."""
@@ -92,20 +98,6 @@ class _Place:
     stride: int
     low: int
     high: int
-
-
-def _blocks(rows: int, block: int, reverse: bool) -> list[int]:
-    """Sizes of consecutive blocks; the short one is the last to be processed."""
-    whole, rest = divmod(rows, block)
-    sizes = [block] * whole
-    if rest:
-        sizes.insert(0 if reverse else whole, rest)
-    return sizes
-
-
-def _order(parts: Sequence[Sequence[Tensor]], reverse: bool) -> list[tuple[Tensor, ...]]:
-    steps = list(zip(*parts, strict=True))
-    return steps[::-1] if reverse else steps
 
 
 class _Lstm(torch.autograd.Function):
@@ -134,77 +126,16 @@ class _Lstm(torch.autograd.Function):
         ctx.empty = high == low or rows == 0
         if rows == 0:
             return x3.new_empty(frames, batch, cell if w_rp is None else w_rp.shape[0])
-        reverse = settings.delay > 0
-        shift = abs(settings.delay) // place.stride * batch
         x = x3.reshape(rows, in_dim)
         gates = torch.addmm(bias, x, w_all[:, :in_dim].t())
         w_rec = (w_all[:, in_dim:] * settings.scale).t().contiguous()
-        weights = peepholes.contiguous()
-        w_if, w_o = weights[:2], weights[2]
-        kernels = kernels_for(x.device)
-
-        # Cells and recurrent outputs have `shift` rows of zeros where the recurrence starts, so that the
-        # values of a block and those that it recurs to are two views of one buffer.
-        here = slice(0, rows) if reverse else slice(shift, None)
-        there = slice(shift, None) if reverse else slice(0, rows)
-        edge = slice(rows, None) if reverse else slice(0, shift)
-        cells = x.new_empty(rows + shift, cell)
-        outputs = x.new_empty(rows + shift, cell if w_rp is None else w_rp.shape[0])
-        cells[edge] = 0.0
-        outputs[edge] = 0.0
-        m = outputs[here] if w_rp is None else x.new_empty(rows, cell)
-        tanh_c = torch.empty_like(m)
+        layout = Layout(abs(settings.delay) // place.stride * batch, settings.delay > 0, settings.scale, rec_dim)
+        here, there = layout.here, layout.there
+        drop = None if mask is None else mask.reshape(rows, 3)
         w_proj = None if w_rp is None else w_rp.t().contiguous()
-
-        sizes = _blocks(rows, shift, reverse)
-        width = 4 * cell
-
-        def columns(begin: int, end: int) -> Sequence[Tensor]:
-            return gates[:, begin:end].split(sizes)
-
-        pairs = gates[:, : 2 * cell].unflatten(1, (2, cell))
-        parts: list[Sequence[Tensor]] = [
-            gates.split(sizes),
-            pairs.split(sizes),
-            columns(0, 2 * cell),
-            columns(0, cell),
-            columns(cell, 2 * cell),
-            columns(2 * cell, 3 * cell),
-            columns(3 * cell, width),
-            cells[here].split(sizes),
-            cells[there].split(sizes),
-            cells[there].unsqueeze(1).split(sizes),
-            outputs[there][:, :rec_dim].split(sizes),
-            outputs[here].split(sizes),
-            m.split(sizes),
-            tanh_c.split(sizes),
-            (x if mask is None else mask.reshape(rows, 3)).split(sizes),
-        ]
-        scale = settings.scale
-        for s, s_if2, s_if, i, f, g, o, c, c_old, c_old2, h_old, out, m_k, tanh, dropped in _order(parts, reverse):
-            s.addmm_(h_old, w_rec)
-            if kernels is not None:
-                kernels.forward(s, c_old, weights, None if mask is None else dropped, scale, c, tanh, m_k)
-            else:
-                s_if2.addcmul_(c_old2, w_if, value=scale)
-                s_if.sigmoid_()
-                g.tanh_()
-                torch.mul(i, g, out=c)
-                if mask is None:
-                    c.addcmul_(f, c_old, value=scale)
-                else:
-                    c.mul_(dropped[:, 0:1]).addcmul_(f * dropped[:, 1:2], c_old, value=scale)
-                o.addcmul_(c, w_o)
-                o.sigmoid_()
-                torch.tanh(c, out=tanh)
-                torch.mul(o, tanh, out=m_k)
-                if mask is not None:
-                    m_k.mul_(dropped[:, 2:3])
-            if w_proj is not None:
-                if b_rp is None:
-                    torch.mm(m_k, w_proj, out=out)
-                else:
-                    torch.addmm(b_rp, m_k, w_proj, out=out)
+        arguments = (gates, w_rec, peepholes.contiguous(), w_proj, b_rp, drop)
+        gates, cells, outputs, tanh_c, before = _run(x.device, forward_steps, layout, *arguments)
+        m = outputs[here] if before is None else before
 
         result = outputs[here].view(frames, batch, -1)
         if any(ctx.needs_input_grad) and not ctx.empty:
@@ -216,8 +147,14 @@ class _Lstm(torch.autograd.Function):
             ctx.repair = (
                 None if repair is None else repairs(gates[span], tanh_c[span], repair, peepholes, settings.scale)
             )
-            drop = None if mask is None else mask.reshape(rows, 3)[span]
-            to_m, to_old = coefficients(gates[span], cells[there][span], tanh_c[span], peepholes, settings.scale, drop)
+            to_m, to_old = coefficients(
+                gates[span],
+                cells[there][span],
+                tanh_c[span],
+                peepholes,
+                settings.scale,
+                None if drop is None else drop[span],
+            )
             ctx.save_for_backward(
                 x[span],
                 gates[span],
@@ -239,79 +176,19 @@ class _Lstm(torch.autograd.Function):
             return (None,) * 10
         frames, batch, in_dim = ctx.shape
         settings: LstmSettings = ctx.settings
-        x, coefs, to_m, to_old, c, _, h_old, _, w_all, w_rp = ctx.saved_tensors
-        cell, rec_dim, scale = c.shape[1], h_old.shape[1], settings.scale
+        x, coefs, to_m, to_old, _, _, h_old, _, w_all, w_rp = ctx.saved_tensors
+        rec_dim, scale = h_old.shape[1], settings.scale
         rows, shift = x.shape[0], abs(settings.delay) // ctx.place.stride * batch
-        reverse = settings.delay < 0
         w_rec = w_all[:, in_dim:] * scale
-
-        # recur[t] = gradient of what frame t gives to its successor, columns (cell, output). A block writes
-        # it for its predecessors, `shift` rows away, which for the edge of the range are spare rows.
-        recur = x.new_empty(rows + shift, cell + rec_dim)
-        here, target = slice(0, rows), slice(shift, None)
-        if reverse:
-            here, target = target, here
-        recur[slice(rows, None) if reverse else slice(0, shift)] = 0.0
-        d_gates = x.new_empty(rows, 4 * cell)
+        clip, zero = settings.limits
+        layout = Layout(shift, settings.delay < 0, scale, rec_dim, clip, zero)
         grad = grad[ctx.low : ctx.high].reshape(rows, -1)
-        kernels = kernels_for(x.device)
-        d_out = grad if w_rp is None and kernels is None else grad.clone()
+        d_out = grad if w_rp is None and means_for(x.device).kernels is None else grad.clone()
         first = ctx.place.first + ctx.low * ctx.place.stride
-        limit = Limit(settings, first, ctx.high - ctx.low, batch, ctx.place.stride, x.device)
-        repair = ctx.repair
-
-        sizes = _blocks(rows, shift, reverse)
-        ifg = 3 * cell
-        parts: list[Sequence[Tensor]] = [
-            recur[here].split(sizes),
-            recur[here][:, :cell].split(sizes),
-            recur[here][:, cell:].split(sizes),
-            d_out.split(sizes),
-            to_m.split(sizes),
-            to_old.split(sizes),
-            coefs[:, :ifg].unflatten(1, (3, cell)).split(sizes),
-            coefs[:, ifg:].split(sizes),
-            d_gates.split(sizes),
-            d_gates[:, :ifg].unflatten(1, (3, cell)).split(sizes),
-            d_gates[:, ifg:].split(sizes),
-            recur[target][:, :cell].split(sizes),
-            recur[target][:, cell:].split(sizes),
-            recur[here][:, :cell].unsqueeze(1).split(sizes),
-            coefs.split(sizes),
-            limit.boundaries.split(sizes),
-            *(part.split(sizes) for part in repair or ()),
-        ]
-        steps = _order(parts, reverse)
-        for number, step in enumerate(steps):
-            both, dc, dh, out, k_m, k_old, k_ifg, k_o, ds, ds_ifg, ds_o, to_dc, to_dh, dc3, k, boundary, *more = step
-            last = number + 1 == len(steps)
-            if kernels is not None:
-                factors = kernels.limit(both, boundary, out, cell, limit.clip, limit.zero)
-                dm = out if w_rp is None else torch.mm(out, w_rp)
-                kernels.backward(dc, factors, dm, (k_m, k_old, k), more or None, ds, None if last else to_dc)
-                if not last:
-                    torch.mm(ds, w_rec, out=to_dh)
-                continue
-            limit.apply(both, boundary)
-            if w_rp is None:
-                dm = dh.add_(out)
-            else:
-                out[:, :rec_dim].add_(dh)
-                dm = torch.mm(out, w_rp)
-            dc.addcmul_(dm, k_m)
-            torch.mul(dm, k_o, out=ds_o)
-            if more:
-                of_cell, of_gates, of_old = more
-                dc.add_(of_cell)
-                ds_o.add_(of_gates[:, ifg:])
-            torch.mul(dc3, k_ifg, out=ds_ifg)
-            if more:
-                ds_ifg.add_(of_gates[:, :ifg].unflatten(1, (3, cell)))
-            if not last:
-                torch.mul(dc, k_old, out=to_dc)
-                if more:
-                    to_dc.add_(of_old)
-                torch.mm(ds, w_rec, out=to_dh)
+        boundaries = boundaries_on(x.device, settings, first, ctx.high - ctx.low, batch, ctx.place.stride)
+        repair = ctx.repair or (None, None, None)
+        arguments = (d_out, coefs, to_m, to_old, w_rec, w_rp, boundaries, *repair)
+        d_gates, d_out = _run(x.device, backward_steps, layout, *arguments)
         return _Lstm._gradients(ctx, d_gates, None if w_rp is None else d_out, (frames, batch, in_dim))
 
     @staticmethod
@@ -343,32 +220,68 @@ class _Lstm(torch.autograd.Function):
         return dx, dw, d_bias, d_peep, d_wrp, d_brp, None, None, None, None
 
 
-# By device: the kernels that stand in for PyTorch's operations between the products, or None.
-_KERNELS: dict[torch.device, ModuleType | None] = {}
+@dataclass(frozen=True)
+class Means:
+    """By what a loop over time is carried out on a device.
+
+    Attributes:
+        kernels: lstm_kernels.py; None: PyTorch's operations.
+        graphs: recordings; None: each launch is the host's.
+    """
+
+    kernels: ModuleType | None = None
+    graphs: Graphs | None = None
 
 
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """lstm_kernels.py on a GPU where it gives what PyTorch gives, which is tried at the first call; else None."""
-    if device.type != "cuda" and device not in _KERNELS:
-        return None
-    if device not in _KERNELS:
-        _KERNELS[device] = None  # for the trial's reference
-        try:
-            from kaldi_mpi.models import lstm_kernels
-        except ImportError as error:
-            logger.warning("LSTM on %s by PyTorch's operations, several times slower: no Triton (%s)", device, error)
-            return None
-        error_ = lstm_kernels.trial(lambda chosen: _trial(device, chosen))
-        if error_ is None:
-            _KERNELS[device] = lstm_kernels
-        else:
-            logger.warning("LSTM on %s by PyTorch's operations, several times slower: Triton %s", device, error_)
-    return _KERNELS[device]
+_MEANS: dict[torch.device, Means] = {}
 
 
-def _trial(device: torch.device, kernels: ModuleType | None) -> list[Tensor]:
+def _run(device: torch.device, steps: Callable[..., Any], layout: Layout, *tensors: Tensor | None) -> Any:
+    """A loop over time."""
+    means = means_for(device)
+    if means.graphs is None:
+        return steps(layout, means.kernels, *tensors)
+    function = functools.partial(steps, layout, means.kernels)
+    return means.graphs((steps, layout, means.kernels), function, *tensors)
+
+
+def means_for(device: torch.device) -> Means:
+    """On a GPU kernels and graphs, where they give what PyTorch gives, which is tried at the first call."""
+    if device in _MEANS:
+        return _MEANS[device]
+    if device.type != "cuda":
+        return Means()
+    _MEANS[device] = Means()
+    wanted = _small_layer(device)
+    try:
+        from kaldi_mpi.models import lstm_kernels
+    except ImportError as error:
+        logger.warning("LSTM on %s by PyTorch's operations, several times slower: no Triton (%s)", device, error)
+    else:
+        _try(device, Means(lstm_kernels), wanted, lstm_kernels.ERRORS, "by PyTorch's operations, several times slower")
+    _try(device, Means(_MEANS[device].kernels, Graphs(CudaRecorder())), wanted, (RuntimeError,), "launch by launch")
+    return _MEANS[device]
+
+
+def _try(
+    device: torch.device, means: Means, wanted: list[Tensor], errors: tuple[type[Exception], ...], without: str
+) -> None:
+    """Use `means` from now on, if a small layer then gives what is wanted, each time."""
+    before, _MEANS[device] = _MEANS[device], means
+    try:
+        for _ in range(_TRIALS):
+            for found, right in zip(_small_layer(device), wanted, strict=True):
+                if not torch.allclose(found, right, rtol=1e-4, atol=1e-4):
+                    raise RuntimeError(f"results differ by {(found - right).abs().max().item():g}")
+    except errors as error:
+        _MEANS[device] = before
+        cause = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
+        what = "CUDA graphs" if means.graphs is not None else "Triton's kernels"
+        logger.warning("LSTM on %s %s: %s cannot be used: %s", device, without, what, cause)
+
+
+def _small_layer(device: torch.device) -> list[Tensor]:
     """Output and gradients of a small layer."""
-    _KERNELS[device] = kernels
     generator = torch.Generator().manual_seed(1)
     shapes = [(6, 5, 7), (48, 7 + 8), (48,), (3, 12), (8, 12), (8,)]
     x, w_all, bias, peepholes, w_rp, b_rp = (

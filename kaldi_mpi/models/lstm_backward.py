@@ -32,6 +32,12 @@ class LstmSettings:
     zeroing_interval: int = 20
     recurrence_interval: int = 1
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The thresholds of clipping and of zeroing; infinite where there is none."""
+        clip, zero = self.clipping_threshold, self.zeroing_threshold
+        return clip if clip > 0 else math.inf, zero if zero > 0 else math.inf
+
     def boundaries(self, first: int, frames: int, sequences: int, stride: int = 1) -> Tensor:
         """(frames * sequences,) bool: where a large recurrent gradient is zeroed; frames lie `stride` apart.
 
@@ -107,30 +113,26 @@ def coefficients(
 
 
 @functools.lru_cache(maxsize=64)
-def _boundaries_on(device: torch.device, settings: LstmSettings, *shape: int) -> Tensor:
+def boundaries_on(device: torch.device, settings: LstmSettings, *shape: int) -> Tensor:
     """`LstmSettings.boundaries` on a device: brought there once, not with each minibatch."""
     return settings.boundaries(*shape).to(device)
 
 
-class Limit:
-    """BackpropTruncationComponent's limits on the recurrent gradient, applied in place to a block of rows."""
+def apply_limit(rows: Tensor, boundary: Tensor, clip: float, zero: float) -> None:
+    """BackpropTruncationComponent's limits on the recurrent gradient, in place, of a block of rows.
 
-    def __init__(
-        self, settings: LstmSettings, first: int, frames: int, batch: int, stride: int, device: torch.device
-    ) -> None:
-        self.clip = settings.clipping_threshold if settings.clipping_threshold > 0 else math.inf
-        self.zero = settings.zeroing_threshold if settings.zeroing_threshold > 0 else math.inf
-        self.smallest = min(self.clip, self.zero)
-        self.boundaries = _boundaries_on(device, settings, first, frames, batch, stride)
-
-    def apply(self, rows: Tensor, boundary: Tensor) -> None:
-        # The norm of all rows together bounds that of each: mostly one reduction settles it.
-        if math.isinf(self.smallest):
-            return
-        # On a GPU the host would wait for it.
-        if rows.device.type == "cpu" and torch.linalg.vector_norm(rows).item() <= self.smallest:
-            return
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        factors = (self.clip / norms).clamp_(max=1.0)
-        factors.masked_fill_(boundary & (norms > self.zero), 0.0)
-        rows.mul_(factors.unsqueeze(1))
+    Args:
+        boundary: (rows,) bool.
+        clip, zero: norms, of which a larger one becomes `clip`, or 0 at a boundary; infinite: it does not.
+    """
+    smallest = min(clip, zero)
+    # The norm of all rows together bounds that of each: mostly one reduction settles it.
+    if math.isinf(smallest):
+        return
+    # On a GPU the host would wait for it.
+    if rows.device.type == "cpu" and torch.linalg.vector_norm(rows).item() <= smallest:
+        return
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    factors = (clip / norms).clamp_(max=1.0)
+    factors.masked_fill_(boundary & (norms > zero), 0.0)
+    rows.mul_(factors.unsqueeze(1))

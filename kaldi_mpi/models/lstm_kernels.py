@@ -2,22 +2,19 @@
 
 What `lstm.lstm` does between two products of matrices is, in PyTorch, some ten launches forward and as many backward, a
 time step each; here it is one (two with a projection). The formulas stand in lstm.py, whose PyTorch form is the
-reference: tests compare the two through Triton's interpreter, and
-`trial` on the GPU itself before the first use.
+reference: tests compare the two through Triton's interpreter, and lstm.py tries them on the GPU itself before it uses
+them.
 
 A program works on one row. Tensors are float32; rows may lie apart, elements of a row may not.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import ModuleType
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+ERRORS = (RuntimeError, triton.TritonError)  # of a GPU for which they cannot be compiled, or do not run
 
 
 @triton.jit
@@ -189,20 +186,3 @@ def backward(
         recur.stride(0), dm.stride(0), coefs.stride(0), d_gates.stride(0), into.stride(0), cell,
         REPAIRED=repair is not None, LAST=target is None, BLOCK=triton.next_power_of_2(cell),
     )  # fmt: skip
-
-
-def trial(results: Callable[[ModuleType | None], list[Tensor]]) -> str | None:
-    """What speaks against these kernels on a device; None: nothing.
-
-    Args:
-        results: of the same computation with PyTorch's operations (None) and with the kernels of a module.
-    """
-    wanted = results(None)
-    try:
-        found = results(sys.modules[__name__])
-    except (RuntimeError, triton.TritonError) as error:
-        return f"cannot be used: {str(error).strip().splitlines()[-1]}"
-    for a, b in zip(found, wanted, strict=True):
-        if not torch.allclose(a, b, rtol=1e-4, atol=1e-4):
-            return f"gives results that differ by {(a - b).abs().max().item():g}"
-    return None

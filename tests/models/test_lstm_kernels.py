@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kaldi_mpi.models import lstm as lstm_module
-from kaldi_mpi.models.lstm import kernels_for, lstm
+from kaldi_mpi.models.lstm import Means, lstm, means_for
 from kaldi_mpi.models.lstm_backward import LstmSettings
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CELL, IN = 6, 4
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
+    assert os.environ["TRITON_INTERPRET"] == "1", "tests/conftest.py sets it before anything imports Triton"
     pytest.importorskip("triton", reason="Triton is not installed")
     from kaldi_mpi.models import lstm_kernels
 
@@ -79,29 +79,43 @@ def test_kernels_give_what_pytorch_gives(
 ) -> None:  # fmt: skip
     settings = LstmSettings(delay, 0.9, limits[0], limits[1], zeroing_interval=3)
     wanted = results(settings, projection, masked, repaired, low)
-    monkeypatch.setitem(lstm_module._KERNELS, CPU, kernels)
-    assert kernels_for(CPU) is kernels
+    monkeypatch.setitem(lstm_module._MEANS, CPU, Means(kernels))
     for ours, theirs in zip(results(settings, projection, masked, repaired, low), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_trial_finds_what_is_wrong(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lstm_module._KERNELS, CPU, None)
-    assert kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) is None
+def tried(kernels: ModuleType, caplog: pytest.LogCaptureFixture) -> str:
+    """What is said of the kernels as they are; they are used if nothing is."""
+    caplog.clear()
+    wanted = lstm_module._small_layer(CPU)
+    lstm_module._try(CPU, Means(kernels), wanted, kernels.ERRORS, "by PyTorch's operations")
+    said = [record.getMessage() for record in caplog.records]
+    assert means_for(CPU) == (Means() if said else Means(kernels))
+    lstm_module._MEANS[CPU] = Means()
+    return "".join(said)
+
+
+def test_a_trial_finds_what_is_wrong(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(lstm_module._MEANS, CPU, Means())
+    assert tried(kernels, caplog) == ""
 
     def limited_wrongly(*arguments: Any) -> Tensor:
         return limit(*arguments) * 0.9
 
     limit = kernels.limit
     monkeypatch.setattr(kernels, "limit", limited_wrongly)
-    assert "differ by" in (kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) or "")
+    assert "LSTM on cpu by PyTorch's operations: Triton's kernels cannot be used: results differ by" in tried(
+        kernels, caplog
+    )
 
     def unfit(*arguments: Any) -> Tensor:
         raise RuntimeError("a compiler's long tale\nno such target")
 
     monkeypatch.setattr(kernels, "forward", unfit)
-    assert kernels.trial(lambda chosen: lstm_module._trial(CPU, chosen)) == "cannot be used: no such target"
+    assert tried(kernels, caplog).endswith("Triton's kernels cannot be used: no such target")
 
 
 def test_a_cpu_has_none_of_its_own() -> None:
-    assert kernels_for(CPU) is None
+    assert means_for(CPU) == Means()
