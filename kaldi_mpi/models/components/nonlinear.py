@@ -101,11 +101,12 @@ class Stored(Pointwise):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if not (self.mode.store and torch.is_grad_enabled()):
-            with torch.no_grad():
-                y, sums = self.value(x, self.mode.collect and self.stores())
+            if torch.is_grad_enabled() and not self.mode.collect:
+                return self.function(x)
+            y, sums = self.value(x, self.mode.collect and self.stores())
             if sums is not None:
                 self.add(sums, x.shape[0] * x.shape[1])
-            return self.function(x) if torch.is_grad_enabled() else y
+            return y
         y = _Trained.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
