@@ -229,6 +229,7 @@ class TrainingLog:
         self._rate, self._num_epochs, self._progress = rate, num_epochs, progress
         self.loader, self.summary = LoaderReport(rank), Summary()
         self.own_frames = 0  # trained on by this learner, in this run
+        self.learning_rate: float | None = None  # of the iteration; None: as the frames say
         # Own sum of log-probabilities in this iteration, on the learner's device.
         self._objective: torch.Tensor = torch.zeros((), dtype=torch.float64)
         self._objective_weight: torch.Tensor | float = 0.0  # and of what its mean is taken over
@@ -248,7 +249,7 @@ class TrainingLog:
                 self._num_epochs,
                 self._mean_objective,
                 self.summary.last_valid(),
-                self._rate.effective(frames),
+                self._rate.effective(frames) if self.learning_rate is None else self.learning_rate,
                 last=last,
             )
 

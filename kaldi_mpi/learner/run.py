@@ -153,7 +153,7 @@ def train(options: TrainOptions, everyone: World) -> None:
         model.use_natural_gradient()
 
     # How much, how fast, in which phases.
-    rate = ExponentialRate(options.initial_rate, options.final_rate, total_frames)
+    rate = ExponentialRate(options.initial_rate, options.final_rate, total_frames, plan.num_iterations)
     super_learner = make_super_learner(settings.super_learner_size, world, device)
     phases = make_phases(options.phases, settings, plan, world, everyone, super_learner)
 

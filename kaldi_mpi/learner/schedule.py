@@ -24,24 +24,34 @@ class ExponentialRate:
     ``steps/libs/nnet3/train/common.py``, with frames where Kaldi counts archives. Each of N learners applies
     the actual rate N * lr(n); the averaged model then moves at lr(n).
 
+    As there, n is where an iteration began, and the last one has the final rate. With few iterations, and so with many
+    learners, that moves a model further than a rate that falls within iterations would: by a tenth with ten of them.
+
     Attributes:
-        initial: effective learning rate before the first frame.
-        final: after the last.
+        initial: effective learning rate of the first iteration.
+        final: of the last.
         total_frames: labelled frames of the whole training, over all learners and epochs.
+        num_iterations: of the whole training; 1: the rate falls with each minibatch, from `initial` to `final`.
     """
 
     initial: float
     final: float
     total_frames: int
+    num_iterations: int = 1
+
+    @property
+    def by_iteration(self) -> bool:
+        """Whether it stays the same within an iteration."""
+        return self.num_iterations > 1
+
+    def of_iteration(self, number: int, frames: int) -> float:
+        """The effective learning rate of an iteration, from 0, that begins after `frames` frames."""
+        return self.final if number + 1 >= self.num_iterations else self.effective(frames)
 
     def effective(self, frames: int) -> float:
         """The effective learning rate after `frames` frames over all learners."""
         done = min(1.0, frames / self.total_frames)
         return self.initial * math.exp(done * math.log(self.final / self.initial))
-
-    def actual(self, frames: int, num_learners: int) -> float:
-        """What each of `num_learners` learners applies at that point."""
-        return num_learners * self.effective(frames)
 
 
 @dataclasses.dataclass(frozen=True)

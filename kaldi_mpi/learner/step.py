@@ -88,6 +88,7 @@ class LearnerStep:
         # have by backstitch's first step.
         self._moved_from: torch.Tensor | None = None
         self._stepped_back = False
+        self._begun_at, self._effective = 0, rate.initial  # the iteration's first frame, and its rate
         self._rate_factor = 1.0
         self._super_learner: SuperLearner | None = None
         self._batch: Batch | None = None
@@ -102,9 +103,9 @@ class LearnerStep:
         return self.state.model.saturation() if self._shrinking.acts else 0.0
 
     def begin_iteration(self, number: int, frames: int, saturation: float | None = None) -> None:
-        """Shrink the parameters, with the next minibatch, if it is time; and forget the activation statistics.
+        """Set the learning rate; shrink the parameters, with the next minibatch, if it is time; and forget statistics.
 
-        Statistics then are of one iteration, as in Kaldi, whose jobs begin with none.
+        These then are of one iteration, as in Kaldi, whose jobs begin with none.
 
         Args:
             number: of the iteration, from 0.
@@ -112,12 +113,16 @@ class LearnerStep:
             saturation: None: that of this learner's model.
         """
         model = self.state.model
+        self._begun_at, self._effective = frames, self.rate.effective(frames)
+        if self.rate.by_iteration:
+            self._effective = self.rate.of_iteration(number, frames)
+            self._log.learning_rate = self._effective
         if self._shrinking.acts:
             if not number:
                 saturation = 0.0  # nothing is known of the model yet
             elif saturation is None:
                 saturation = self.saturation()
-            rate = self.rate.actual(frames, self._num_learners)
+            rate = self._effective * self._num_learners
             self._scale = self._shrinking.scale(rate, number == 0, saturation)
             if self._scale != 1.0:
                 logger.info("iteration %d: shrink: %.5f (saturation %.3f)", number, self._scale, saturation)
@@ -173,7 +178,8 @@ class LearnerStep:
             self._moved_from = self.state.flat.values.clone()
             self._shrink()
         frames = self.state.frames if frames is None else frames
-        self._dropout.apply(self.state.model, frames / self.rate.total_frames)
+        reached = self._begun_at if self.rate.by_iteration else frames
+        self._dropout.apply(self.state.model, reached / self.rate.total_frames)
         if self._backstitch_scale and self._minibatches % self._backstitch_interval == 0 and batch.frames:
             self._step_back(batch, frames)
         self.compute_gradients(batch, logged=not self._stepped_back)
@@ -197,7 +203,8 @@ class LearnerStep:
         chance.load_state_dict(draws)  # the second pass has the same dropout masks
 
     def _rate(self, frames: int) -> float:
-        return self.rate.actual(frames, self._num_learners) * self._rate_factor
+        effective = self._effective if self.rate.by_iteration else self.rate.effective(frames)
+        return effective * self._num_learners * self._rate_factor
 
     def _optimise(
         self, frames: int, chunks: float, change: torch.Tensor | None = None, base: torch.Tensor | None = None

@@ -46,7 +46,7 @@ class Recorded(Chance):
 class FixedRate(ExponentialRate):
     """One rate for all minibatches, which may be 0."""
 
-    def actual(self, frames: int, num_learners: int) -> float:
+    def effective(self, frames: int) -> float:
         return self.initial
 
 

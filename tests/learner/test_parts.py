@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +19,9 @@ from kaldi_mpi.averaging.published import HostPublishedModel, PublishedModel
 from kaldi_mpi.averaging.published_device import DevicePublishedModel
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import faults
-from kaldi_mpi.learner.schedule import Plan, TicketMap
+from kaldi_mpi.learner.schedule import ExponentialRate, Plan, TicketMap
 from kaldi_mpi.learner.tickets import TicketClient, TicketServer
+from tests.paths import kaldi_root
 
 
 class FakeNet:
@@ -221,3 +224,21 @@ def test_accuracy_by_class_counts_rows_by_their_weights() -> None:
     ours = right_weight_by_class(torch.from_numpy(output), batch).numpy()
     np.testing.assert_allclose(ours, [right, all_], rtol=1e-6)
     assert ours[0].sum() == pytest.approx(float(right_weight(torch.from_numpy(output), batch)))
+
+
+@pytest.mark.kaldi
+def test_learning_rates_are_those_of_kaldis_iterations() -> None:
+    """As its training programs count: with the archives that were processed before each iteration."""
+    archives, jobs, initial, final = 69, 4, 0.001, 0.0001
+    iterations = -(-archives // jobs)
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import libs.nnet3.train.common as common; "
+        f"print(*(common.get_learning_rate(k, {jobs}, {iterations}, k * {jobs}, {archives}, {initial}, {final}) "
+        f"for k in range({iterations})))"
+    )
+    steps = str(kaldi_root() / "egs/wsj/s5/steps")
+    done = subprocess.run([sys.executable, "-c", program, steps], capture_output=True, text=True, check=True)
+    rate = ExponentialRate(initial, final, archives * 100, iterations)
+    ours = [jobs * rate.of_iteration(k, k * jobs * 100) for k in range(iterations)]
+    assert ours == pytest.approx([float(word) for word in done.stdout.split()], rel=1e-12)
+    assert rate.by_iteration and not ExponentialRate(initial, final, 100).by_iteration

@@ -63,6 +63,7 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
     with MinibatchReader(data.train, shape, 12, seed=0, num_epochs=2) as reader:
         for number, minibatch in enumerate(reader):
             if number % (60 // 12) == 0:  # an iteration begins
+                rate = 0.01 if number == 40 - 60 // 12 else 0.03 * np.exp(frames / total * np.log(0.01 / 0.03))
                 for component in model.by_name.values():
                     component.zero_statistics()
             flat.gradients.zero_()
@@ -77,7 +78,6 @@ def test_one_learner_is_a_plain_loop_bit_for_bit(toy: Toy) -> None:
             loss.backward()
             for component in model.by_name.values():
                 component.finish_gradient()
-            rate = 0.03 * np.exp(frames / total * np.log(0.01 / 0.03))
             optimiser.step(float(rate), len(minibatch.labels))
             frames += minibatch.frames
     assert frames == total
