@@ -87,9 +87,6 @@ def lstm(
     return output
 
 
-_TRIALS = 4  # of graphs: a run, a recording, and two replays more
-
-
 @dataclass(frozen=True)
 class _Place:
     """Rows in time: the first one's, frames between them, and those [low, high) that get derivatives."""
@@ -234,6 +231,7 @@ class Means:
 
 
 _MEANS: dict[torch.device, Means] = {}
+_TRIALS = 4  # of graphs: a run, a recording, and two replays more
 
 
 def _run(device: torch.device, steps: Callable[..., Any], layout: Layout, *tensors: Tensor | None) -> Any:

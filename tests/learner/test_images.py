@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.models.chance import Chance
 from kaldi_mpi.testing.examples import read_examples
 from tests.egs_data import Chunk, chunk_example, float_matrix, write_egs
-from tests.paths import kaldi_root
+from tests.kaldi import nnet3
 
 WIDTH, HEIGHT, CHANNELS = 9, 7, 2
 COUNT = 300
@@ -36,10 +35,7 @@ def augmented(folder: Path, options: str) -> Tensor:
         for number, image in enumerate(images())
     }
     write_egs(folder / "in.ark", chunks)
-    program = kaldi_root() / "src/nnet3bin/nnet3-egs-augment-image"
-    command = [str(program), "--srand=3", *options.split(), f"ark:{folder}/in.ark", f"ark:{folder}/out.ark"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    nnet3("nnet3-egs-augment-image", "--srand=3", *options.split(), f"ark:{folder}/in.ark", f"ark:{folder}/out.ark")
     found = {key: example["input"].matrix for key, example in read_examples(folder / "out.ark")}
     return torch.from_numpy(np.stack([np.asarray(found[key]) for key in sorted(chunks)]))
 

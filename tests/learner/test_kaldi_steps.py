@@ -6,9 +6,7 @@ that chance decides switched off: no dropout, no self-repair, no constraint.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,10 @@ from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.nnet3 import read_nnet, to_torch
+from tests.kaldi import nnet3
 from tests.learner.golden_training import NEVER, FixedRate, arrays, minibatches, parameters
 from tests.models.kaldi_xconfig import kaldi_lines
-from tests.paths import golden, kaldi_root
+from tests.paths import golden
 
 pytestmark = pytest.mark.kaldi
 
@@ -87,14 +86,6 @@ FF = {
 }
 
 
-def kaldi(program: str, *words: str) -> None:
-    done = subprocess.run(
-        [str(kaldi_root() / "src/nnet3bin" / program), *words], capture_output=True, text=True, check=False,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | str]:
     """final.config of every network, as Kaldi's own modules make it."""
@@ -121,13 +112,13 @@ def test_minibatches_are_nnet3_trains(configs: dict[str, list[str] | str], tmp_p
     write_matrix(tmp_path / "idct.mat", rng.standard_normal((12, 13)) * 0.3)
     text = "\n".join(without_chance(line) for line in lines).replace("idct.mat", str(tmp_path / "idct.mat"))
     (tmp_path / "final.config").write_text(text + "\n")
-    kaldi("nnet3-init", "--srand=5", str(tmp_path / "final.config"), str(tmp_path / "init.raw"))
-    kaldi("nnet3-copy", f"--learning-rate={RATE}", str(tmp_path / "init.raw"), str(tmp_path / "0.raw"))
+    nnet3("nnet3-init", "--srand=5", str(tmp_path / "final.config"), str(tmp_path / "init.raw"))
+    nnet3("nnet3-copy", f"--learning-rate={RATE}", str(tmp_path / "init.raw"), str(tmp_path / "0.raw"))
     archive = golden(f"training/{'rnn' if name in RNN else 'ff'}.ark")
-    kaldi("nnet3-copy-egs", f"ark:{archive}", f"ark,scp:{tmp_path}/egs.ark,{tmp_path}/egs.scp")
+    nnet3("nnet3-copy-egs", f"ark:{archive}", f"ark,scp:{tmp_path}/egs.ark,{tmp_path}/egs.scp")
     first = (tmp_path / "egs.scp").read_text().splitlines(keepends=True)[:COUNT]
     (tmp_path / "first.scp").write_text("".join(first))
-    kaldi(
+    nnet3(
         "nnet3-train", "--use-gpu=no", "--srand=7", "--momentum=0.3", "--max-param-change=2.0",
         str(tmp_path / "0.raw"), f"scp:{tmp_path}/first.scp", str(tmp_path / "1.raw"),
     )  # fmt: skip

@@ -6,8 +6,6 @@ counted, by both, and the shares must agree within what chance allows.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from itertools import groupby, pairwise
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from kaldi_mpi.models.chance import Chance
 from kaldi_mpi.nnet3 import read_nnet, to_torch
-from tests.paths import kaldi_root
+from tests.kaldi import nnet3
 
 pytestmark = pytest.mark.kaldi
 
@@ -114,14 +112,6 @@ CASES: dict[str, tuple[str, Callable[[Mask], Draws]]] = {
 }
 
 
-def kaldi(program: str, *words: str) -> None:
-    done = subprocess.run(
-        [str(kaldi_root() / "src/nnet3bin" / program), *words], capture_output=True, text=True, check=False,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def egs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Examples of ones."""
@@ -130,7 +120,7 @@ def egs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     matrix = "[\n" + f"{row}\n" * FRAMES + "]\n"
     (folder / "feats").write_text("".join(f"u{n:04d} {matrix}" for n in range(SEQUENCES)))
     (folder / "post").write_text("".join(f"u{n:04d} {'[ 0 1 ] ' * FRAMES}\n" for n in range(SEQUENCES)))
-    kaldi(
+    nnet3(
         "nnet3-get-egs", f"--num-frames={FRAMES}", "--num-pdfs=2", "--compress=false",
         f"ark,t:{folder}/feats", f"ark,t:{folder}/post", f"ark:{folder}/egs",
     )  # fmt: skip
@@ -160,8 +150,8 @@ def test_masks_are_drawn_as_kaldi_draws_them(egs: Path, tmp_path: Path, name: st
         f"component-node name=c component=c input={takes}\noutput-node name=output input=c objective=quadratic\n"
     )
     raw = str(tmp_path / "0.raw")
-    kaldi("nnet3-init", str(tmp_path / "net.config"), raw)
-    kaldi("nnet3-compute-from-egs", "--use-gpu=no", raw, f"ark:{egs}", f"ark:{tmp_path}/out")
+    nnet3("nnet3-init", str(tmp_path / "net.config"), raw)
+    nnet3("nnet3-compute-from-egs", "--use-gpu=no", raw, f"ark:{egs}", f"ark:{tmp_path}/out")
     from kaldi_native_io import SequentialFloatMatrixReader
 
     with SequentialFloatMatrixReader(f"ark:{tmp_path}/out") as reader:
