@@ -27,6 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import digits
+import numpy as np
+
+from kaldi_mpi.embedded.datadir import read_table
+from kaldi_mpi.embedded.wave import encode_wave, read_wave
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,8 +149,30 @@ class Bench:
         for name in ("steps_mpi", "kaldi_mpi"):
             if not (self.work / name).exists():
                 (self.work / name).symlink_to(ROOT / name)
-        train, test = (Path(folder).resolve() for folder in (self.options.train, self.options.test))
+        train, test = (self.speech(name) for name in ("train", "test"))
         self.run(f"./run.sh --train {train} --test {test} --stop-stage 3", self.recipe / "prepare.out")
+
+    def speech(self, name: str) -> Path:
+        """The data directory given as `name`, or with --snr a copy under noise."""
+        given = Path(getattr(self.options, name)).resolve()
+        if not self.options.snr:
+            return given
+        low, high = self.options.snr
+        noisy = self.work / "noisy" / name
+        noisy.mkdir(parents=True, exist_ok=True)
+        for table in ("text", "utt2spk", "spk2utt"):
+            shutil.copy(given / table, noisy)
+        lines = []
+        for number, (key, entry) in enumerate(sorted(read_table(given / "wav.scp").items())):
+            rng = np.random.default_rng([number, len(name)])
+            wave = read_wave(entry, scp=str(given / "wav.scp"), key=key)
+            clean = wave.channel(0).astype(np.float64)
+            loudness = np.sqrt(np.mean(clean**2)) * 10 ** (-rng.uniform(low, high) / 20)
+            samples = np.clip(np.rint(clean + rng.normal(0, loudness, len(clean))), -32768, 32767).astype(np.int16)
+            (noisy / f"{key}.wav").write_bytes(encode_wave(samples, wave.rate))
+            lines.append(f"{key} {noisy / key}.wav\n")
+        (noisy / "wav.scp").write_text("".join(lines))
+        return noisy
 
     def configs(self, net: str, folder: Path) -> None:
         """The network's configs, as Kaldi's xconfig_to_configs.py makes them."""
@@ -265,6 +291,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where everything goes; outside the checkout")
     parser.add_argument("--train", help="data directory of the training speech; needed at first")
     parser.add_argument("--test", help="data directory of the test speech")
+    parser.add_argument(
+        "--snr", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="put the speech under white noise, each utterance at a ratio (dB) between these",
+    )  # fmt: skip
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     arms = [f"{how}-{n}" for n in (1, 2, 4) for how in ("kaldi", "periodic", "expair") if (how, n) != ("expair", 1)]
     parser.add_argument("--arms", nargs="+", default=arms, choices=arms, help="kaldi-2: Kaldi with two jobs; ...")

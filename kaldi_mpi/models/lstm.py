@@ -9,18 +9,14 @@ is d interleaved sequences, advances by blocks of ``d * B`` rows.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kaldi_mpi.log import logger
-from kaldi_mpi.models.cuda_graphs import CudaRecorder, Graphs
 from kaldi_mpi.models.lstm_backward import LstmSettings, boundaries_on, coefficients, repairs, sums
+from kaldi_mpi.models.lstm_device import means_for
 from kaldi_mpi.models.lstm_steps import Layout, backward_steps, forward_steps
 
 
@@ -131,7 +127,7 @@ class _Lstm(torch.autograd.Function):
         drop = None if mask is None else mask.reshape(rows, 3)
         w_proj = None if w_rp is None else w_rp.t().contiguous()
         arguments = (gates, w_rec, peepholes.contiguous(), w_proj, b_rp, drop)
-        gates, cells, outputs, tanh_c, before = _run(x.device, forward_steps, layout, *arguments)
+        gates, cells, outputs, tanh_c, before = means_for(x.device, small_layer).run(forward_steps, layout, *arguments)
         m = outputs[here] if before is None else before
 
         result = outputs[here].view(frames, batch, -1)
@@ -180,12 +176,13 @@ class _Lstm(torch.autograd.Function):
         clip, zero = settings.limits
         layout = Layout(shift, settings.delay < 0, scale, rec_dim, clip, zero)
         grad = grad[ctx.low : ctx.high].reshape(rows, -1)
-        d_out = grad if w_rp is None and means_for(x.device).kernels is None else grad.clone()
+        means = means_for(x.device, small_layer)
+        d_out = grad if w_rp is None and means.kernels is None else grad.clone()
         first = ctx.place.first + ctx.low * ctx.place.stride
         boundaries = boundaries_on(x.device, settings, first, ctx.high - ctx.low, batch, ctx.place.stride)
         repair = ctx.repair or (None, None, None)
         arguments = (d_out, coefs, to_m, to_old, w_rec, w_rp, boundaries, *repair)
-        d_gates, d_out = _run(x.device, backward_steps, layout, *arguments)
+        d_gates, d_out = means.run(backward_steps, layout, *arguments)
         return _Lstm._gradients(ctx, d_gates, None if w_rp is None else d_out, (frames, batch, in_dim))
 
     @staticmethod
@@ -217,69 +214,8 @@ class _Lstm(torch.autograd.Function):
         return dx, dw, d_bias, d_peep, d_wrp, d_brp, None, None, None, None
 
 
-@dataclass(frozen=True)
-class Means:
-    """By what a loop over time is carried out on a device.
-
-    Attributes:
-        kernels: lstm_kernels.py; None: PyTorch's operations.
-        graphs: recordings; None: each launch is the host's.
-    """
-
-    kernels: ModuleType | None = None
-    graphs: Graphs | None = None
-
-
-_MEANS: dict[torch.device, Means] = {}
-_TRIALS = 4  # of graphs: a run, a recording, and two replays more
-
-
-def _run(device: torch.device, steps: Callable[..., Any], layout: Layout, *tensors: Tensor | None) -> Any:
-    """A loop over time."""
-    means = means_for(device)
-    if means.graphs is None:
-        return steps(layout, means.kernels, *tensors)
-    function = functools.partial(steps, layout, means.kernels)
-    return means.graphs((steps, layout, means.kernels), function, *tensors)
-
-
-def means_for(device: torch.device) -> Means:
-    """On a GPU kernels and graphs, where they give what PyTorch gives, which is tried at the first call."""
-    if device in _MEANS:
-        return _MEANS[device]
-    if device.type != "cuda":
-        return Means()
-    _MEANS[device] = Means()
-    wanted = _small_layer(device)
-    try:
-        from kaldi_mpi.models import lstm_kernels
-    except ImportError as error:
-        logger.warning("LSTM on %s by PyTorch's operations, several times slower: no Triton (%s)", device, error)
-    else:
-        _try(device, Means(lstm_kernels), wanted, lstm_kernels.ERRORS, "by PyTorch's operations, several times slower")
-    _try(device, Means(_MEANS[device].kernels, Graphs(CudaRecorder())), wanted, (RuntimeError,), "launch by launch")
-    return _MEANS[device]
-
-
-def _try(
-    device: torch.device, means: Means, wanted: list[Tensor], errors: tuple[type[Exception], ...], without: str
-) -> None:
-    """Use `means` from now on, if a small layer then gives what is wanted, each time."""
-    before, _MEANS[device] = _MEANS[device], means
-    try:
-        for _ in range(_TRIALS):
-            for found, right in zip(_small_layer(device), wanted, strict=True):
-                if not torch.allclose(found, right, rtol=1e-4, atol=1e-4):
-                    raise RuntimeError(f"results differ by {(found - right).abs().max().item():g}")
-    except errors as error:
-        _MEANS[device] = before
-        cause = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
-        what = "CUDA graphs" if means.graphs is not None else "Triton's kernels"
-        logger.warning("LSTM on %s %s: %s cannot be used: %s", device, without, what, cause)
-
-
-def _small_layer(device: torch.device) -> list[Tensor]:
-    """Output and gradients of a small layer."""
+def small_layer(device: torch.device) -> list[Tensor]:
+    """Output and gradients of a small layer: what means are tried on."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(6, 5, 7), (48, 7 + 8), (48,), (3, 12), (8, 12), (8,)]
     x, w_all, bias, peepholes, w_rp, b_rp = (

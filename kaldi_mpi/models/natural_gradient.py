@@ -30,7 +30,8 @@ _FIRST_CALLS = 10  # in which each call updates
 _FIRST_ESTIMATES = 3  # repetitions on the first rows
 _LARGEST_INVERSE = 100.0
 # Of a norm that is computed as a difference: below this share of what it is the difference of, it is rounding.
-_LEAST_DIFFERENCE = 1.0e-3
+_LEAST_DIFFERENCE = 1.0e-2
+_FEW = 24  # up to so many columns a product is made faster as its transpose
 
 Matrix = NDArray[np.float64]
 Parts = tuple[Tensor, ...]  # columns side by side
@@ -55,36 +56,29 @@ class _Moments:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """Preconditioned rows: [x ones] - hidden w, times `factor`.
+    """Preconditioned rows X - X W'W, or X where it is cheaper to take W'W off a product with them.
 
     Attributes:
-        x: columns side by side, (N, D1), (N, D2) and so on; where `formed`, hidden w has been subtracted from them.
-        hidden, w: (N, R) and (R, D) with D = D1 + D2 + ..., a column more for the ones; None: nothing to subtract.
-        ones: whether there is a column of ones.
-        factor: 0-dim.
+        x: columns side by side, (N, D1), (N, D2) and so on.
+        last: a further column, (N,): what was ones; None: there is none.
+        w: (R, D), D being the number of all columns; None: W'W has been taken off.
+        factor: 0-dim; what gives the rows their norm back is still to be multiplied by.
     """
 
-    x: tuple[Tensor, ...]
-    hidden: Tensor | None
+    x: Parts
+    last: Tensor | None
     w: Tensor | None
-    ones: bool
     factor: Tensor
-    formed: bool = True
 
-    def products(self, left: Tensor) -> tuple[Tensor, Tensor | None]:
-        """left' times the rows without the factor, (L, D) and, for the ones, (L,); `left` is (N, L)."""
-        of_ones = left.sum(0) if self.ones else None
-        of_x = left.new_empty(left.shape[1], sum(part.shape[1] for part in self.x))
-        for part, columns in zip(self.x, of_x.split([part.shape[1] for part in self.x], dim=1), strict=True):
+    def product(self, left: Tensor) -> Tensor:
+        """left' X, (L, D), as x and `last` are; `left` is (N, L)."""
+        dims = [part.shape[1] for part in self.x]
+        product = left.new_empty(left.shape[1], sum(dims) + int(self.last is not None))
+        for part, columns in zip(self.x, product[:, : sum(dims)].split(dims, dim=1), strict=True):
             torch.mm(left.t(), part, out=columns)
-        if self.hidden is None or self.w is None or (self.formed and of_ones is None):
-            return of_x, of_ones
-        if self.formed:
-            assert of_ones is not None
-            return of_x, of_ones.sub_(left.t() @ (self.hidden @ self.w[:, -1]))
-        small = left.t() @ self.hidden
-        of_x.addmm_(small, self.w[:, : of_x.shape[1]], alpha=-1)
-        return of_x, None if of_ones is None else of_ones.sub_(small @ self.w[:, -1])
+        if self.last is not None:
+            torch.mv(left.t(), self.last, out=product[:, -1])
+        return product
 
 
 class NaturalGradient:
@@ -136,19 +130,20 @@ class NaturalGradient:
 
     @torch.no_grad()
     def split(self, rows: Sequence[Tensor], ones: bool = False, against: int | None = None) -> SplitRows:
-        """The preconditioned rows, as two terms where that saves work.
+        """The preconditioned rows, or what they can be made of later, where that saves work.
 
         Args:
             rows: float32, columns side by side: (N, D1), (N, D2) and so on.
             ones: whether a further column of ones belongs to them, which nobody need write.
-            against: columns of the matrix by which all rows will be multiplied; None: the rows themselves are wanted.
+            against: columns of the matrix whose transpose all rows will be multiplied by, after which `w` can be taken
+                off; None: the preconditioned rows themselves are wanted.
         """
         rows = tuple(rows)
         one = rows[0].new_ones(())
         dim = sum(part.shape[1] for part in rows)
         columns = dim + int(ones)
         if columns == 1 or not len(rows[0]):
-            return SplitRows(rows, None, None, ones, one)
+            return SplitRows(rows, one.expand(len(rows[0])) if ones else None, None, one)
         if self.w is None or self.w.shape[1] != columns:
             self._begin(rows, ones)
         assert self.w is not None
@@ -161,50 +156,61 @@ class NaturalGradient:
             self._pending = None
             w = self.w
         hidden, before = self._hidden(rows, ones), _square(rows, ones)
-        apart = self._apart(rows, hidden, before, against)
-        if apart is None:
+        worth = self._worth_taking_off_later(hidden, dim, against)
+        l = hidden.t() @ hidden if update or worth else None  # noqa: E741 - the paper's name
+        after = self._square_without_rows(before, l) if worth and l is not None else None
+        last = one.expand(len(hidden)) if ones else None
+        if after is not None:
+            split_off, x = w, rows
+        else:
+            split_off = None
             x = tuple(torch.addmm(part, hidden, of, alpha=-1) for part, of in zip(rows, _columns(w, rows), strict=True))
             after = _square(x, False)
-            if ones:
-                after = after + (1.0 - hidden @ w[:, -1]).square().sum()
-        else:
-            x, after = rows, apart
-        if update:
-            moments = self._moments(rows, hidden, before, ones)
+            if last is not None:
+                last = last - hidden @ w[:, -1]
+                after = after + last.square().sum()
+        if update and l is not None:
+            moments = self._moments(rows, hidden, l, before, ones)
             if moments.ready is None or self.calls <= _FIRST_CALLS:
                 self._finish(moments)
             else:
                 self._pending = moments
         self.calls += 1
         factor = torch.where(before > 0, (before / after).sqrt(), one)
-        return SplitRows(x, hidden, w, ones, factor, apart is None)
+        return SplitRows(x, last, split_off, factor)
 
-    def _apart(self, rows: Parts, hidden: Tensor, before: Tensor, against: int | None) -> Tensor | None:
-        """The sum of squares of the preconditioned rows, 0-dim, without them; None: they shall be computed.
+    def _worth_taking_off_later(self, hidden: Tensor, dim: int, against: int | None) -> bool:
+        """Whether two products of W with a matrix of `against` x `dim`, and H'H, are less work than H W.
 
-        |X - H W|^2 = |X|^2 - 2 |H|^2 + <H'H, WW'>, as H = X W'. On a GPU products cost little, and whether the
-        difference can be trusted would have to be waited for.
+        On a GPU products cost little, and whether the sum of squares can be trusted would have to be waited for.
         """
-        assert self.w is not None
-        (count, rank), dim = hidden.shape, sum(part.shape[1] for part in rows)
         if against is None or hidden.device.type != "cpu":
-            return None
-        if count * dim <= (count + dim) * against + count * rank:
-            return None
+            return False
+        count, rank = hidden.shape
+        return count * dim > 2 * against * dim + count * rank
+
+    def _square_without_rows(self, before: Tensor, l: Tensor) -> Tensor | None:  # noqa: E741
+        """|X - H W|^2 = |X|^2 - 2 |H|^2 + <H'H, WW'>, as H = X W', 0-dim; None: it would be mere rounding."""
+        assert self.w is not None
         if self._gram is None:
             self._gram = (self.w @ self.w.t()).double()
-        l = (hidden.t() @ hidden).double()  # noqa: E741
-        after = before.double() - 2.0 * l.trace() + (l * self._gram).sum()
-        return after.to(hidden.dtype) if after > _LEAST_DIFFERENCE * before else None
+        exact = l.double()
+        after = before.double() - 2.0 * exact.trace() + (exact * self._gram).sum()
+        return after.to(l.dtype) if after > _LEAST_DIFFERENCE * before else None
 
     def _hidden(self, rows: Parts, ones: bool) -> Tensor:
         """[rows ones] w', (N, R)."""
         assert self.w is not None
         (first, *parts), (of_first, *of_parts) = rows, _columns(self.w, rows)
-        hidden = torch.addmm(self.w[:, -1], first, of_first.t()) if ones else first @ of_first.t()
+        if len(self.w) > _FEW:
+            hidden = torch.addmm(self.w[:, -1], first, of_first.t()) if ones else first @ of_first.t()
+            for part, of in zip(parts, of_parts, strict=True):
+                hidden.addmm_(part, of.t())
+            return hidden
+        transposed = torch.addmm(self.w[:, -1:], of_first, first.t()) if ones else of_first @ first.t()
         for part, of in zip(parts, of_parts, strict=True):
-            hidden.addmm_(part, of.t())
-        return hidden
+            transposed.addmm_(of, part.t())
+        return transposed.t()
 
     def _begin(self, rows: Parts, ones: bool) -> None:
         """Start from a fixed set of directions, and estimate a few times on the first rows."""
@@ -220,12 +226,20 @@ class NaturalGradient:
         start /= math.sqrt(2.0 + self.alpha * (dim + rank) / dim)
         self.w = start.to(rows[0])
         for _ in range(1 if count <= rank else _FIRST_ESTIMATES):
-            self._finish(self._moments(rows, self._hidden(rows, ones), _square(rows, ones), ones))
+            hidden = self._hidden(rows, ones)
+            self._finish(self._moments(rows, hidden, hidden.t() @ hidden, _square(rows, ones), ones))
 
-    def _moments(self, rows: Parts, hidden: Tensor, trace: Tensor, ones: bool) -> _Moments:
+    def _moments(
+        self,
+        rows: Parts,
+        hidden: Tensor,
+        l: Tensor,  # noqa: E741
+        trace: Tensor,
+        ones: bool,
+    ) -> _Moments:
         of_ones = [hidden.sum(0).unsqueeze(1)] if ones else []
         j = torch.cat([*(hidden.t() @ part for part in rows), *of_ones], dim=1)
-        parts = [j @ j.t(), hidden.t() @ hidden, trace]
+        parts = [j @ j.t(), l, trace]
         packed = torch.cat([part.reshape(-1) for part in parts])
         if packed.device.type == "cpu":
             return _Moments(packed, j, len(hidden))

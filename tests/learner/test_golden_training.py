@@ -28,8 +28,9 @@ CASES = {
     "orthonormal": ("m0",),
 }
 # Largest errors seen over the recorded spread: 2.0 (orthonormal, a spread of 4e-8), 1.6 (repair, first minibatch).
-# Rounding alone makes them; the spread is that of four BLAS kernels, not a bound on all there are.
-STRICT, AT_16 = 2.5, 10.0
+# Rounding alone makes them; the spread is that of four BLAS kernels, not a bound on all there are. Of two nets the
+# golden files' own README says that they are ill-conditioned, and that its program is within 5 (seen: 2.8, on an AMD).
+STRICT, ILL_CONDITIONED, AT_16 = 2.5, 5.0, 10.0
 TRAINED = ("LinearParams", "BiasParams", "Params", "Scales", "Offsets")
 
 
@@ -42,7 +43,8 @@ def test_parameters_are_kaldis(tmp_path: Path, net: str, name: str) -> None:
             continue
         ours = parameters(model)
         theirs = arrays(read_nnet(golden(f"{FOLDER}/{net}/{minibatches}.{name}.raw")))
-        bound = (AT_16 if minibatches == 16 else STRICT) * spread[str(minibatches)]["parameters"]
+        times = AT_16 if minibatches == 16 else ILL_CONDITIONED if net in ("lstm_peephole", "conv_default") else STRICT
+        bound = times * spread[str(minibatches)]["parameters"]
         for key, value in theirs.items():
             if key[1] in TRAINED and value.size:
                 assert relative_error(ours[key], value) <= bound, (key, minibatches)

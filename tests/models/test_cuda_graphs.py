@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models import lstm as lstm_module
+from kaldi_mpi.models import lstm_device
 from kaldi_mpi.models.cuda_graphs import Graphs, Tensors
-from kaldi_mpi.models.lstm import Means, lstm, means_for
+from kaldi_mpi.models.lstm import lstm, small_layer
 from kaldi_mpi.models.lstm_backward import LstmSettings
+from kaldi_mpi.models.lstm_device import Means, means_for, try_means
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def test_replays_give_what_runs_give(projection: bool, masked: bool, monkeypatch
     inputs = [(seed, frames) for seed in range(4) for frames in (7, 4)]
     wanted = [layer(seed, frames, projection, masked) for seed, frames in inputs]
     recorder = Rerun()
-    monkeypatch.setitem(lstm_module._MEANS, CPU, Means(graphs=Graphs(recorder)))
+    monkeypatch.setitem(lstm_device._MEANS, CPU, Means(graphs=Graphs(recorder)))
     found = [layer(seed, frames, projection, masked) for seed, frames in inputs]
     # All are looked at after the last replay: none may have been written to by a later one.
     for ours, right in zip(found, wanted, strict=True):
@@ -103,13 +104,13 @@ def test_where_graphs_cannot_be_used_it_is_said(
         def record(self, run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setitem(lstm_module._MEANS, CPU, Means())
-    wanted = lstm_module._small_layer(CPU)
-    lstm_module._try(CPU, Means(graphs=Graphs(Unable())), wanted, (RuntimeError,), "launch by launch")
-    assert means_for(CPU) == Means()
+    monkeypatch.setitem(lstm_device._MEANS, CPU, Means())
+    wanted = small_layer(CPU)
+    try_means(CPU, Means(graphs=Graphs(Unable())), small_layer, wanted, (RuntimeError,), "launch by launch")
+    assert means_for(CPU, small_layer) == Means()
     assert [record.getMessage() for record in caplog.records] == [
         "LSTM on cpu launch by launch: CUDA graphs cannot be used: operation not permitted when stream is capturing"
     ]
     graphs = Graphs(Rerun())
-    lstm_module._try(CPU, Means(graphs=graphs), wanted, (RuntimeError,), "launch by launch")
-    assert means_for(CPU).graphs is graphs
+    try_means(CPU, Means(graphs=graphs), small_layer, wanted, (RuntimeError,), "launch by launch")
+    assert means_for(CPU, small_layer).graphs is graphs

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kaldi_mpi.models import lstm as lstm_module
-from kaldi_mpi.models.lstm import Means, lstm, means_for
+from kaldi_mpi.models import lstm_device
+from kaldi_mpi.models.lstm import lstm, small_layer
 from kaldi_mpi.models.lstm_backward import LstmSettings
+from kaldi_mpi.models.lstm_device import Means, means_for, try_means
 
 CPU = torch.device("cpu")
 CELL, IN = 6, 4
@@ -79,7 +80,7 @@ def test_kernels_give_what_pytorch_gives(
 ) -> None:  # fmt: skip
     settings = LstmSettings(delay, 0.9, limits[0], limits[1], zeroing_interval=3)
     wanted = results(settings, projection, masked, repaired, low)
-    monkeypatch.setitem(lstm_module._MEANS, CPU, Means(kernels))
+    monkeypatch.setitem(lstm_device._MEANS, CPU, Means(kernels))
     for ours, theirs in zip(results(settings, projection, masked, repaired, low), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -87,18 +88,18 @@ def test_kernels_give_what_pytorch_gives(
 def tried(kernels: ModuleType, caplog: pytest.LogCaptureFixture) -> str:
     """What is said of the kernels as they are; they are used if nothing is."""
     caplog.clear()
-    wanted = lstm_module._small_layer(CPU)
-    lstm_module._try(CPU, Means(kernels), wanted, kernels.ERRORS, "by PyTorch's operations")
+    wanted = small_layer(CPU)
+    try_means(CPU, Means(kernels), small_layer, wanted, kernels.ERRORS, "by PyTorch's operations")
     said = [record.getMessage() for record in caplog.records]
-    assert means_for(CPU) == (Means() if said else Means(kernels))
-    lstm_module._MEANS[CPU] = Means()
+    assert means_for(CPU, small_layer) == (Means() if said else Means(kernels))
+    lstm_device._MEANS[CPU] = Means()
     return "".join(said)
 
 
 def test_a_trial_finds_what_is_wrong(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(lstm_module._MEANS, CPU, Means())
+    monkeypatch.setitem(lstm_device._MEANS, CPU, Means())
     assert tried(kernels, caplog) == ""
 
     def limited_wrongly(*arguments: Any) -> Tensor:
@@ -118,4 +119,4 @@ def test_a_trial_finds_what_is_wrong(
 
 
 def test_a_cpu_has_none_of_its_own() -> None:
-    assert means_for(CPU) == Means()
+    assert means_for(CPU, small_layer) == Means()

@@ -60,17 +60,15 @@ class Rows:
         derivative = torch.cat([d for _, d in calls]) if len(calls) > 1 else calls[0][1]
         rows = self.input.split(x, ones=bias is not None, against=derivative.shape[1])
         derivatives = self.output.split([derivative], against=linear.shape[1])
-        of_linear, of_bias = rows.products(derivatives.x[0])
-        if not derivatives.formed:
-            assert derivatives.hidden is not None and derivatives.w is not None
-            of_hidden, of_hidden_bias = rows.products(derivatives.hidden)
-            of_linear.addmm_(derivatives.w.t(), of_hidden, alpha=-1)
-            if of_bias is not None and of_hidden_bias is not None:
-                of_bias.addmv_(derivatives.w.t(), of_hidden_bias, alpha=-1)
+        gradient = rows.product(derivatives.x[0])
+        if rows.w is not None:
+            gradient.addmm_(gradient @ rows.w.t(), rows.w, alpha=-1)
+        if derivatives.w is not None:
+            gradient.addmm_(derivatives.w.t(), derivatives.w @ gradient, alpha=-1)
         factor = rows.factor * derivatives.factor
-        linear.addcmul_(of_linear, factor)
-        if bias is not None and of_bias is not None:
-            bias.addcmul_(of_bias, factor)
+        linear.addcmul_(gradient[:, : linear.shape[1]], factor)
+        if bias is not None:
+            bias.addcmul_(gradient[:, -1], factor)
 
     def freeze(self, freeze: bool) -> None:
         self.input.frozen = self.output.frozen = freeze
