@@ -358,7 +358,8 @@ def main() -> int:
     options = parse(sys.argv[1:])
     if NUM_LEARNERS_ENV not in os.environ:
         return launch([sys.executable, "-m", "mpi4py", __file__, *sys.argv[1:]], options.ranks)
-    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+    from kaldi_mpi.processes import die_with_parent
+    from kaldi_mpi.transport.mpi import MpiWorld
 
     die_with_parent()
     world = MpiWorld()

@@ -236,7 +236,8 @@ def main() -> int:
             np.save(corpus.folder / "num_frames.npy", corpus.num_frames)
             command = [sys.executable, "-m", "mpi4py", __file__, *sys.argv[1:], "--folder", folder]
             return launch(command, options.ranks)
-    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+    from kaldi_mpi.processes import die_with_parent
+    from kaldi_mpi.transport.mpi import MpiWorld
 
     die_with_parent()
     world = MpiWorld()

@@ -12,6 +12,9 @@ off the terminal where a learner has said why.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import math
 import os
 import re
 import shlex
@@ -29,13 +32,16 @@ from typing import IO, Any
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser
-from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, read_status
+from kaldi_mpi.processes import STOPPED, NotedSignals, StarterWatch, die_with_parent
+from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, ask_to_stop, read_status
 
 MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
 
 # A learner found dead while mpiexec still runs: how long mpiexec may take to end the others by itself.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.25
+# For learners that were asked to stop: Slurm's time between SIGTERM and SIGKILL.
+_STOP_SECONDS = 30.0
 
 # Open MPI on a machine with fewer cores than ranks, or in a container: run as root, share cores without
 # spinning on them, use shared memory and TCP (the UCX parts of the wheel warn, leak and spin). A user's own
@@ -142,39 +148,62 @@ def explain_failure(statuses: Sequence[Mapping[str, Any]], num_learners: int, go
     return ["mpiexec ended the run; see its messages above"]
 
 
-def launch(command: Sequence[str], num_learners: int, mpiexec: str | None = None, options: Sequence[str] = ()) -> int:
+def launch(
+    command: Sequence[str],
+    num_learners: int,
+    mpiexec: str | None = None,
+    options: Sequence[str] = (),
+    starter: Path | None = None,
+) -> int:
     """Run `command` in `num_learners` ranks until all end; returns the exit status.
 
-    It is 0 if all succeeded, 128 + the signal if SIGTERM or SIGINT ended the run, else 1. When a learner fails, dies or
-    is killed, all end, and the log names it.
+    It is 0 if all succeeded; `STOPPED` if learners that were asked to stop have left a checkpoint, which SIGTERM,
+    SIGUSR1, SIGINT and SIGHUP ask for; 128 + the signal if it ended the run without one; else 1. When a learner fails,
+    dies or is killed, all end, and the log names it.
 
     Args:
         command: the program of one rank and its arguments.
         num_learners: N, at least 1.
         mpiexec: see `find_mpiexec`.
         options: further options for mpiexec, such as ``--hostfile hosts``.
+        starter: file of the program that has started this one, which shall end with it; None: there is none.
 
     Raises:
         ConfigError: N below 1, or no mpiexec.
     """
     if num_learners < 1:
         raise ConfigError(f"--num-learners {num_learners}: at least 1 is needed")
-    program = find_mpiexec(mpiexec)
+    with StarterWatch(starter) as watch:
+        if why := watch.reason():
+            logger.error("not started: %s", why)
+            status = 1
+        else:
+            status = _launch(command, num_learners, find_mpiexec(mpiexec), options, watch)
+        watch.ended(status)
+        return status
+
+
+def _launch(
+    command: Sequence[str], num_learners: int, program: str, options: Sequence[str], starter: StarterWatch
+) -> int:
     vendor = mpi_vendor(program)
     # Beside the working directory, which multi-node runs share, when it is writable; else in /tmp.
     parent = "." if os.access(".", os.W_OK) else None
     status_dir = Path(tempfile.mkdtemp(prefix=".learners.", dir=parent)).absolute()
     try:
-        process = subprocess.Popen(
-            [*mpiexec_command(program, vendor, num_learners, options), *command],
-            env=learner_environment(vendor, num_learners, status_dir),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        with _Relay(process) as relay:
-            return _watch(process, status_dir, num_learners, relay)
+        with NotedSignals() as signals:
+            process = subprocess.Popen(
+                [*mpiexec_command(program, vendor, num_learners, options), *command],
+                env=learner_environment(vendor, num_learners, status_dir),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                # Should this process be killed, mpiexec ends its learners, and tidies up.
+                preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
+            )
+            with _Relay(process) as relay:
+                return _Watch(process, status_dir, num_learners, relay, signals, starter).run()
     finally:
         shutil.rmtree(status_dir, ignore_errors=True)
 
@@ -276,49 +305,93 @@ class _Relay:
         return {int(s["rank"]) for s in statuses if s["pid"] in said}
 
 
-def _watch(process: subprocess.Popen[bytes], status_dir: Path, num_learners: int, relay: _Relay) -> int:
-    asked_to_stop: list[int] = []
+class _Watch:
+    """The wait for mpiexec's end, and what brings it about.
 
-    def stop(number: int, _frame: object) -> None:
-        asked_to_stop.append(number)
-        process.terminate()
+    Args:
+        process: mpiexec.
+        status_dir: of the learners.
+        num_learners: N.
+        relay: of what mpiexec prints.
+        signals: that came to this process.
+        starter: what has started it.
+    """
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    gone: set[int] = set()
-    deadline: float | None = None
-    try:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        status_dir: Path,
+        num_learners: int,
+        relay: _Relay,
+        signals: NotedSignals,
+        starter: StarterWatch,
+    ) -> None:
+        self._process, self._status_dir, self._num_learners = process, status_dir, num_learners
+        self._relay, self._signals, self._starter = relay, signals, starter
+        self._gone: set[int] = set()  # ranks found dead
+        self._why = ""  # the run is to end, which nobody here has brought about
+        self._terminate_at: float | None = None  # where mpiexec is asked to end the learners
+        self._kill_at: float | None = None
+
+    def run(self) -> int:
+        """Until mpiexec has ended; returns the exit status."""
         while True:
             try:
-                status = process.wait(_POLL_SECONDS)
+                status = self._process.wait(_POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                statuses = read_status(status_dir)
-                if not gone:
-                    gone = {int(s["rank"]) for s in statuses if _is_gone(s)}
-                troubled = bool(gone or asked_to_stop or any(s["state"] == "failed" for s in statuses))
-                if troubled and deadline is None:
-                    deadline = time.monotonic() + _GRACE_SECONDS
-                elif deadline is not None and time.monotonic() > deadline:
-                    logger.warning("mpiexec has not ended the run by itself; killing what is left of it")
-                    os.killpg(process.pid, signal.SIGKILL)
-                    deadline = time.monotonic() + _GRACE_SECONDS
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    relay.finish()
-    if asked_to_stop:
-        logger.error("stopped by signal %s", signal.Signals(asked_to_stop[0]).name)
-        return 128 + asked_to_stop[0]
-    statuses = read_status(status_dir)
-    if not any(s["state"] == "failed" for s in statuses):
-        relay.release_banners()
-    if status == 0 and len(statuses) == num_learners and all(s["state"] == "finished" for s in statuses):
-        return 0
-    # mpiexec has often ended others, or everybody, before the next poll; then only its own words tell who went first.
-    named = relay.ranks_named(statuses)
-    for line in explain_failure(statuses, num_learners, (gone & named) or gone or named):
-        logger.error("%s", line)
-    return 1
+                self._look(time.monotonic())
+        self._relay.finish()
+        statuses = read_status(self._status_dir)
+        states = [s["state"] for s in statuses]
+        if len(statuses) == self._num_learners and set(states) == {"stopped"}:
+            logger.warning("stopped: %s; the same command goes on from the checkpoint", statuses[0]["message"])
+            return STOPPED
+        if self._why:
+            logger.error("stopped: %s", self._why)
+            return 128 + self._signals.came[0] if self._signals.came else 1
+        if "failed" not in states:
+            self._relay.release_banners()
+        if status == 0 and len(statuses) == self._num_learners and set(states) == {"finished"}:
+            return 0
+        # mpiexec has often ended others, or all, before the next poll; then only its own words tell who went first.
+        named = self._relay.ranks_named(statuses)
+        at_fault = (self._gone & named) or self._gone or named
+        for line in explain_failure(statuses, self._num_learners, at_fault):
+            logger.error("%s", line if at_fault or status >= 0 or "failed" in states else _killed(status))
+        return 1
+
+    def _look(self, now: float) -> None:
+        """What may have happened meanwhile."""
+        statuses = read_status(self._status_dir)
+        if not self._gone:
+            self._gone = {int(s["rank"]) for s in statuses if _is_gone(s)}
+        if not self._why:
+            self._why = f"signal {self._signals.name}" if self._signals.came else self._starter.reason()
+            if self._why:
+                # Learners that are not training yet would only take time.
+                able = len(statuses) == self._num_learners and all(s["stops"] for s in statuses)
+                if able:
+                    logger.warning("asked to stop: %s; learners write a checkpoint and end", self._why)
+                    ask_to_stop(self._status_dir, self._why)
+                self._terminate_at = now + (_STOP_SECONDS if able else 0.0)
+        elif len(self._signals.came) > 1 or (self._starter.reason() and self._starter.now):
+            self._terminate_at = min(now, self._terminate_at or now)
+        troubled = bool(self._gone) or any(s["state"] == "failed" for s in statuses)
+        if self._terminate_at is not None and now >= self._terminate_at:
+            self._process.terminate()
+            self._terminate_at, troubled = math.inf, True
+        if self._kill_at is None:
+            self._kill_at = now + _GRACE_SECONDS if troubled else None
+        elif now > self._kill_at:
+            logger.warning("mpiexec has not ended the run by itself; killing what is left of it")
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_at = now + _GRACE_SECONDS
+
+
+def _killed(status: int) -> str:
+    return f"mpiexec was killed by signal {-status} ({signal.Signals(-status).name})"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -331,9 +404,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-learners", "-n", type=int, default=1, help="N (default 1)")
     parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")
     parser.add_argument("--mpiexec-opts", default="", help="further options for mpiexec, one string")
+    parser.add_argument("--starter", type=Path, help="file of the program that has started this one: end with it")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of one rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command given")
-    return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts))
+    return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts), options.starter)

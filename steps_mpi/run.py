@@ -17,13 +17,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import FrameType
 
 NAME = "run.py"
+_POLL_SECONDS = 0.1
 
 
 class UsageError(Exception):
@@ -97,27 +97,38 @@ class Runner:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = threading.Event()
+        self._signals = 0  # that came; the handler does no more than count them, in whatever it has interrupted
+        self._stops = 0  # how many of them have been acted on
 
     def run(self) -> list[int]:
         """Run all jobs; returns the numbers of those that failed."""
         task = self._task
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & leave them
+                signal.signal(number, self._note)
         numbers = range(task.first, task.last + 1)
         with ThreadPoolExecutor(task.max_jobs) as pool:
-            results = list(pool.map(self._run_job, numbers))
-        return [number for number, good in zip(numbers, results, strict=True) if not good]
+            jobs = [pool.submit(self._run_job, number) for number in numbers]
+            while wait(jobs, timeout=_POLL_SECONDS).not_done:
+                while self._stops < self._signals:
+                    self._stop()
+        return [number for number, job in zip(numbers, jobs, strict=True) if not job.result()]
 
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        how = signal.SIGKILL if self._stopped.is_set() else signal.SIGTERM
-        self._stopped.set()
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._signals += 1
+
+    def _stopping(self) -> bool:
+        return self._stops > 0
+
+    def _stop(self) -> None:
+        how = signal.SIGKILL if self._stopping() else signal.SIGTERM
+        self._stops += 1
         for process in list(self._running):
             _signal_group(process, how)
 
     def _run_job(self, number: int) -> bool:
         command, log = self._task.of(self._task.command, number), self._task.of(self._task.log, number)
-        if self._stopped.is_set():
+        if self._stopping():
             return False
         os.makedirs(os.path.dirname(log) or ".", exist_ok=True)
         start = time.time()
@@ -132,7 +143,7 @@ class Runner:
                 start_new_session=True,
             )
             self._running.add(process)
-            if self._stopped.is_set():
+            if self._stopping():
                 _signal_group(process, signal.SIGTERM)
             status = process.wait()
             self._running.discard(process)

@@ -50,8 +50,10 @@ def synchronous_step(
     compute_gradients: Callable[[], None],
     frames: int,
     global_frames: int,
-) -> None:
+) -> bool:
     """One step of all learners, each of which calls this with its own minibatch.
+
+    Returns whether all have met in it: mixed gradients or parameters, or is this learner alone.
 
     Args:
         strategy: their rule.
@@ -71,6 +73,7 @@ def synchronous_step(
     due = Hook.MIX_PARAMETERS in hooks and strategy.count_step(frames, global_frames)
     if due and learner.mix_parameters(strategy.mix_parameters):
         learner.forget_momentum()
+    return due or Hook.COMBINE_GRADIENTS in hooks or strategy.world.size == 1
 
 
 def _in_main_memory(buffer: Any, rule: Callable[[Flat], None]) -> None:

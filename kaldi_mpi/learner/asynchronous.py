@@ -35,6 +35,7 @@ from kaldi_mpi.learner.schedule import Phase, Plan, TicketMap
 from kaldi_mpi.learner.server import command_server
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.learner.stopping import Stopping
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
 from kaldi_mpi.learner.validate import BackgroundValidation, IterationEnd, Validation, spread_of
 from kaldi_mpi.transport.gpu import takes_device_pointers
@@ -69,6 +70,7 @@ class AsynchronousPhase:
         log: of the training.
         validation: what rank 0 runs in the background.
         settings: how parameters travel.
+        stopping: whether the run is asked to.
         journal_dir: where exchanges are journaled; None: nowhere.
     """
 
@@ -82,12 +84,14 @@ class AsynchronousPhase:
         log: TrainingLog,
         validation: Validation,
         settings: Settings,
+        stopping: Stopping,
         journal_dir: Path | None,
     ) -> None:
         assert isinstance(phase.strategy, Asynchronous)
         self._phase, self._world, self._dataset, self._plan = phase, world, dataset, plan
         self._learner, self._log, self._validation, self._settings = learner, log, validation, settings
         self._strategy, self._peers, self._group = phase.strategy, phase.peers, phase.super_learner
+        self._stopping = stopping
         self._group_size = self._group.world.size if self._group is not None else 1
         self._leads = self._group is None or self._group.world.rank == 0
         self._journal_dir = journal_dir if self._leads else None
@@ -95,8 +99,11 @@ class AsynchronousPhase:
         self._change = torch.zeros_like(self._state.flat.values)
         self._iterations_begun: list[int] = []  # whose beginning has not been noticed in the learner's thread
 
-    def run(self) -> Generator[IterationEnd]:
-        """Train to the phase's end, after which all models are equal; yields where all learners have met."""
+    def run(self) -> Generator[IterationEnd | None]:
+        """Train to the phase's end, after which all models are equal.
+
+        Yields where all learners have met at an iteration's end, and None where they stop in the middle of one.
+        """
         self._learner.begin_phase(self._strategy.rate_factor, self._group)
         batches = self._dataset.batches(
             self._dataset.train,
@@ -119,9 +126,9 @@ class AsynchronousPhase:
                 if self._leads:
                     self._connect()
                 for first, end in self._segments():
-                    self._segment(first, end)
+                    step = self._segment(first, end)
                     try:
-                        yield from self._meet(end)
+                        yield from self._meet(step)
                     except GeneratorExit:  # all learners have met, and leave here
                         if self._leads:
                             self._disconnect()
@@ -174,8 +181,12 @@ class AsynchronousPhase:
                 yield first, step
                 first = step
 
-    def _segment(self, first: int, end: int) -> None:
-        """Take tickets until there are no more of this segment, then wait until all exchanges are over."""
+    def _segment(self, first: int, end: int) -> int:
+        """Take tickets until there are no more of this segment, then wait until all exchanges are over.
+
+        Returns the step that all have come to: `end`, or an earlier one where they are asked to stop.
+        """
+        self._span = first, end
         if self._leads:
             if self._server is not None:
                 self._open_segment(self._server, first, end)
@@ -194,6 +205,21 @@ class AsynchronousPhase:
             self._participant.settle()
             self._command_server("meet")
             self._peers.barrier()
+        step, self._stopping.why = self._world.broadcast((self._span[1], self._stopping.why))
+        if self._stopping.why:
+            self._begin_missed_iterations(step)
+        return int(step)
+
+    def _begin_missed_iterations(self, step: int) -> None:
+        """Those that began with a ticket of another learner while this one had none left."""
+        missed = self._iterations_begun
+        if self._group is not None:
+            missed = self._group.world.broadcast(missed)
+        for number in missed:
+            self._log.end_iteration(number - 1)
+            frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
+            self._learner.begin_iteration(number, frames, self._learner.saturation())
+        self._iterations_begun = []
 
     def _open_segment(self, server: TicketServer, first: int, end: int) -> None:
         """Have rank 0's communication thread hand out the segment's tickets, and begin iterations between them."""
@@ -240,7 +266,7 @@ class AsynchronousPhase:
         if self._leads:
             self._client.done(time.monotonic() - began)
 
-    def _meet(self, step: int) -> Iterator[IterationEnd]:
+    def _meet(self, step: int) -> Iterator[IterationEnd | None]:
         """All learners have come to `step` and nothing is under way: the mean of all models, and where they go on."""
         state, ends = self._state, step == self._phase.end_step
         if self._leads:
@@ -269,6 +295,8 @@ class AsynchronousPhase:
         self._log.show_progress(state.frames, last=step == self._plan.num_steps)
         if self._plan.ends_iteration(step):
             yield IterationEnd(mean, spread)
+        elif self._stopping.why:
+            yield None
 
     def _command_server(self, command: str) -> None:
         command_server(self._peers, self._phase.dedicated_server, command)
@@ -278,6 +306,13 @@ class AsynchronousPhase:
     def _on_ticket(self, ticket: int) -> None:
         if ticket in self._marks:
             self._snapshots.take(self._marks[ticket])
+        first, end = self._span
+        if not self._stopping.why and (why := self._stopping.look()):
+            # The first step after this ticket: those before it have all been handed out.
+            self._span = first, next(step for step in range(first + 1, end + 1) if self._map.ticket(step) > ticket)
+            self._stopping.why = why
+            assert self._server is not None
+            self._server.end_at(self._map.ticket(self._span[1]))
 
     def _begin_iteration(self, iteration: int) -> None:
         self._iterations_begun.append(iteration)

@@ -256,6 +256,18 @@ class TrainingLog:
     def _mean_objective(self) -> float:
         return float(self._objective) / max(1.0, float(self._objective_weight))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added up since the last iteration, for a checkpoint in the middle of one."""
+        return {
+            "objective": float(self._objective), "weight": float(self._objective_weight),
+            "summary": self.summary.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._objective = torch.tensor(state["objective"], dtype=torch.float64)
+        self._objective_weight = state["weight"]
+        self.summary.load_state_dict(state["summary"])
+
     def end_iteration(self, iteration: int) -> None:
         """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
         self._logs.train(iteration, self._rank, float(self._objective), round(float(self._objective_weight)))

@@ -34,6 +34,7 @@ class Network:
     Attributes:
         model: its transforms that no file has yet (``lda.mat``) are stand-ins until `estimate_transforms`.
         missing: these: (component, path).
+        transforms: the files of all that there are, or will be.
         scaled: components that take ``presoftmax_prior_scale.vec``; 1 until `scale_by_priors`.
 
     Args:
@@ -50,12 +51,14 @@ class Network:
     def __init__(self, xconfig: str, seed: int, world: World, input_model: str | None = None) -> None:
         self._source = xconfig if input_model is None else input_model
         self.missing: list[tuple[str, str]] = []
+        self.transforms: list[str] = []
         self.scaled: list[str] = []
         if input_model is not None:
             self.model: AcousticModel = to_torch(read_nnet(input_model))
             return
         config = read_config(xconfig) if xconfig.endswith(".config") else parse_xconfig(xconfig)
         self.missing = world.broadcast(missing_transforms(config))
+        self.transforms = sorted({path for _, path in transform_files(config)})
         transforms = {
             path: stand_in(config, component) if (component, path) in self.missing else read_matrix(path)
             for component, path in transform_files(config)

@@ -134,6 +134,7 @@ class TrainOptions:
     use_gpu: str
     binary: bool
     checkpoint_interval: int | None
+    checkpoints_kept: int
     resume: bool
     journal: bool
     faults: tuple[Fault, ...]
@@ -194,6 +195,8 @@ def _add_own(parser: Parser) -> None:
     add("--journal", type=boolean, default=True, help="write every exchange of asynchronous strategies to DIR/journal")
     add("--inject", dest="faults", type=_faults, default=(),
         help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")  # fmt: skip
+    add("--checkpoints-kept", type=count, default=2, help="checkpoints that are kept: should the newest be damaged, "
+        "the one before is taken (default 2)")  # fmt: skip
     add("--resume", type=boolean, default=True, help="go on from DIR's checkpoint, where there is one")
 
 

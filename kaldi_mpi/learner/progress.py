@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import TextIO
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser
+from kaldi_mpi.processes import NotedSignals
 
 _BAR_CELLS = 24
 _BAR_SECONDS = 0.5  # between two drawings of the bar, and two writings of the file
@@ -198,13 +198,17 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("no command given")
     with contextlib.suppress(FileNotFoundError):
         options.progress.unlink()
-    process = subprocess.Popen(command)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        follow(options.progress, lambda: process.poll() is None)
-    except KeyboardInterrupt:
-        process.terminate()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with NotedSignals() as signals:
+        process = subprocess.Popen(command)
+        passed_on = 0
+
+        def running() -> bool:
+            nonlocal passed_on
+            for number in signals.came[passed_on:]:
+                passed_on += 1
+                process.send_signal(number)
+            return process.poll() is None
+
+        follow(options.progress, running)
     status = process.wait()
     return status if status >= 0 else 128 - status

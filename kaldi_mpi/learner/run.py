@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
 from kaldi_mpi.learner import checkpoint, export, faults
 from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE, AlignmentCounts
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.combine import models_to_combine
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.finish import finish
@@ -29,6 +30,7 @@ from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
 from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
+from kaldi_mpi.learner.lock import run_lock
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
@@ -47,14 +49,16 @@ from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.stages import Stages, stages_to_do
 from kaldi_mpi.learner.state import TrainingState, copy_model
 from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.stopping import Stopping
 from kaldi_mpi.learner.synchronous import run_synchronous
 from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation
 from kaldi_mpi.loader import ChunkPlan
 from kaldi_mpi.log import logger
 from kaldi_mpi.models.chance import Chance
 from kaldi_mpi.models.passes import keep_memory
+from kaldi_mpi.processes import NotedSignals
 from kaldi_mpi.transport import gpu
-from kaldi_mpi.transport.status import TERMINAL_ENV
+from kaldi_mpi.transport.status import TERMINAL_ENV, Status
 from kaldi_mpi.transport.world import World
 
 _CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, by default
@@ -63,17 +67,19 @@ _CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, b
 def main(arguments: Sequence[str]) -> None:
     """``kaldi-mpi train``: be this rank until the training is done (a failure ends all ranks with status 1)."""
     # MPI starts with the import, and only here: everything else of the package works without it.
+    from kaldi_mpi.processes import die_with_parent
     from kaldi_mpi.transport.guard import guarded
-    from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+    from kaldi_mpi.transport.mpi import MpiWorld
 
     settle_process()
     die_with_parent()
     world = MpiWorld()
     console.set_up("kaldi-mpi-train", world.rank, logging.INFO if world.rank == 0 else logging.WARNING)
-    with guarded(world):
+    with guarded(world) as status:
         if world.rank == 0:
             logger.info("%s", " ".join(["kaldi-mpi train", *arguments]))
-        train(parse(arguments), world)
+        if why := train(parse(arguments), world, status):
+            status.write("stopped", why)
         world.close()
 
 
@@ -85,20 +91,32 @@ def settle_process() -> None:
     keep_memory()
 
 
-def train(options: TrainOptions, everyone: World) -> None:
+def train(options: TrainOptions, everyone: World, status: Status | None = None) -> str:
     """Train and, on rank 0, write the model directory.
 
     Every rank reads the same files and makes the same choices from the same seed, so nothing need be sent.
 
+    Args:
+        options: of the training.
+        everyone: all ranks.
+        status: what the launcher reads of this one; None: signals are none of the training's business.
+
+    Returns:
+        why it has stopped before its end, leaving a checkpoint; "": it is done.
+
     Raises:
         KaldiMpiError: anything the user can mend: options, data, disk.
     """
+    # What can be wrong is looked for before anything is read that takes long.
+    check_files(options.data, options.xconfig, options.input_model)
+    with run_lock(Path(options.dir)) if everyone.rank == 0 else contextlib.nullcontext():
+        return _train(options, everyone, status)
+
+
+def _train(options: TrainOptions, everyone: World, status: Status | None) -> str:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings, folder = options.settings, Path(options.dir)
-
-    # What can be wrong is looked for before anything is read that takes long.
-    check_files(options.data, options.xconfig, options.input_model)
     world = everyone
     if settings.dedicated_server:
         if everyone.size < 2:
@@ -106,8 +124,7 @@ def train(options: TrainOptions, everyone: World) -> None:
         serves = everyone.rank == everyone.size - 1
         world = everyone.split(int(serves))
         if serves:
-            serve(options, everyone)
-            return
+            return serve(options, everyone, status)
     check_super_learners(settings.super_learner_size, world.size)
     device = choose_device(options.use_gpu, world)
     transitions = None if options.raw else read_transition_model(Path(options.data.ali_dir) / "final.mdl")
@@ -184,11 +201,15 @@ def train(options: TrainOptions, everyone: World) -> None:
         by_class=options.compute_per_dim_accuracy,
     )  # fmt: skip
 
-    fingerprint = checkpoint.fingerprint(options, everyone.size)
-    saved = checkpoint.load(folder, fingerprint, everyone) if options.resume else None
-    if saved is not None and stages.begins_with(plan.iteration(saved["state"]["step"])):
+    facts = checkpoint.facts(options, everyone.size, network.transforms) if world.rank == 0 else None
+    checkpoints = Checkpoints(folder, everyone, facts, options.checkpoints_kept)
+    if not options.resume:
+        checkpoints.begin_anew()
+    saved = checkpoints.load()
+    goes_on = saved is not None and stages.begins_with(plan.iteration(saved["state"]["step"]))
+    if goes_on:
         state.load_state_dict(saved["state"])
-        log.summary.load_state_dict(saved["summary"])
+        log.load_state_dict(saved["log"])
     else:
         if not stages.initial:
             name = models.combined if stages.combined_before else stages.first_iteration
@@ -211,8 +232,8 @@ def train(options: TrainOptions, everyone: World) -> None:
 
     def save() -> None:
         command_server(everyone, settings.dedicated_server, "save", state.step)
-        parts = {"state": state.state_dict(), "summary": log.summary.state_dict()}
-        checkpoint.save(folder, fingerprint, everyone, state.step, parts)
+        parts = {"state": state.state_dict(), "log": log.state_dict(), "iteration": learner.state_dict()}
+        checkpoints.save(state.step, parts)
 
     # The training.
     model.train()
@@ -221,48 +242,74 @@ def train(options: TrainOptions, everyone: World) -> None:
     traffic = Traffic(world, phases)
     first_frames = state.frames
     last_step = plan.num_steps if plan.exit_step is None else plan.exit_step
-    if state.step < last_step:
+    if goes_on and not plan.ends_iteration(state.step):
+        learner.load_state_dict(saved["iteration"])
+    elif state.step < last_step:
         learner.begin_iteration(plan.iteration(state.step), state.frames)
-    for phase in phases:
-        if state.step >= min(phase.end_step, last_step):
-            continue
-        if len(phases) > 1 and world.rank == 0:
-            logger.info("from step %d: strategy %s", phase.first_step, phase.name)
-        asynchronous = phase.strategy.asynchronous
-        ends: Generator[IterationEnd]
-        if asynchronous:
-            journal_dir = folder / "journal" if options.journal else None
-            ends = AsynchronousPhase(phase, world, dataset, plan, learner, log, validation, settings, journal_dir).run()
-        else:
-            ends = run_synchronous(phase, world, dataset, chunks, plan, learner, log)
-        with contextlib.closing(ends):
-            for end in ends:
-                iteration = plan.iteration(state.step)
-                log.end_iteration(iteration - 1)
-                sum_statistics(model, world)
-                validation.run(iteration, end.mean, end.spread)
-                if plan.saves(state.step, asynchronous):
-                    save()
-                if state.step == last_step:
-                    break
-                learner.begin_iteration(iteration, state.frames)
+    with may_stop(status) as signals:
+        stopping = Stopping(world, signals)
+        for phase in phases:
+            if state.step >= min(phase.end_step, last_step) or stopping.why:
+                continue
+            if len(phases) > 1 and world.rank == 0:
+                logger.info("from step %d: strategy %s", phase.first_step, phase.name)
+            asynchronous = phase.strategy.asynchronous
+            ends: Generator[IterationEnd | None]
+            if asynchronous:
+                journal_dir = folder / "journal" if options.journal else None
+                ends = AsynchronousPhase(
+                    phase, world, dataset, plan, learner, log, validation, settings, stopping, journal_dir
+                ).run()
+            else:
+                ends = run_synchronous(phase, world, dataset, chunks, plan, learner, log, stopping)
+            with contextlib.closing(ends):
+                for end in ends:
+                    if end is not None:
+                        iteration = plan.iteration(state.step)
+                        log.end_iteration(iteration - 1)
+                        sum_statistics(model, world)
+                        validation.run(iteration, end.mean, end.spread)
+                    stops = bool(stopping.why) and state.step < last_step
+                    if stops or plan.saves(state.step, asynchronous):
+                        save()
+                    if stops or state.step == last_step:
+                        break
+                    learner.begin_iteration(plan.iteration(state.step), state.frames)
     traffic.report(log, state.frames - first_frames)
     if world.rank == 0:
         for line in state.optimiser.report():
             logger.info("%s", line)
-    command_server(everyone, settings.dedicated_server, "end")
+    stopped = stopping.why if state.step < last_step else ""
+    command_server(everyone, settings.dedicated_server, "end", stopped)
 
+    if stopped:
+        if world.rank == 0:
+            logger.warning("stopped at step %d of %d: %s", state.step, plan.num_steps, stopped)
+        return stopped
     if stages.exits:
         if world.rank == 0:
             logger.info(
                 "stopped before iteration %d (--exit-stage); the same command goes on from there", stages.end_iteration
             )
-        return
+        return ""
     finish(options, stages, validation, models, log)
     if world.rank == 0:
         log.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
-        checkpoint.remove(folder)
+        checkpoints.remove()
     world.barrier()
+    return ""
+
+
+@contextlib.contextmanager
+def may_stop(status: Status | None) -> Iterator[NotedSignals | None]:
+    """While the block runs, this learner notes signals, and the launcher knows that it stops when it is asked to."""
+    if status is None:
+        yield None
+        return
+    with NotedSignals() as signals:
+        status.write("running", "", stops=True)
+        yield signals
+        status.write("running", "")
 
 
 def begin_models(
@@ -293,15 +340,17 @@ def begin_models(
     return IterationModels(folder, what, plan.num_iterations, kept, interval, options.binary)
 
 
-def serve(options: TrainOptions, everyone: World) -> None:
-    """Be the rank that only keeps the centre, until the training's end."""
+def serve(options: TrainOptions, everyone: World, status: Status | None) -> str:
+    """Be the rank that only keeps the centre, until the training's end; returns what `train` does."""
     strategies = [
         make_strategy(spec.name, everyone, options.settings) if spec.name in CENTRES else None
         for spec in options.phases
     ]
-    fingerprint = checkpoint.fingerprint(options, everyone.size)
-    server = Server(everyone, strategies, options.settings, Path(options.dir), fingerprint, options.journal)
-    server.run(options.resume)
+    checkpoints = Checkpoints(Path(options.dir), everyone, None, options.checkpoints_kept)
+    server = Server(everyone, strategies, options.settings, Path(options.dir), checkpoints, options.journal)
+    if status is not None:
+        status.write("running", "", stops=True)
+    return server.run()
 
 
 def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tuple[Plan, int]:

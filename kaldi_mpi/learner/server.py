@@ -15,7 +15,7 @@ import torch
 from kaldi_mpi.averaging import Asynchronous, Participant, Settings, Strategy
 from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published_device import make_published
-from kaldi_mpi.learner import checkpoint
+from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.transport.world import World
 
@@ -34,7 +34,7 @@ class Server:
         strategies: of the training's phases; None: one without a centre.
         settings: of the strategies.
         folder: the training's directory.
-        fingerprint: of the training, as the learners have it.
+        checkpoints: of the training.
         journal: whether exchanges are journaled.
     """
 
@@ -44,22 +44,22 @@ class Server:
         strategies: Sequence[Strategy | None],
         settings: Settings,
         folder: Path,
-        fingerprint: str,
+        checkpoints: Checkpoints,
         journal: bool,
     ) -> None:
         self._everyone, self._strategies, self._settings = everyone, strategies, settings
-        self._folder, self._fingerprint, self._journal = folder, fingerprint, journal
+        self._folder, self._checkpoints, self._journal = folder, checkpoints, journal
 
-    def run(self, resume: bool) -> None:
-        """Serve until the training's end."""
-        if resume and (saved := checkpoint.load(self._folder, self._fingerprint, self._everyone)) is not None:
+    def run(self) -> str:
+        """Serve until the training's end; returns why it has been stopped before, or ""."""
+        if (saved := self._checkpoints.load()) is not None:
             for strategy, state in zip(self._strategies, saved["strategies"], strict=True):
                 if strategy is not None:
                     strategy.load_state_dict(state)
         while True:
             command, arguments = self._everyone.broadcast(None)
             if command == "end":
-                return
+                return str(arguments[0])
             if command == "save":
                 self._save(*arguments)
             else:
@@ -96,4 +96,4 @@ class Server:
 
     def _save(self, step: int) -> None:
         states = [strategy.state_dict() if strategy is not None else None for strategy in self._strategies]
-        checkpoint.save(self._folder, self._fingerprint, self._everyone, step, {"strategies": states})
+        self._checkpoints.save(step, {"strategies": states})

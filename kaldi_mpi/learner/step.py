@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,6 +129,19 @@ class LearnerStep:
                 logger.info("iteration %d: shrink: %.5f (saturation %.3f)", number, self._scale, saturation)
         for module in model.by_name.values():
             module.zero_statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs to the iteration, for a checkpoint in the middle of it."""
+        return {
+            "begun_at": self._begun_at, "effective": self._effective, "scale": self._scale,
+            "minibatches": self._minibatches,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begun_at, self._effective, self._scale = state["begun_at"], state["effective"], state["scale"]
+        self._minibatches = state["minibatches"]
+        if self.rate.by_iteration:
+            self._log.learning_rate = self._effective
 
     def _shrink(self) -> None:
         """All parameters times the scale, but not batch-norm's moments, which are of activations."""

@@ -10,6 +10,7 @@ from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.schedule import Phase, Plan
 from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.learner.stopping import Stopping
 from kaldi_mpi.learner.validate import IterationEnd, spread_of
 from kaldi_mpi.loader import ChunkPlan
 from kaldi_mpi.transport.world import World
@@ -23,10 +24,12 @@ def run_synchronous(
     plan: Plan,
     learner: LearnerStep,
     log: TrainingLog,
-) -> Generator[IterationEnd]:
+    stopping: Stopping,
+) -> Generator[IterationEnd | None]:
     """Train from the learner's present step to the phase's end, after which all models are equal.
 
-    Yields where an iteration ends, with the learner between two steps.
+    Yields where an iteration ends, with the learner between two steps; and None where the learners have agreed to stop
+    in the middle of one.
 
     Args:
         chunks: which chunks make up each step, of `dataset.train` and all learners.
@@ -44,7 +47,7 @@ def run_synchronous(
             batch = next(batches)
             learner.begin(batch, chunks.chunks_of_step(state.step))
             compute = functools.partial(learner.compute, batch)
-            synchronous_step(strategy, learner, compute, batch.frames, batch.global_frames)
+            met = synchronous_step(strategy, learner, compute, batch.frames, batch.global_frames)
             state.step += 1
             state.frames += batch.global_frames
             log.show_progress(state.frames, last=state.step == plan.num_steps)
@@ -53,7 +56,10 @@ def run_synchronous(
                 own = state.flat.to_numpy()
                 spread = spread_of(own, strategy.mean_model(own), world)
                 state.flat.mix(state.flat.values, strategy.finish)
+            stops = met and stopping.agree()
             if plan.ends_iteration(state.step):
                 own = state.flat.to_numpy()
                 mean = strategy.mean_model(own)
                 yield IterationEnd(mean, spread_of(own, mean, world) if spread is None else spread)
+            elif stops:
+                yield None

@@ -51,6 +51,11 @@ class TicketServer:
         for ask in early:
             self.asked(*ask)
 
+    def end_at(self, end: int) -> None:
+        """Have the segment end sooner, at a ticket that has not been handed out; on the communication thread."""
+        assert self._next <= end <= self._end
+        self._end = end
+
     def asked(self, source: int, segment: int, in_hand: int, step_us: int) -> None:
         """`source`, with `in_hand` tickets left to finish and steps of `step_us` (0: unknown), wants another."""
         if segment > self._segment:

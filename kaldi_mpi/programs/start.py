@@ -14,16 +14,18 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.learner import progress
 from kaldi_mpi.learner.options import TrainOptions, kaldi_names, make_parser, option_names, read
 from kaldi_mpi.learner.recipe_options import DNN, RAW_DNN, RAW_RNN, RNN
 from kaldi_mpi.options import Words
+from kaldi_mpi.processes import STOPPED
+from kaldi_mpi.programs.job import lines_of, run_job
 from kaldi_mpi.programs.link import steps_folder
 
 # How the learners are started: options that they themselves do not have.
@@ -34,7 +36,6 @@ _LAUNCH = {
     "mpiexec-opts": "more options for it, as in '--hostfile hosts'",
 }
 _LOCAL = ("run.pl", "run.py")  # launchers of jobs that run here
-_REASON_LINES = 5
 
 
 def rnn_main(arguments: Sequence[str]) -> int:
@@ -70,7 +71,7 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
         program: that of Kaldi's whose options there are; None: train_rnn.py's and train_dnn.py's.
 
     Returns:
-        0, or 1 where the training failed: the reason is then on standard error.
+        0; `STOPPED` where it was asked to stop and can go on; else it failed: the reason is on standard error.
 
     Raises:
         ConfigError: all that is wrong with the options, a line each; nothing has been started.
@@ -105,20 +106,34 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
     python = [sys.executable, "-m", "kaldi_mpi"]
     processes = learners + (1 if options.settings.dedicated_server else 0)
     how = [f"--{option}={launch[option]}" for option in ("mpiexec", "mpiexec-opts") if launch.get(option)]
-    job = [
-        *command, "--num-threads", str(learners), *_gpu_request(options, command, learners), str(log),
-        *(_for_shell(word) for word in [*python, "launch", "--num-learners", str(processes), *how]),
-        "--", *(_for_shell(word) for word in [*python, "train", *passed]),
-    ]  # fmt: skip
-    status = progress.main([str(folder / "progress.json"), "--", *job])
+
+    def job(starter: Path) -> list[str]:
+        return [
+            *command, "--num-threads", str(learners), *_gpu_request(options, command, learners), str(log),
+            *(_for_shell(word) for word in [*python, "launch", "--num-learners", str(processes), *how]),
+            _for_shell(f"--starter={starter}"), "--", *(_for_shell(word) for word in [*python, "train", *passed]),
+        ]  # fmt: skip
+
+    began = time.time()
+    status, said = run_job(name, folder, job, log)
+    if status == STOPPED:
+        print("\n".join(f"{name}: {line}" for line in said), file=sys.stderr)
+        return status
     if status != 0:
-        print(f"{name}: training failed; the reason, from {log}:", file=sys.stderr)
-        print("\n".join(reason(log)), file=sys.stderr)
-        return 1
-    for line in _final_lines(log):
+        print(f"{name}: training failed; the reason, from {log}:", *said, sep="\n", file=sys.stderr)
+        return status
+    for line in _lines_with("iteration final: Overall", log):
         print(line)
-    print(f"{name}: trained {folder / ('final.raw' if options.raw else 'final.mdl')} with {learners} learner(s)")
-    return 0
+    final = folder / ("final.raw" if options.raw else "final.mdl")
+    if final.exists() and final.stat().st_mtime >= int(began):
+        print(f"{name}: trained {final} with {learners} learner(s)")
+        return 0
+    left = _lines_with("stopped before iteration", log)
+    if options.exit_stage is not None and left:
+        print(f"{name}: {left[-1]}")
+        return 0
+    print(f"{name}: the job says that it has succeeded, but there is no new {final}; its log: {log}", file=sys.stderr)
+    return 1
 
 
 def job_command(cmd: str, program: str | None) -> tuple[list[str], str]:
@@ -183,30 +198,21 @@ def _missing(options: TrainOptions) -> list[str]:
 
 
 def _for_shell(word: str) -> str:
-    """Quoted where bash would take it for more than a word.
+    """As bash would write it, without white space where there is anything that bash would not take as it is.
 
-    run.pl and its like put quotes around what has a space, and hand on everything else as it is.
+    run.pl and its like hand on as it is what has no white space, and put double quotes around the rest, within which
+    bash would still run a $(command).
     """
-    return word if re.search(r"\s", word) else shlex.quote(word)
+    if re.fullmatch(r"[\w@%+=:,./ -]+", word):
+        return word
+    if not re.search(r"[\s'\\]", word):
+        return f"'{word}'"
+    return "$'" + re.sub(r"[\s'\\]", lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), word) + "'"
 
 
-def reason(log: Path) -> list[str]:
-    """The last lines of a log that say why a training failed."""
-    lines = _lines(log)
-    telling = [line for line in lines if re.match("(ERROR|WARNING) ", line) or "Error" in line]
-    return (telling or lines or ["(there is no log: the job was not started)"])[-_REASON_LINES:]
-
-
-def _final_lines(log: Path) -> list[str]:
-    found = (re.search("iteration final: Overall.*", line) for line in _lines(log))
-    return [match[0] for match in found if match][:2]
-
-
-def _lines(log: Path) -> list[str]:
-    try:
-        return log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+def _lines_with(words: str, log: Path) -> list[str]:
+    """The first two lines of the log with these words, from there on."""
+    return [line[line.index(words) :] for line in lines_of(log) if words in line][:2]
 
 
 def _explain(verb: str, program: str | None) -> None:

@@ -41,8 +41,10 @@ def end_run(world: World, error: BaseException, where: str = "") -> NoReturn:
 
 
 @contextlib.contextmanager
-def guarded(world: World) -> Iterator[None]:
+def guarded(world: World) -> Iterator[Status]:
     """Run the block of one learner; if it fails, log why, tell the launcher, and end all ranks.
+
+    The block gets what the launcher reads: a block that stops before it is done says so there.
 
     A `KaldiMpiError` is one line in the log; anything else comes with its traceback. Exceptions in other
     threads of the learner end the run too.
@@ -54,11 +56,12 @@ def guarded(world: World) -> Iterator[None]:
 
     threading.excepthook = fail_in_thread
     try:
-        yield
+        yield status
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
             end_run(world, leaving)
         raise
     except BaseException as error:  # noqa: BLE001 - logged, and ends the run
         end_run(world, error)
-    status.write("finished", "")
+    if status.state == "running":
+        status.write("finished", "")

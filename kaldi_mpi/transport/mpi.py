@@ -7,10 +7,8 @@ a world is no call of MPI's, and no call of MPI's ever blocks the thread.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
@@ -155,19 +153,3 @@ def is_cuda_aware() -> bool:
         return False
     query.restype = ctypes.c_int
     return query() == 1
-
-
-def die_with_parent() -> None:
-    """Have Linux kill this process when its parent (mpiexec's daemon) dies.
-
-    Without this, learners live on as orphans when mpiexec itself is killed with SIGKILL. On other systems
-    nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):  # a libc without prctl: the old behaviour stays
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)

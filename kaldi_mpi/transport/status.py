@@ -15,6 +15,8 @@ NUM_LEARNERS_ENV = "KALDI_MPI_NUM_LEARNERS"
 STATUS_DIR_ENV = "KALDI_MPI_STATUS_DIR"
 TERMINAL_ENV = "KALDI_MPI_TERMINAL"
 
+_STOP = "stop"  # the file, beside the status files, by which learners are asked to
+
 
 def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
     """Stop a learner that is meant to be one of several and finds itself alone.
@@ -72,7 +74,10 @@ def _started(environment: Mapping[str, str]) -> tuple[str, int | None] | None:
 class Status:
     """This learner's status file: what the launcher reads when the run ends badly.
 
-    Without a launcher (no status directory in the environment) it does nothing.
+    Without a launcher (no status directory in the environment) there is none.
+
+    Attributes:
+        state: that was written last.
     """
 
     def __init__(self, rank: int) -> None:
@@ -81,8 +86,15 @@ class Status:
         self._rank = rank
         self.write("running", "")
 
-    def write(self, state: str, message: str) -> None:
-        """Replace the file: `state` is running, finished or failed; `message` the last words."""
+    def write(self, state: str, message: str, stops: bool = False) -> None:
+        """Replace the file.
+
+        Args:
+            state: running, stopped (after a checkpoint, as it was asked to), finished or failed.
+            message: the last words.
+            stops: whether it would stop if it was asked to.
+        """
+        self.state = state
         if self._path is None:
             return
         with atomic_write(self._path, "w", sync=False) as stream:
@@ -93,9 +105,25 @@ class Status:
                     "host": os.uname().nodename,
                     "state": state,
                     "message": message,
+                    "stops": stops,
                 },
                 stream,
             )
+
+
+def ask_to_stop(folder: Path, why: str) -> None:
+    """Ask all learners to write a checkpoint and end."""
+    with atomic_write(folder / _STOP, "w", sync=False) as stream:
+        stream.write(why)
+
+
+def asked_to_stop() -> str:
+    """Why this learner's run is to stop; "": it is not, or nobody could ask."""
+    folder = os.environ.get(STATUS_DIR_ENV)
+    try:
+        return Path(folder, _STOP).read_text(encoding="utf-8") if folder else ""
+    except FileNotFoundError:
+        return ""
 
 
 def say_abort(rank: int, status: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kaldi_mpi.processes import STOPPED
 from tests.toy import Toy, environment, launch_command, make_toy, train
 
 
@@ -86,7 +87,8 @@ def test_terminating_the_launcher_ends_all_learners(toy: Toy) -> None:
     pids = [pid_of(folder, rank) for rank in range(2)]
     process.terminate()
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by signal SIGTERM" in said
+    assert process.returncode == STOPPED and (folder / "checkpoint" / "current.json").exists(), said
+    assert "stopped: signal SIGTERM; the same command goes on from the checkpoint" in said
     deadline = time.monotonic() + 10
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline

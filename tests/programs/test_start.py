@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner.options import read
 from kaldi_mpi.programs import start
-from tests.paths import REPO
+from tests.paths import REPO, kaldi_root
 from tests.toy import environment, make_toy
 
 PROGRAMS = REPO / "steps_mpi" / "nnet3"
@@ -39,7 +40,7 @@ def fake(tmp_path: Path, program: str, *words: str) -> list[str]:
     cmd.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/said\n')
     cmd.chmod(0o755)
     done = call(tmp_path, program, "--feat-dir=data", "--dir", "exp", *words)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "there is no new exp/final.mdl" in done.stderr, done.stderr
     return (tmp_path / "said").read_text().splitlines()
 
 
@@ -55,11 +56,32 @@ def test_the_job_that_is_run(tmp_path: Path) -> None:
     assert words[launch : launch + 4] == ["launch", "--num-learners", "4", "--mpiexec-opts=--hostfile hosts"]
     # run.pl hands words without spaces to bash as they are: a pattern must not become file names.
     assert words[words.index("train") :] == [
-        "train", "--program=rnn", "--feat-dir=data", "--dir=exp", f"--cmd={tmp_path}/queue.pl --mem '4 G'",
+        "train", "--program=rnn", "--feat-dir=data", "--dir=exp",
+        f"$'--cmd={tmp_path}/queue.pl\\x20--mem\\x20\\x274\\x20G\\x27'",
         "--ali-dir=ali", "--stage=-10", "'--trainer.dropout-schedule=a*=0,0.1,0'",
         "--feat.cmvn-opts=--norm-means=false --norm-vars=false", "--use-gpu=wait", "--lang=", "--strategy=easgd",
         "--dedicated-server=true",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "launcher", [str(RUN), pytest.param("egs/wsj/s5/utils/parallel/run.pl", marks=pytest.mark.kaldi)]
+)
+def test_words_reach_the_job_as_they_are(tmp_path: Path, launcher: str) -> None:
+    """Nothing in an option is run by the shell that runs the job, with a space beside it or without."""
+    words = [
+        "--dir=exp/$(touch hit)", "exp/`touch hit`", "a b $(touch hit)", "a;touch hit", "a&b", "*", "~", "it's", 'q"q',
+        "back\\slash", "$HOME", "a b\"c $HOME", "tab\there", "za\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105", "!x",
+        "#", "(", "--egs.opts=--frames 8 'x y'",
+    ]  # fmt: skip
+    show = tmp_path / "show.py"
+    show.write_text("import json, sys\njson.dump(sys.argv[1:], open('said', 'w'))\n")
+    program = launcher if launcher == str(RUN) else str(kaldi_root() / launcher)
+    job = [program, "log", sys.executable, str(show), *(start._for_shell(word) for word in words)]
+    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "said").read_text()) == words
+    assert not (tmp_path / "hit").exists()
 
 
 def test_how_many_learners(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +149,19 @@ def test_a_training_and_the_reason_of_a_failure(tmp_path: Path) -> None:
     log = (folder / "log" / "train.log").read_text()
     assert log.count("--egs.opts --frames-overlap-per-eg 0 is ignored: chunks do not overlap\n") == 1
     assert log.count("jobs from 2 to 8: ") == 1
+
+    stopped = call(
+        tmp_path,
+        "train_rnn.py",
+        *words,
+        *more,
+        "--trainer.num-epochs=40",
+        "--trainer.samples-per-iter=60",
+        "--exit-stage=1",
+    )
+    assert stopped.returncode == 0 and stopped.stdout.splitlines()[-1] == (
+        "train_rnn.py: stopped before iteration 1 (--exit-stage); the same command goes on from there"
+    )
 
     shutil.rmtree(toy.ali_dir)
     done = call(tmp_path, "train_rnn.py", *words, *more)

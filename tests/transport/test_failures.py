@@ -20,7 +20,8 @@ import numpy as np
 from kaldi_mpi.errors import DataError
 from kaldi_mpi import log
 from kaldi_mpi.transport.guard import guarded
-from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+from kaldi_mpi.processes import die_with_parent
+from kaldi_mpi.transport.mpi import MpiWorld
 die_with_parent()
 world = MpiWorld()
 log.set_up("learner", world.rank)

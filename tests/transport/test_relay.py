@@ -83,7 +83,8 @@ import os, sys
 from kaldi_mpi import log
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.transport.guard import guarded
-from kaldi_mpi.transport.mpi import MpiWorld, die_with_parent
+from kaldi_mpi.processes import die_with_parent
+from kaldi_mpi.transport.mpi import MpiWorld
 die_with_parent()
 world = MpiWorld()
 log.set_up("learner", world.rank)

@@ -1,0 +1,207 @@
+"""Checkpoints that are damaged, of another training, or in use: what is taken instead, or the line that is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.files import atomic_write
+from kaldi_mpi.learner.checkpoint import Checkpoints
+from kaldi_mpi.learner.lock import run_lock
+from kaldi_mpi.testing.threads import run_world
+from kaldi_mpi.transport.world import World
+from tests.toy import environment, launch_command, make_toy, train
+
+FACTS = {"--seed": "1", "the features": "abc", "the number of learners": "2"}
+
+
+def state(rank: int, step: int) -> dict[str, Any]:
+    return {"parameters": np.full(5000, rank + 10.0 * step, np.float32), "step": step, "strategies": [None, {"x": 1}]}
+
+
+def save(folder: Path, *steps: int, kept: int = 2) -> None:
+    def rank(world: World) -> None:
+        checkpoints = Checkpoints(folder, world, FACTS, kept)
+        for step in steps:
+            checkpoints.save(step, state(world.rank, step))
+
+    run_world(2, rank)
+
+
+def load(folder: Path, facts: dict[str, str] = FACTS, size: int = 2) -> list[Any]:
+    def rank(world: World) -> Any:
+        return Checkpoints(folder, world, facts if world.rank == 0 else None).load()
+
+    return run_world(size, rank)
+
+
+def steps_of(states: list[Any]) -> list[int]:
+    for rank, one in enumerate(states):
+        assert (
+            np.array_equal(one["parameters"], state(rank, one["step"])["parameters"]) and one["strategies"][1]["x"] == 1
+        )
+    return [one["step"] for one in states]
+
+
+def test_the_newest_is_taken_and_the_oldest_goes(tmp_path: Path) -> None:
+    assert load(tmp_path) == [None, None]
+    save(tmp_path, 4, 8, 12)
+    assert steps_of(load(tmp_path)) == [12, 12]
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert names == {"current.json", *(f"learner.{rank}.{step}.pt" for rank in (0, 1) for step in (8, 12))}
+    (tmp_path / "one").mkdir()
+    save(tmp_path / "one", 4, 8, kept=1)
+    assert len(list((tmp_path / "one" / "checkpoint").iterdir())) == 3
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    other = path.with_name("learner.0.12.pt")
+    own, others = path.read_bytes(), other.read_bytes()
+    path.write_bytes(others)
+    other.write_bytes(own)
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (flip, "learner.1.12.pt: its bytes ("),
+    (swap, "learner.1.12.pt: its bytes ("),
+    (lambda path: path.write_bytes(b""), "learner.1.12.pt: its bytes (0) are not those that were written"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "learner.1.12.pt: its bytes ("),
+    (Path.unlink, "learner.1.12.pt: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_the_one_before_a_damaged_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object], message: str
+) -> None:
+    save(tmp_path, 8, 12)
+    damage(tmp_path / "checkpoint" / "learner.1.12.pt")
+    with caplog.at_level(logging.WARNING):
+        assert steps_of(load(tmp_path)) == [8, 8]
+    assert message in caplog.text and "going on from the checkpoint before, of step 8" in caplog.text
+    flip(tmp_path / "checkpoint" / "learner.0.8.pt")
+    with pytest.raises(DataError) as error:
+        load(tmp_path)
+    assert message in str(error.value) and "learner.0.8.pt: its bytes (" in str(error.value)
+    assert "give --resume=false to begin anew" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"step": 12}', '{"checkpoints": [], "facts": {}}', "\x00"])
+def test_a_file_that_says_nothing(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 12)
+    (tmp_path / "checkpoint" / "current.json").write_text(content)
+    with pytest.raises(DataError, match=r"current\.json: it is not what a checkpoint has \(.*--resume=false"):
+        load(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").touch()
+    with pytest.raises(DataError, match="checkpoint: a file where the directory of checkpoints should be"):
+        load(tmp_path)
+
+
+def test_another_training_is_told_in_what(tmp_path: Path) -> None:
+    save(tmp_path, 12)
+    other = {"--seed": "2", "the features": "def", "the number of learners": "3", "--new": "x"}
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, other, size=3)
+    said = str(error.value)
+    for words in (
+        "--new was None, is x", "--seed was 1, is 2", "the features have changed", "the number of learners was 2, is 3",
+        "go on as it began, or give another --dir, or --resume=false",
+    ):  # fmt: skip
+        assert words in said
+    assert steps_of(load(tmp_path)) == [12, 12]  # and it is still there
+
+
+def test_what_is_not_kept_by_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint before stays whole."""
+    save(tmp_path, 8)
+
+    def lossy(path: Path, *words: Any) -> Any:
+        return atomic_write(path if path.suffix == ".json" else path.with_suffix(".lost"), *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kaldi_mpi.learner.checkpoint.atomic_write", lossy)
+        (tmp_path / "checkpoint" / "learner.0.12.pt").write_bytes(b"old")
+        (tmp_path / "checkpoint" / "learner.1.12.pt").write_bytes(b"old")
+        with pytest.raises(DataError, match=r"learner\.[01]\.12\.pt: what was read back is not what was written"):
+            save(tmp_path, 12)
+    assert steps_of(load(tmp_path)) == [8, 8]
+
+
+def _hold(folder: Path, ready: Any) -> None:
+    with run_lock(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def test_one_run_a_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ready = multiprocessing.get_context("spawn").Event()
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path, ready))
+    holder.start()
+    assert ready.wait(60)
+    in_use = rf"is in use: process {holder.pid} on {os.uname().nodename} \(since "
+    with pytest.raises(ConfigError, match=in_use), run_lock(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    with caplog.at_level(logging.WARNING), run_lock(tmp_path):
+        assert f"of process {holder.pid} on {os.uname().nodename}" in caplog.text and "which is gone" in caplog.text
+    caplog.clear()
+    with run_lock(tmp_path):
+        assert not caplog.text
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_real_runs(tmp_path: Path) -> None:
+    """A second run in the same directory, other data, another number of learners; then the same command goes on."""
+    toy = make_toy(tmp_path)
+    folder = toy.experiment("exp")
+    options = toy.options(folder, "--trainer.num-epochs=30", "--strategy=allreduce")
+    process = subprocess.Popen(
+        launch_command(2, options), env=environment(), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "log" / "train.0.1.log").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # the launcher alone: the learners go on
+    second = train(2, [*options, "--trainer.srand=5"])
+    assert second.returncode == 1 and f"{folder} is in use: process " in second.stderr
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    step = json.loads((folder / "checkpoint" / "current.json").read_text())["step"]
+
+    other = train(3, [*options, "--trainer.srand=5"])
+    assert other.returncode == 1 and "the number of learners was 2, is 3" in other.stderr
+    assert "--seed was 0, is 5" in other.stderr, other.stderr
+    feats = toy.feat_dir / "feats.scp"
+    whole = feats.read_text()
+    feats.write_text("".join(whole.splitlines(keepends=True)[:-10]))
+    less = train(2, options)
+    assert less.returncode == 1 and "the features have changed" in less.stderr, less.stderr
+    feats.write_text(whole)
+    again = train(2, options)
+    assert again.returncode == 0 and f"going on at step {step}" in again.stderr
+    shutil.rmtree(toy.work)

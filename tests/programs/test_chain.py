@@ -1,0 +1,70 @@
+"""Whatever dies between train.sh and a learner: all end, the log says why, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+
+from kaldi_mpi.processes import STOPPED
+from tests.paths import REPO, kaldi_root
+from tests.programs.chain import run
+from tests.toy import Toy, make_toy
+
+RUN = str(REPO / "steps_mpi" / "run.py")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return make_toy(tmp_path_factory.mktemp("toy"), num_utterances=24)
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "log"),
+    [
+        ("start", signal.SIGTERM, "asked to stop: signal SIGTERM to train.sh (process {pid}); learners write a"),
+        ("start", signal.SIGKILL, "asked to stop: train.sh (process {pid}), by which it was started, is gone"),
+        ("cmd", signal.SIGKILL, "asked to stop: {cmd} (process {pid}), by which it was started, is gone"),
+        ("shell", signal.SIGKILL, "asked to stop: bash (process {pid}), by which it was started, is gone"),
+        ("launch", signal.SIGHUP, "asked to stop: signal SIGHUP; learners write a checkpoint and end"),
+        ("learner", signal.SIGUSR1, "stopped: signal SIGUSR1 to learner rank "),
+    ],
+)
+def test_a_request(toy: Toy, place: str, how: signal.Signals, log: str) -> None:
+    """Learners leave a checkpoint, and the exit status says so."""
+    ended = run(toy, f"{place}-{how.name}", place, how, RUN, 0.3, random.Random(1))
+    assert not ended.left
+    assert log.format(pid=ended.pid, cmd="python3") in ended.log, ended.log
+    assert ended.checkpoint and "the same command goes on from the checkpoint" in ended.log
+    if (place, how) == ("start", signal.SIGKILL):
+        assert ended.status == -signal.SIGKILL
+    else:
+        assert ended.status == STOPPED and "train.sh: stopped (" in ended.said, ended.said
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("launch", "the learners' launcher (process {pid} on {host}) was killed by signal 9 (SIGKILL)"),
+        ("mpiexec", "mpiexec was killed by signal 9 (SIGKILL)"),
+        ("learner", "(process {pid} on {host}) was killed or crashed without a word"),
+    ],
+)
+def test_a_death_below_the_launcher(toy: Toy, place: str, words: str) -> None:
+    """Nobody is left to write a checkpoint; log and console name who was killed."""
+    ended = run(toy, f"{place}-killed", place, signal.SIGKILL, RUN, 0.3, random.Random(1))
+    assert not ended.left and ended.status == 1
+    words = words.format(pid=ended.pid, host=os.uname().nodename)
+    assert words in ended.said and words in ended.log, ended.said
+
+
+@pytest.mark.kaldi
+@pytest.mark.parametrize("place", ["start", "cmd", "launch"])
+def test_under_kaldis_own_launcher(toy: Toy, place: str) -> None:
+    """run.pl, which dies without ending what it has started."""
+    pl = str(kaldi_root() / "egs/wsj/s5/utils/parallel/run.pl")
+    ended = run(toy, f"{place}-run.pl", place, signal.SIGKILL, pl, 0.3, random.Random(1))
+    assert not ended.left and ended.status != 0
+    assert place == "launch" or ended.checkpoint
