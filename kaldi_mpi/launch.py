@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from kaldi_mpi import leftovers
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser
@@ -189,7 +190,8 @@ def _launch(
     vendor = mpi_vendor(program)
     # Beside the working directory, which multi-node runs share, when it is writable; else in /tmp.
     parent = "." if os.access(".", os.W_OK) else None
-    status_dir = Path(tempfile.mkdtemp(prefix=".learners.", dir=parent)).absolute()
+    leftovers.sweep(Path(parent or tempfile.gettempdir()))
+    status_dir = Path(tempfile.mkdtemp(prefix=leftovers.PREFIX, dir=parent)).absolute()
     try:
         with NotedSignals() as signals:
             process = subprocess.Popen(
@@ -202,10 +204,21 @@ def _launch(
                 # Should this process be killed, mpiexec ends its learners, and tidies up.
                 preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
             )
+            leftovers.claim(status_dir, process.pid)
             with _Relay(process) as relay:
                 return _Watch(process, status_dir, num_learners, relay, signals, starter).run()
     finally:
-        shutil.rmtree(status_dir, ignore_errors=True)
+        _remove(status_dir)
+
+
+def _remove(status_dir: Path) -> None:
+    """With what the run's processes have left; the kernel may need a moment to end those that were killed."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while not leftovers.remove(status_dir):
+        if time.monotonic() > deadline:
+            logger.warning("%s stays: a learner has not ended", status_dir)
+            return
+        time.sleep(0.05)
 
 
 # What mpiexec, or the library of the rank that ends a run, says whenever a run ends badly. Where a learner has said

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,7 +188,11 @@ class Checkpoints:
         return None
 
     def _read(self) -> list[dict[str, Any]]:
-        """The checkpoints that current.json has, if they are of this training."""
+        """The checkpoints that current.json has, if they are of this training; half-written files go."""
+        for path in (*self.place.parent.glob(".*.tmp*"), *self.place.glob(".*.tmp*")):
+            if re.fullmatch(r"\..+\.tmp[0-9]+", path.name):
+                logger.info("removed %s, left by a run that was killed", path)
+                path.unlink(missing_ok=True)
         current = self.place / "current.json"
         if not self.place.exists():
             return []

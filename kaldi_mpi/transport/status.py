@@ -83,7 +83,7 @@ class Status:
     def __init__(self, rank: int) -> None:
         folder = os.environ.get(STATUS_DIR_ENV)
         self._path = Path(folder) / f"rank.{rank}" if folder else None
-        self._rank = rank
+        self._rank, self._shm = rank, shared_memory()
         self.write("running", "")
 
     def write(self, state: str, message: str, stops: bool = False) -> None:
@@ -106,9 +106,19 @@ class Status:
                     "state": state,
                     "message": message,
                     "stops": stops,
+                    "shm": self._shm,
                 },
                 stream,
             )
+
+
+def shared_memory() -> list[str]:
+    """Files of shared memory that this process has mapped: after MPI's start, that of its library."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return sorted({line[line.index("/dev/shm/") :].split(" (")[0] for line in maps.splitlines() if "/dev/shm/" in line})
 
 
 def ask_to_stop(folder: Path, why: str) -> None:

@@ -108,7 +108,16 @@ def find(place: str, processes: dict[int, tuple[int, str]], root: int, rng: rand
     return root
 
 
-def run(toy: Toy, name: str, place: str, how: signal.Signals, cmd: str, wait: float, rng: random.Random) -> Ended:
+def run(
+    toy: Toy,
+    name: str,
+    place: str,
+    how: signal.Signals,
+    cmd: str,
+    wait: float,
+    rng: random.Random,
+    limit: float = LIMIT,
+) -> Ended:
     """One training, one signal `wait` seconds after its first iteration."""
     folder = toy.experiment(name)
     options = [option for option in toy.options(folder, "--trainer.num-epochs=100000") if "--cmd" not in option]
@@ -127,7 +136,7 @@ def run(toy: Toy, name: str, place: str, how: signal.Signals, cmd: str, wait: fl
     began = time.monotonic()
     os.kill(pid, how)
     left = set(processes)
-    while left and time.monotonic() - began < LIMIT:
+    while left and time.monotonic() - began < limit:
         time.sleep(0.02)
         process.poll()
         left = {one for one in left if running(one)}

@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from kaldi_mpi import leftovers
 from kaldi_mpi.processes import STOPPED
 from tests.paths import REPO, kaldi_root
 from tests.programs.chain import run
 from tests.toy import Toy, make_toy
 
 RUN = str(REPO / "steps_mpi" / "run.py")
+LIMIT = 20.0  # seconds, on a machine that also does something else; `tests.programs.chain` has 5
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("toy"), num_utterances=24)
+
+
+def leftovers_there(toy: Toy) -> set[Path]:
+    """Files and directories that MPI and launchers make while they run."""
+    return {*Path("/dev/shm").glob("*"), *Path(tempfile.gettempdir()).glob("ompi.*"), *toy.work.glob("*/.learners.*")}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +43,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 )
 def test_a_request(toy: Toy, place: str, how: signal.Signals, log: str) -> None:
     """Learners leave a checkpoint, and the exit status says so."""
-    ended = run(toy, f"{place}-{how.name}", place, how, RUN, 0.3, random.Random(1))
+    ended = run(toy, f"{place}-{how.name}", place, how, RUN, 0.3, random.Random(1), LIMIT)
     assert not ended.left
     assert log.format(pid=ended.pid, cmd="python3") in ended.log, ended.log
     assert ended.checkpoint and "the same command goes on from the checkpoint" in ended.log
@@ -53,11 +62,16 @@ def test_a_request(toy: Toy, place: str, how: signal.Signals, log: str) -> None:
     ],
 )
 def test_a_death_below_the_launcher(toy: Toy, place: str, words: str) -> None:
-    """Nobody is left to write a checkpoint; log and console name who was killed."""
-    ended = run(toy, f"{place}-killed", place, signal.SIGKILL, RUN, 0.3, random.Random(1))
+    """Nobody is left to write a checkpoint; log and console name who was killed; nothing stays in shared memory."""
+    before = leftovers_there(toy)
+    ended = run(toy, f"{place}-killed", place, signal.SIGKILL, RUN, 0.3, random.Random(1), LIMIT)
     assert not ended.left and ended.status == 1
     words = words.format(pid=ended.pid, host=os.uname().nodename)
     assert words in ended.said and words in ended.log, ended.said
+    if place == "launch":  # which would have removed it
+        assert leftovers_there(toy) != before
+        leftovers.sweep(toy.work / f"{place}-killed")
+    assert leftovers_there(toy) == before
 
 
 @pytest.mark.kaldi
@@ -65,6 +79,6 @@ def test_a_death_below_the_launcher(toy: Toy, place: str, words: str) -> None:
 def test_under_kaldis_own_launcher(toy: Toy, place: str) -> None:
     """run.pl, which dies without ending what it has started."""
     pl = str(kaldi_root() / "egs/wsj/s5/utils/parallel/run.pl")
-    ended = run(toy, f"{place}-run.pl", place, signal.SIGKILL, pl, 0.3, random.Random(1))
+    ended = run(toy, f"{place}-run.pl", place, signal.SIGKILL, pl, 0.3, random.Random(1), LIMIT)
     assert not ended.left and ended.status != 0
     assert place == "launch" or ended.checkpoint
