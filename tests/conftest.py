@@ -36,6 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton, which PyTorch may import at any time, defines its own functions for the interpreter or for a GPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# nohup, and the & of a script's shell, have their children ignore these, and so everything that a test starts.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _usual)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests of a real Kaldi where there is none, with the reason; give slow tests more time."""

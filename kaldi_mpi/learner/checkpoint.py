@@ -76,7 +76,7 @@ def _files(options: TrainOptions, transforms: list[str]) -> dict[str, list[Path]
     }
     if data.ali_dir:
         found["the alignments"] = [Path(data.ali_dir, "final.mdl"), *sorted(Path(data.ali_dir).glob("ali.*.gz"))]
-    if data.targets_scp:
+    if data.targets_scp and data.egs_dir is None:
         found["the targets"] = [Path(data.targets_scp)]
     if data.egs_dir is not None:
         found["the examples"] = sorted(path for path in Path(data.egs_dir, "info").glob("*") if path.is_file())

@@ -189,7 +189,7 @@ def test_a_paused_learner_ends_with_the_others(toy: Toy) -> None:
 
 
 def test_killed_by_its_user_it_ends_at_once(toy: Toy) -> None:
-    """TERM while communication threads are at work: no rank is left behind."""
+    """A second TERM while communication threads are at work: no rank is left behind."""
     folder = toy.experiment("terminated")
     options = toy.options(folder, "--strategy=expair", "--inject=device:200ms", "--trainer.num-epochs=50")
     process = subprocess.Popen(
@@ -201,6 +201,8 @@ def test_killed_by_its_user_it_ends_at_once(toy: Toy) -> None:
         time.sleep(0.1)
     assert journal.exists(), "it never began"
     process.terminate()
+    time.sleep(0.5)
+    process.terminate()
     _, log = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert b"stopped by signal SIGTERM" in log
+    assert b"stopped: signal SIGTERM" in log

@@ -67,7 +67,7 @@ def test_a_wrong_network_is_told_before_alignments_are_read(
 def test_a_right_network_goes_on_to_the_alignments(toy: Toy, opened: list[str]) -> None:
     """Were they opened unseen, the test above would prove nothing."""
     train(parse(toy.options(toy.experiment("right"), "--trainer.num-epochs=0.1")), SoloWorld())
-    assert opened.count("ali.1.gz") == 1
+    assert "ali.1.gz" in opened
 
 
 def test_the_columns_of_the_first_matrix(toy: Toy, tmp_path: Path) -> None:

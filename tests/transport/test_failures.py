@@ -116,7 +116,7 @@ def test_ended_from_outside(tmp_path: Path, main: str, what: str) -> None:
         assert process.returncode == 1
         assert f"learner rank 1 (process {pids[1]} on " in said or not names_the_dead(), said
     else:
-        assert process.returncode == 128 + signal.SIGTERM and "stopped by signal SIGTERM" in said
+        assert process.returncode == 128 + signal.SIGTERM and "stopped: signal SIGTERM" in said
     deadline = time.monotonic() + 10
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline
