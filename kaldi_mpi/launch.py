@@ -5,8 +5,10 @@
 What mpiexec does alone is not enough: its settings for few cores differ by vendor, and when a learner dies
 its message seldom says more than a process number. Here each learner keeps a small status file (its rank,
 process, state and last words); when the run ends badly the launcher reads them and names the rank. It also
-ends the run itself should mpiexec not notice that a learner is gone, and keeps what mpiexec prints at each bad end
-off the terminal where a learner has said why.
+ends the run itself should mpiexec not notice that a learner is gone, says who holds up all others where learners stand
+still (`kaldi_mpi.hangs`), and keeps what mpiexec prints at each bad end off the terminal where a learner has said why.
+A run that a learner's death has ended is started again as often as it may be; on the same hosts, which must still be
+there.
 """
 
 from __future__ import annotations
@@ -14,27 +16,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from kaldi_mpi import leftovers
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.hangs import ON_HANG, Hangs
 from kaldi_mpi.log import logger
-from kaldi_mpi.options import Parser
+from kaldi_mpi.options import Parser, at_least
 from kaldi_mpi.processes import STOPPED, NotedSignals, StarterWatch, die_with_parent
-from kaldi_mpi.transport.status import NUM_LEARNERS_ENV, STATUS_DIR_ENV, TERMINAL_ENV, ask_to_stop, read_status
+from kaldi_mpi.relay import Relay
+from kaldi_mpi.transport.status import (
+    NUM_LEARNERS_ENV,
+    RESTART_ENV,
+    STATUS_DIR_ENV,
+    TERMINAL_ENV,
+    ask_to_stop,
+    read_status,
+)
 
 MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
 
@@ -155,6 +165,8 @@ def launch(
     mpiexec: str | None = None,
     options: Sequence[str] = (),
     starter: Path | None = None,
+    on_hang: str = "wait",
+    restarts: int = 0,
 ) -> int:
     """Run `command` in `num_learners` ranks until all end; returns the exit status.
 
@@ -168,6 +180,9 @@ def launch(
         mpiexec: see `find_mpiexec`.
         options: further options for mpiexec, such as ``--hostfile hosts``.
         starter: file of the program that has started this one, which shall end with it; None: there is none.
+        on_hang: one of `ON_HANG`: whether a hang ends the run, or is only told.
+        restarts: how many times `command` is run again, which then goes on from its checkpoint, after a learner has
+            died or crashed, or a hang has ended the run; not after an error that the user must mend, nor on request.
 
     Raises:
         ConfigError: N below 1, or no mpiexec.
@@ -179,34 +194,56 @@ def launch(
             logger.error("not started: %s", why)
             status = 1
         else:
-            status = _launch(command, num_learners, find_mpiexec(mpiexec), options, watch)
+            program = find_mpiexec(mpiexec)
+            start = [*mpiexec_command(program, vendor := mpi_vendor(program), num_learners, options), *command]
+            with NotedSignals() as signals:
+                for number in itertools.count():
+                    status, again = _launch(start, num_learners, vendor, number, signals, watch, on_hang == "end")
+                    if not again or number == restarts or signals.came or watch.reason():
+                        break
+                    logger.warning(
+                        "starting again from the last checkpoint (%d of %d): %s", number + 1, restarts, again
+                    )
         watch.ended(status)
         return status
 
 
+class _Ended(NamedTuple):
+    """How mpiexec's run has ended; `again`: what for it may be started again, "": it may not."""
+
+    status: int
+    again: str = ""
+
+
 def _launch(
-    command: Sequence[str], num_learners: int, program: str, options: Sequence[str], starter: StarterWatch
-) -> int:
-    vendor = mpi_vendor(program)
+    command: Sequence[str],
+    num_learners: int,
+    vendor: str,
+    number: int,
+    signals: NotedSignals,
+    starter: StarterWatch,
+    ends: bool,
+) -> _Ended:
+    """Run `command`, which is mpiexec's, once; it has been run `number` times before. `ends`: a hang ends it."""
     # Beside the working directory, which multi-node runs share, when it is writable; else in /tmp.
     parent = "." if os.access(".", os.W_OK) else None
     leftovers.sweep(Path(parent or tempfile.gettempdir()))
     status_dir = Path(tempfile.mkdtemp(prefix=leftovers.PREFIX, dir=parent)).absolute()
     try:
-        with NotedSignals() as signals:
-            process = subprocess.Popen(
-                [*mpiexec_command(program, vendor, num_learners, options), *command],
-                env=learner_environment(vendor, num_learners, status_dir),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                # Should this process be killed, mpiexec ends its learners, and tidies up.
-                preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
-            )
-            leftovers.claim(status_dir, process.pid)
-            with _Relay(process) as relay:
-                return _Watch(process, status_dir, num_learners, relay, signals, starter).run()
+        hangs = Hangs(status_dir, num_learners, ends)
+        process = subprocess.Popen(
+            command,
+            env=learner_environment(vendor, num_learners, status_dir) | ({RESTART_ENV: str(number)} if number else {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            # Should this process be killed, mpiexec ends its learners, and tidies up.
+            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
+        )
+        leftovers.claim(status_dir, process.pid)
+        with Relay(process) as relay:
+            return _Watch(process, status_dir, num_learners, relay, signals, starter, hangs).run()
     finally:
         _remove(status_dir)
 
@@ -221,103 +258,6 @@ def _remove(status_dir: Path) -> None:
         time.sleep(0.05)
 
 
-# What mpiexec, or the library of the rank that ends a run, says whenever a run ends badly. Where a learner has said
-# why, this only hides the reason.
-_RULES = (
-    (b"-", rb"MPI_ABORT was invoked|Primary job |(?:prterun|mpirun|mpiexec|orterun) "),  # Open MPI
-    (b"=", rb"=   BAD TERMINATION"),  # MPICH and its relatives
-)
-_BANNER = re.compile(
-    b"|".join(rb"%b{60,}\n(?:%b).*?\n%b{60,}\n\0*" % (rule, first, rule) for rule, first in _RULES)
-    + rb"|YOUR APPLICATION TERMINATED WITH [^\n]*\nThis typically [^\n]*\nPlease see [^\n]*\n"
-    + rb"|Abort\(\d+\) on node [^\n]* application called MPI_Abort[^\n]*\n",
-    re.DOTALL,
-)
-_BANNER_BEGUN = re.compile(
-    b"|".join(rb"%b+(?:\n(?:[^\n]*|(?:%b).*))?\Z" % (rule, first) for rule, first in _RULES)
-    + rb"|YOUR APPLICATION TERMINATED WITH .*\Z|Abort\([^\n]*\Z",
-    re.DOTALL,
-)
-_LONGEST_BANNER = 4096
-
-
-class _Stream:
-    """One of mpiexec's output streams on its way to ours; its banners are held back."""
-
-    def __init__(self, source: IO[bytes], sink: IO[bytes]) -> None:
-        self._source, self._sink = source, sink
-        self.tail = b""  # the last that came, banners included
-        self.banners = b""
-        self._unsure = b""  # what may be the beginning of a banner
-
-    def run(self) -> None:
-        while piece := os.read(self._source.fileno(), 65536):
-            self.tail = (self.tail + piece)[-16384:]
-            self._write(self._without_banners(piece))
-        self._write(self._unsure)
-
-    def release(self) -> None:
-        """Pass on the banners too."""
-        self._write(self.banners)
-        self.banners = b""
-
-    def _without_banners(self, piece: bytes) -> bytes:
-        text = self._unsure + piece
-        if self.banners and not self._unsure:
-            text = text.lstrip(b"\0")  # prterun ends its last banner with one, at times after a while
-        found = _BANNER.findall(text)
-        if found:
-            self.banners += b"".join(found)
-            text = _BANNER.sub(b"", text)
-        begun = _BANNER_BEGUN.search(text)
-        end = begun.start() if begun and len(text) - begun.start() <= _LONGEST_BANNER else len(text)
-        self._unsure = text[end:]
-        return text[:end]
-
-    def _write(self, text: bytes) -> None:
-        if text:
-            self._sink.write(text)
-            self._sink.flush()
-
-
-class _Relay:
-    """Passes on what mpiexec prints, as it comes, and remembers its last words.
-
-    Open MPI tells of a dead process on standard error, MPICH on standard output.
-    """
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None and process.stderr is not None
-        self._streams = [_Stream(process.stdout, sys.stdout.buffer), _Stream(process.stderr, sys.stderr.buffer)]
-        self._threads = [
-            threading.Thread(target=stream.run, name=f"mpiexec-{number}", daemon=True)
-            for number, stream in enumerate(self._streams)
-        ]
-
-    def __enter__(self) -> _Relay:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Wait for the streams' end."""
-        for thread in self._threads:
-            thread.join(timeout=2.0)
-
-    def release_banners(self) -> None:
-        """Pass on what mpiexec itself said of the run's end; after `finish`."""
-        for stream in self._streams:
-            stream.release()
-
-    def ranks_named(self, statuses: Sequence[Mapping[str, Any]]) -> set[int]:
-        """The ranks whose process mpiexec's last words name (Open MPI and MPICH both say ``PID n``)."""
-        said = {int(number) for stream in self._streams for number in re.findall(rb"\bPID (\d+)", stream.tail)}
-        return {int(s["rank"]) for s in statuses if s["pid"] in said}
-
-
 class _Watch:
     """The wait for mpiexec's end, and what brings it about.
 
@@ -328,6 +268,7 @@ class _Watch:
         relay: of what mpiexec prints.
         signals: that came to this process.
         starter: what has started it.
+        hangs: that learners may come to.
     """
 
     def __init__(
@@ -335,19 +276,21 @@ class _Watch:
         process: subprocess.Popen[bytes],
         status_dir: Path,
         num_learners: int,
-        relay: _Relay,
+        relay: Relay,
         signals: NotedSignals,
         starter: StarterWatch,
+        hangs: Hangs,
     ) -> None:
         self._process, self._status_dir, self._num_learners = process, status_dir, num_learners
-        self._relay, self._signals, self._starter = relay, signals, starter
+        self._relay, self._signals, self._starter, self._hangs = relay, signals, starter, hangs
         self._gone: set[int] = set()  # ranks found dead
+        self._without: set[int] = set()  # ranks that were lost to all others, who have ended
         self._why = ""  # the run is to end, which nobody here has brought about
         self._terminate_at: float | None = None  # where mpiexec is asked to end the learners
         self._kill_at: float | None = None
 
-    def run(self) -> int:
-        """Until mpiexec has ended; returns the exit status."""
+    def run(self) -> _Ended:
+        """Until mpiexec has ended."""
         while True:
             try:
                 status = self._process.wait(_POLL_SECONDS)
@@ -357,26 +300,50 @@ class _Watch:
         self._relay.finish()
         statuses = read_status(self._status_dir)
         states = [s["state"] for s in statuses]
+        if self._without:
+            states = [s["state"] for s in statuses if s["rank"] not in self._without]
+            without = ", ".join(map(str, sorted(self._without)))
+            logger.warning("%s without learner rank %s, which was lost", states[0], without)
+            if "stopped" in states:
+                logger.warning("the same command goes on from the checkpoint, with all of them")
+            return _Ended(STOPPED if "stopped" in states else 0)
         if len(statuses) == self._num_learners and set(states) == {"stopped"}:
             logger.warning("stopped: %s; the same command goes on from the checkpoint", statuses[0]["message"])
-            return STOPPED
+            return _Ended(STOPPED)
         if self._why:
             logger.error("stopped: %s", self._why)
-            return 128 + self._signals.came[0] if self._signals.came else 1
+            return _Ended(128 + self._signals.came[0] if self._signals.came else 1)
+        if self._hangs.why:
+            logger.error("ended (--on-hang end): %s", self._hangs.why)
+            return _Ended(1, self._hangs.why)
         if "failed" not in states:
             self._relay.release_banners()
         if status == 0 and len(statuses) == self._num_learners and set(states) == {"finished"}:
-            return 0
+            return _Ended(0)
         # mpiexec has often ended others, or all, before the next poll; then only its own words tell who went first.
         named = self._relay.ranks_named(statuses)
         at_fault = (self._gone & named) or self._gone or named
-        for line in explain_failure(statuses, self._num_learners, at_fault):
-            logger.error("%s", line if at_fault or status >= 0 or "failed" in states else _killed(status))
-        return 1
+        lines = explain_failure(statuses, self._num_learners, at_fault)
+        if not at_fault and status < 0 and "failed" not in states:
+            lines = [_killed(status)]
+        for line in lines:
+            logger.error("%s", line)
+        # What the user must mend, or what has kept a learner from starting, would be there again.
+        mended = any(s["mend"] for s in statuses) or len(statuses) < self._num_learners
+        return _Ended(1, "" if mended else lines[0])
 
     def _look(self, now: float) -> None:
         """What may have happened meanwhile."""
         statuses = read_status(self._status_dir)
+        lost = {rank for s in statuses for rank in s["lost"]}
+        if lost and all(s["state"] in ("finished", "stopped") for s in statuses if s["rank"] not in lost):
+            # MPI's own end would wait for those that are lost.
+            if not self._without:
+                self._without = lost
+                self._kill_learners([s | {"state": "running"} for s in statuses])
+                self._process.terminate()
+            self._kill_what_is_left(now, True)
+            return
         if not self._gone:
             self._gone = {int(s["rank"]) for s in statuses if _is_gone(s)}
         if not self._why:
@@ -391,9 +358,18 @@ class _Watch:
         elif len(self._signals.came) > 1 or (self._starter.reason() and self._starter.now):
             self._terminate_at = min(now, self._terminate_at or now)
         troubled = bool(self._gone) or any(s["state"] == "failed" for s in statuses)
+        if not troubled and not self._why:
+            self._hangs.look(now)
+            if self._hangs.why:
+                self._kill_learners(statuses)
+                self._terminate_at = now
         if self._terminate_at is not None and now >= self._terminate_at:
             self._process.terminate()
             self._terminate_at, troubled = math.inf, True
+        self._kill_what_is_left(now, troubled)
+
+    def _kill_what_is_left(self, now: float, troubled: bool) -> None:
+        """A while after something went wrong that mpiexec should have noticed."""
         if self._kill_at is None:
             self._kill_at = now + _GRACE_SECONDS if troubled else None
         elif now > self._kill_at:
@@ -401,6 +377,13 @@ class _Watch:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._kill_at = now + _GRACE_SECONDS
+
+    def _kill_learners(self, statuses: Sequence[Mapping[str, Any]]) -> None:
+        """Those of this host, at once: one that was asked, and moves again, would write a checkpoint first."""
+        for s in statuses:
+            if s["state"] == "running" and s["host"] == os.uname().nodename:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(s["pid"], signal.SIGKILL)
 
 
 def _killed(status: int) -> str:
@@ -418,9 +401,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--mpiexec", help="the mpiexec to use (default: this environment's, else PATH's)")
     parser.add_argument("--mpiexec-opts", default="", help="further options for mpiexec, one string")
     parser.add_argument("--starter", type=Path, help="file of the program that has started this one: end with it")
+    parser.add_argument(
+        "--on-hang", choices=ON_HANG, default="wait", help="where all learners stand still: only tell (default), or end"
+    )
+    parser.add_argument(
+        "--restarts", type=at_least(0), default=0, metavar="K",
+        help="start the command again up to K times after a learner's death, or a hang that has ended the run",
+    )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of one rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command given")
-    return launch(command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts), options.starter)
+    return launch(
+        command, options.num_learners, options.mpiexec, shlex.split(options.mpiexec_opts), options.starter,
+        options.on_hang, options.restarts,
+    )  # fmt: skip

@@ -16,6 +16,8 @@ Main options, as "--name value" or "--name=value":
   --cmd <run.pl|queue.pl ...>   # how to run the job; may carry options; default: run.pl, or what stands beside this
   --mpiexec <program>           # which mpiexec; default: the Python environment's own, else the one on PATH
   --mpiexec-opts <string>       # more options for it, e.g. "--hostfile hosts"
+  --on-hang <wait|end>          # where all learners stand still: only tell, or end the run; default: wait
+  --restarts <n>                # how often to start again from the last checkpoint after a learner's death; default: 0
   --python <program|python3>    # Python of the environment with kaldi_mpi
 All other options are those of steps/nnet3/train_rnn.py and train_dnn.py by their names there
 (--feat.online-ivector-dir, --egs.dir, --egs.chunk-width=20,15, ...; with --egs.dir, --feat-dir is not needed), and

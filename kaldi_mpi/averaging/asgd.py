@@ -79,7 +79,7 @@ class Asgd(Centred):
 
     def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
         super().connect(model, send, journal)
-        if self.world.size == 1 or self._base:
+        if self.size == 1 or self._base:
             return
         for piece in range(model.num_pieces):
             with model.lock(piece):
@@ -100,6 +100,43 @@ class Asgd(Centred):
         self._clock[piece][source] += 1
         self._held[piece].append((source, number))
         self._release(piece)
+
+    def first_centre(self, piece: int) -> Flat:
+        """What the lost owner last gave this learner."""
+        return self._base[piece].copy()
+
+    def _take_over(self, piece: int) -> None:
+        super()._take_over(piece)
+        self._clock[piece] = [0] * self.num_learners
+        self._held[piece] = []
+
+    def drop(self, rank: int) -> None:
+        """See `Centred.drop`; what it had asked for is not answered any more."""
+        for piece, held in self._held.items():
+            self._held[piece] = [(learner, number) for learner, number in held if learner != rank]
+        super().drop(rank)
+
+    def comes_back(self, learner: int) -> None:
+        """It need not catch up with the others."""
+        for clock in self._clock.values():
+            clock[learner] = max(clock)
+
+    def forget_exchanges(self) -> None:
+        super().forget_exchanges()
+        for held in self._held.values():
+            held.clear()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._clock.clear()
+        self._held.clear()
+
+    def adopt(self) -> None:
+        """b is what has come; the centre's own values come with the first answer, by (2)."""
+        super().adopt()
+        for piece in range(self.model.num_pieces):
+            with self.model.lock(piece):
+                self._base[piece] = self.model.read(piece)
 
     def somebody_left(self) -> None:
         """The lowest clock may have risen."""
@@ -137,7 +174,7 @@ class Asgd(Centred):
 
     def share(self, parameters: Flat) -> Flat:
         """The part of the centre that is kept here: together they are the final model."""
-        if self.world.size == 1:
+        if self.size == 1:
             return parameters.copy()
         out = np.zeros_like(parameters)
         for piece, values in self.centre.items():
@@ -148,6 +185,14 @@ class Asgd(Centred):
     def num_shares(self) -> int:
         """The centre is one model."""
         return 1
+
+    def sources(self, piece: int) -> list[int]:
+        """The piece's owner."""
+        return [self.target(piece)]
+
+    def piece_of_share(self, piece: int) -> Flat:
+        """The centre's; who has been told too late that it keeps a piece no more has its own model's."""
+        return self.centre[piece].copy() if piece in self.centre else super().piece_of_share(piece)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds b, the clocks and who waits for an answer."""

@@ -7,12 +7,16 @@ owner (often the learner itself), as in `kaldi_mpi.averaging.exchange`; only wha
 
     learner i sends what its rule says of its piece;   the owner changes c and answers from it, in its own time
 
+Where an owner is lost, so is its part of the centre: the next rank that never was takes the piece over, and has it go
+on from what it knows itself (`first_centre`). An owner that comes back is none any more.
+
 An owner knows, for each of its pieces, how many updates c has had (its version) and at which version each
 learner last saw it. The *staleness* of an update is the number of updates by others in between.
 
 A learner that has no more data says so to all owners (LEAVE, answered by LEFT, so that nothing is on its way
 when all are quiet), and that it goes on after a pause that all learners make (JOIN). Pauses are counted: with the
-first JOIN of a round the LEAVEs of all earlier rounds are void, whatever the order in which they come.
+first JOIN of a round the LEAVEs of all earlier rounds are void, whatever the order in which they come. A learner that
+gets data again while others are at work says RETURN, which is about itself alone.
 """
 
 from __future__ import annotations
@@ -25,12 +29,17 @@ import numpy as np
 from kaldi_mpi.averaging.exchange import Exchanging
 from kaldi_mpi.averaging.journal import Journal, JournalEvent
 from kaldi_mpi.averaging.published import Flat, PublishedModel
-from kaldi_mpi.averaging.strategy import Payload, Send
+from kaldi_mpi.averaging.strategy import Asynchronous, Payload, Send
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.transport.number_formats import Wire, to_wire
 from kaldi_mpi.transport.world import Collective
 
-LEAVE, LEFT, JOIN = 10, 11, 12  # kinds of messages besides those of exchanges; the second number is the round
+LEAVE, LEFT, JOIN, RETURN = (
+    10,
+    11,
+    12,
+    13,
+)  # kinds of messages besides those of exchanges; the second number is the round
 
 
 class Centred(Exchanging):
@@ -67,7 +76,8 @@ class Centred(Exchanging):
         self._round = 0  # of this learner
         self._owner_round = 0  # the latest heard of
         self._left_in = [-1] * self._num_learners  # the round in which each learner last left
-        self._unconfirmed = 0  # owners that have not answered this learner's LEAVE
+        self._unconfirmed: list[int] = []  # owners that have not answered this learner's LEAVE
+        self._retired: set[int] = set()  # that have been lost once: what they kept has another owner for good
         self._to_say = False  # LEAVE, once nothing is under way
         self.max_staleness = 0
 
@@ -79,15 +89,15 @@ class Centred(Exchanging):
     @property
     def learns(self) -> bool:
         """Whether this rank is a learner."""
-        return self.world.rank < self._num_learners
+        return self.rank < self._num_learners
 
     def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
         """See `Asynchronous.connect`; unless it goes on from a state, the centre is the model as it is now."""
         super().connect(model, send, journal)
-        if self.world.size == 1 or self._updates:
+        if self.size == 1 or self._updates:
             return
         for piece in range(model.num_pieces):
-            if self.target(piece) == self.world.rank:
+            if self.target(piece) == self.rank:
                 with model.lock(piece):
                     self.centre[piece] = model.read(piece)
                 self._updates[piece] = 0
@@ -99,7 +109,15 @@ class Centred(Exchanging):
 
     def target(self, piece: int) -> int:
         """The piece's owner."""
-        return self.owners[piece % len(self.owners)]
+        number = piece % len(self.owners)
+        return next(
+            (owner for owner in (*self.owners[number:], *self.owners[:number]) if owner not in self._retired),
+            self.owners[number],
+        )
+
+    def _alone(self) -> bool:
+        """A learner whose others are all lost still has the centre."""
+        return self.size == 1
 
     # What subclasses say.
 
@@ -107,12 +125,20 @@ class Centred(Exchanging):
         """At the owner: change the centre by what `source` has sent; returns the answer, or None: not yet."""
         raise NotImplementedError
 
+    def first_centre(self, piece: int) -> Flat:
+        """Where a piece of the centre goes on from whose owner is lost: this rank's own model."""
+        with self.model.lock(piece):
+            return self.model.read(piece)
+
     def has_left(self, learner: int) -> bool:
         """Whether a learner takes no part for now, as far as is known here."""
-        return self._left_in[learner] >= self._owner_round
+        return learner in self.gone or self._left_in[learner] >= self._owner_round
 
     def somebody_left(self) -> None:
-        """At an owner: called when a learner has left."""
+        """At an owner: called when a learner has left, or is lost."""
+
+    def comes_back(self, learner: int) -> None:
+        """At an owner: called when a learner goes on that had left, or was lost."""
 
     def all_return(self) -> None:
         """At an owner: called when the first learner goes on after a pause, before it has sent anything else."""
@@ -121,6 +147,8 @@ class Centred(Exchanging):
 
     def answer(self, source: int, number: int, piece: int, their_steps: int, theirs: Wire) -> tuple[int, Wire] | None:
         """At the owner: a learner's exchange; what is given back tells the version of the centre, too."""
+        if piece not in self.centre:  # `source` has heard before this rank that the owner is lost
+            self._take_over(piece)
         stale = self._updates[piece] - self._seen[piece][source]
         self.max_staleness = max(self.max_staleness, stale)
         version = self._updates[piece]
@@ -142,7 +170,10 @@ class Centred(Exchanging):
             self.send(source, (LEFT, number, 0, 0), None)
             self.somebody_left()
         elif kind == LEFT:
-            self._unconfirmed -= 1
+            self._confirmed(source)
+        elif kind == RETURN:
+            self._left_in[source] = -1
+            self.comes_back(source)
         elif kind == JOIN:
             if number > self._owner_round:
                 self._owner_round = number
@@ -153,9 +184,11 @@ class Centred(Exchanging):
 
     def leave(self) -> None:
         """See `Asynchronous.leave`; the owners hear of it when nothing is under way any more."""
+        if self._leaving:  # it has had nothing to do for a while
+            return
         rest = self.sends_rest and (self._frames > 0 or bool(self._due))
         super().leave()
-        if self.world.size == 1 or not self.learns:
+        if self.size == 1 or not self.learns:
             return
         self._to_say = True
         if rest:
@@ -167,17 +200,65 @@ class Centred(Exchanging):
     def _say_leave(self) -> None:
         if self._to_say and super().quiet():
             self._to_say = False
-            self._unconfirmed = len(self.owners)
-            for owner in self.owners:
+            self._unconfirmed = [owner for owner in self.owners if owner not in self.gone]
+            for owner in list(self._unconfirmed):
                 self.send(owner, (LEAVE, self._round, 0, 0), None)
+
+    def _confirmed(self, owner: int) -> None:
+        if owner in self._unconfirmed:
+            self._unconfirmed.remove(owner)
 
     def rejoin(self) -> None:
         """See `Asynchronous.rejoin`; for use after all learners have paused."""
-        if self._leaving and self.world.size > 1 and self.learns:
+        if self._leaving and self.size > 1 and self.learns:
             self._round += 1
             for owner in self.owners:
-                self.send(owner, (JOIN, self._round, 0, 0), None)
+                if owner not in self.gone:
+                    self.send(owner, (JOIN, self._round, 0, 0), None)
         super().rejoin()
+
+    def drop(self, rank: int) -> None:
+        """See `Asynchronous.drop`; what `rank` kept of the centre has another owner, who is asked from now on."""
+        Asynchronous.drop(self, rank)
+        self._retired.add(rank)
+        self._confirmed(rank)
+        for piece in range(self.model.num_pieces):
+            if piece not in self.centre and self.target(piece) == self.rank:
+                self._take_over(piece)
+        self.somebody_left()
+        for piece in [piece for piece, one in self._open.items() if one.partner == rank]:
+            del self._open[piece]
+            self._request(piece)
+
+    def admit(self, rank: int) -> None:
+        super().admit(rank)
+        self._retired.add(rank)
+        if rank < self._num_learners:
+            self._left_in[rank] = -1
+            self.comes_back(rank)
+
+    def rest(self, resting: bool) -> None:
+        """See `Asynchronous.rest`; owners are told."""
+        super().rest(resting)
+        if not resting and self.learns:
+            self._to_say = False
+            for owner in self.owners:
+                if owner not in self.gone:
+                    self.send(owner, (RETURN, self._round, 0, 0), None)
+
+    def forget_exchanges(self) -> None:
+        super().forget_exchanges()
+        self._to_say, self._unconfirmed = False, []
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._retired.add(self.rank)
+        self.centre.clear()
+
+    def _take_over(self, piece: int) -> None:
+        self.centre[piece] = self.first_centre(piece)
+        self._updates[piece] = 0
+        self._seen[piece] = [0] * self._num_learners
 
     def quiet(self) -> bool:
         """Whether nothing that this rank started is under way, its leaving included."""
@@ -199,7 +280,7 @@ class Centred(Exchanging):
             "owner_round": self._owner_round,
             "left_in": list(self._left_in),
             "to_say": self._to_say,
-            "unconfirmed": self._unconfirmed,
+            "unconfirmed": list(self._unconfirmed),
             "max_staleness": self.max_staleness,
         }
 
@@ -210,5 +291,5 @@ class Centred(Exchanging):
         self._seen = {piece: list(versions) for piece, versions in state["seen"].items()}
         self._round, self._owner_round = state["round"], state["owner_round"]
         self._left_in = list(state["left_in"])
-        self._to_say, self._unconfirmed = state["to_say"], state["unconfirmed"]
+        self._to_say, self._unconfirmed = state["to_say"], list(state["unconfirmed"])
         self.max_staleness = state["max_staleness"]

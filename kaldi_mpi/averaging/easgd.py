@@ -87,7 +87,7 @@ class Easgd(Centred):
 
     def filter_change(self, change: Flat) -> None:
         """(3): `change`, (P,), is u and becomes the change of y."""
-        if not self.momentum or self.world.size == 1:
+        if not self.momentum or self.size == 1:
             return
         if not self._velocity.size:
             self._velocity = np.zeros_like(change)

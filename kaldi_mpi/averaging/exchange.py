@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from kaldi_mpi.averaging.journal import JournalEvent
@@ -110,7 +110,7 @@ class Exchanging(Asynchronous):
         """Start this step's exchanges, or let them go if there is no time."""
         self.own_steps += 1
         self._frames += frames
-        if self.world.size == 1 or self._leaving:
+        if self._alone() or self._leaving:
             return
         if self.frames_per_average is not None and self._frames * self.num_learners < self.frames_per_average:
             return
@@ -145,7 +145,42 @@ class Exchanging(Asynchronous):
     def quiet(self) -> bool:
         return self._partner < 0 and not self._due
 
+    def drop(self, rank: int) -> None:
+        """See `Asynchronous.drop`: its half of an exchange may or may not have been done; its model is lost anyway."""
+        super().drop(rank)
+        self._due = deque(partner for partner in self._due if partner != rank)
+        if self._partner == rank:
+            self._open.clear()
+            self._partner = -1
+            self._go_on()
+
+    def forget_exchanges(self) -> None:
+        self._due.clear()
+        self._open.clear()
+        self._partner = -1
+
+    def abandon(self) -> None:
+        self.forget_exchanges()
+        self._leaving, self._frames = True, 0
+
+    def adopt(self) -> None:
+        self._leaving = False
+
+    def rest(self, resting: bool) -> None:
+        if resting:
+            self.leave()
+        else:
+            self._leaving = False
+
     # The machinery.
+
+    def _alone(self) -> bool:
+        return self.size - len(self.gone) == 1
+
+    def _neighbour(self, choose: Callable[[int, int], int]) -> int:
+        """Who stands at choose(place, number) in the circle of those present, in which this rank has `place`."""
+        circle = self.present
+        return circle[choose(circle.index(self.rank), len(circle))]
 
     def _busy(self, piece: int) -> bool:
         return self.busy_weight is not None and piece in self._open
@@ -190,7 +225,7 @@ class Exchanging(Asynchronous):
         self._go_on()
 
     def _send_piece(self, to: int, numbers: Sequence[int], payload: Wire) -> None:
-        self.bytes_sent += payload.nbytes * (to != self.world.rank)
+        self.bytes_sent += payload.nbytes * (to != self.rank)
         self.send(to, numbers, payload)
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,5 +57,5 @@ class Expair(Exchanging):
 
     def partners(self, round_number: int) -> Sequence[int]:
         """The next few by (1), t being the number of the exchange among those that this learner has started."""
-        rank, size = self.world.rank, self.world.size
-        return [topology.exponential(rank, size, self._number + k) for k in range(self.exchanges_per_step)]
+        numbers = range(self._number, self._number + self.exchanges_per_step)
+        return [self._neighbour(lambda place, size, t=t: topology.exponential(place, size, t)) for t in numbers]  # type: ignore[misc]

@@ -50,4 +50,4 @@ class FixedRing(Exchanging):
 
     def partners(self, round_number: int) -> Sequence[int]:
         """The right neighbour."""
-        return [topology.fixed_ring(self.world.rank, self.world.size)]
+        return [self._neighbour(topology.fixed_ring)]

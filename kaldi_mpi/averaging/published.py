@@ -48,6 +48,9 @@ class PublishedModel(Protocol):
     def mix(self, piece: int, mine: Wire, theirs: Wire, weight: float) -> None:
         """x <- x + weight * (theirs - mine); either may be float32 whatever the wire type."""
 
+    def write(self, piece: int, values: Flat) -> None:
+        """Set a piece to float32 `values`."""
+
     def received(self, payload: NDArray[np.uint8]) -> Wire:
         """The numbers in the bytes of a message; needs no lock."""
 
@@ -114,6 +117,9 @@ class HostPublishedModel(PiecewiseModel):
             difference = from_wire(theirs[block]) - from_wire(mine[block])
             difference *= np.float32(weight)
             values[block] += difference
+
+    def write(self, piece: int, values: Flat) -> None:
+        self.values[self.where[piece]] = values
 
     def received(self, payload: NDArray[np.uint8]) -> Wire:
         return payload.view(self.wire)

@@ -97,10 +97,14 @@ class DevicePublishedModel(PiecewiseModel):
                 out[where] = self.read(piece)
         return out
 
+    def write(self, piece: int, values: Flat) -> None:
+        with self._ordered(piece, None):
+            self._x[self.where[piece]] = torch.from_numpy(values).to(self._x.device)
+
     def load(self, values: Flat) -> None:
         for piece, where in enumerate(self.where):
-            with self.lock(piece), self._ordered(piece, None):
-                self._x[where] = torch.from_numpy(values[where]).to(self._x.device)
+            with self.lock(piece):
+                self.write(piece, values[where])
 
     def _to_device(self, wire: Wire | torch.Tensor) -> torch.Tensor:
         if isinstance(wire, torch.Tensor):

@@ -53,4 +53,4 @@ class RandomRing(Exchanging):
 
     def partners(self, round_number: int) -> Sequence[int]:
         """The right neighbour of this round."""
-        return [topology.random_ring(self.world.rank, self.world.size, round_number, self.seed)]
+        return [self._neighbour(lambda place, size: topology.random_ring(place, size, round_number, self.seed))]

@@ -186,11 +186,19 @@ class Asynchronous(Strategy):
     """A rule that is driven by events, called one at a time on the communication thread (or by a simulation).
 
     Attributes:
+        rank, size: of this rank, and of all that were there at the start.
+        gone: ranks that are lost: they do not answer, and nobody asks them.
         on_device: whether what travels may stay in a device's memory.
     """
 
     asynchronous: ClassVar[bool] = True
     on_device: ClassVar[bool] = True
+
+    def __init__(self, world: Collective) -> None:
+        super().__init__(world)
+        # Not the world's, which may have fewer ranks at the end.
+        self.rank, self.size = world.rank, world.size
+        self.gone: set[int] = set()
 
     def connect(self, model: PublishedModel, send: Send, journal: Journal) -> None:
         """Give the strategy the model that it mixes, its way to the others, and its journal."""
@@ -215,6 +223,28 @@ class Asynchronous(Strategy):
         """Whether nothing that this rank started is under way."""
         return True
 
+    def drop(self, rank: int) -> None:
+        """`rank` is lost: what is under way with it is over, and nothing more is begun."""
+        self.gone.add(rank)
+
+    def admit(self, rank: int) -> None:
+        """`rank` is back, with another learner's model."""
+        self.gone.discard(rank)
+
+    def forget_exchanges(self) -> None:
+        """What was under way when the state was saved never ends."""
+
+    def abandon(self) -> None:
+        """The others have given this rank up: what it had under way is void, and until `rejoin` it begins nothing."""
+
+    def adopt(self) -> None:
+        """After `abandon`: this rank's published model has become another learner's, and it goes on from there."""
+
+    def rest(self, resting: bool) -> None:
+        """The learner has nothing to do for now, or has again; in the middle of the others' work, unlike `rejoin`."""
+        if resting:
+            self.leave()
+
     def blocked(self) -> bool:
         """Whether the learner must wait before its next step; never, but for bounded staleness."""
         return False
@@ -222,15 +252,29 @@ class Asynchronous(Strategy):
     @property
     def num_learners(self) -> int:
         """Ranks that learn, which come first; any others only answer."""
-        return self.world.size
+        return self.size
+
+    @property
+    def present(self) -> list[int]:
+        """The learners that are not lost."""
+        return [rank for rank in range(self.num_learners) if rank not in self.gone]
 
     def share(self, parameters: Flat) -> Flat:
         """This rank's share, (P,) float32, new: their sum over the ranks by `num_shares` is the final model."""
-        return parameters.copy() if self.world.rank < self.num_learners else np.zeros_like(parameters)
+        return parameters.copy() if self.rank < self.num_learners else np.zeros_like(parameters)
 
     @property
     def num_shares(self) -> int:
-        return self.num_learners
+        return len(self.present)
+
+    def sources(self, piece: int) -> list[int]:
+        """The ranks that have a share of a piece of the final model."""
+        return self.present
+
+    def piece_of_share(self, piece: int) -> Flat:
+        """This rank's share of a piece, float32, new, as it is now; on the communication thread."""
+        with self.model.lock(piece):
+            return self.model.read(piece)
 
     def mean_model(self, parameters: Flat) -> Flat:
         """See `Strategy.mean_model`; for when no learner is at work."""

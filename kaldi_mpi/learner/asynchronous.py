@@ -6,9 +6,10 @@
     computes the gradient on its own copy w
     x <- x + change, w <- x   (piece by piece)          mixes x with other learners, whenever they ask
 
-A segment ends where a checkpoint is due, and at the phase's end: learners that get no more tickets start no
-more exchanges but go on answering, until all have come so far. Validations in between take snapshots of all
-published models and stop nobody.
+Learners meet at the phase's end, and where they are asked to stop: those that get no more tickets start no more
+exchanges but go on answering, until all have come so far. Validations in between fetch all published models, and
+checkpoints have each learner save its state at its next step; neither stops anybody. Who is silent for too long is lost
+(`members`) and nobody waits for it.
 
 With super-learners (``--super-learner-size k``), k learners take the parts of one ticket and sum their gradients;
 the first of them, the leader, has the published model and talks to the other leaders.
@@ -17,20 +18,24 @@ the first of them, the leader, has the published model and talks to the other le
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Generator, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kaldi_mpi.averaging import Asynchronous, Participant, Settings
+from kaldi_mpi.averaging import Asynchronous, Participant, Settings, Strategy
 from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published_device import make_published
 from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.members import LeftBehindError, Members, StepClock
 from kaldi_mpi.learner.schedule import Phase, Plan, TicketMap
 from kaldi_mpi.learner.server import command_server
 from kaldi_mpi.learner.snapshots import Snapshots
@@ -38,24 +43,72 @@ from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.stopping import Stopping
 from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
 from kaldi_mpi.learner.validate import BackgroundValidation, IterationEnd, Validation, spread_of
+from kaldi_mpi.log import logger
 from kaldi_mpi.transport.gpu import takes_device_pointers
 from kaldi_mpi.transport.world import World
 
+# What a learner's checkpoint has, given the step, the frames up to it, and what has a state that other threads change:
+# parameters (None: the learner's own) and strategy.
+Parts = Callable[[int, int, torch.Tensor | None, dict[Strategy, Any]], dict[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
-class _Ticket:
+class _Order:
     """What a super-learner's leader has its learners do.
 
     Attributes:
-        now, ahead: this ticket and, if it is known already, the next.
+        now, ahead: this ticket and, if it is known already, the next; None: there is none.
         iteration: that begins with it; None: none does.
         saturation: of the leader's model, by which all decide whether it is shrunk then.
+        save: the step as which they save their state first; None: they do not.
+        reload: whether the leader has got another model.
+        ends: whether there are no more tickets.
+        over: why all end here, without the others; "": they do not.
     """
 
-    now: int
-    ahead: int | None
-    iteration: int | None
-    saturation: float
+    now: int | None = None
+    ahead: int | None = None
+    iteration: int | None = None
+    saturation: float = 0.0
+    save: int | None = None
+    reload: bool = False
+    ends: bool = False
+    over: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What an asynchronous phase has around it.
+
+    Attributes:
+        everyone: all ranks of the run.
+        world: the learners.
+        dataset: what they train on.
+        plan: of the training.
+        log: of the training.
+        validation: what rank 0 runs in the background.
+        settings: how parameters travel.
+        stopping: whether the run is asked to stop.
+        checkpoints: where states are saved.
+        parts: of a checkpoint.
+        tickets: what is left of those before the first, in a checkpoint that is gone on from; None: nothing is.
+        lost_after: see `Members`.
+        journal_dir: where exchanges are journaled; None: nowhere.
+    """
+
+    everyone: World
+    world: World
+    dataset: Dataset
+    plan: Plan
+    log: TrainingLog
+    validation: Validation
+    settings: Settings
+    stopping: Stopping
+    checkpoints: Checkpoints
+    parts: Parts
+    tickets: dict[str, Any] | None
+    lost_after: float
+    journal_dir: Path | None
 
 
 class AsynchronousPhase:
@@ -63,46 +116,31 @@ class AsynchronousPhase:
 
     Args:
         phase: under an asynchronous strategy.
-        world: the learners.
-        dataset: what they train on.
-        plan: of the training.
         learner: its state stands at the phase's first step, or at one from which it goes on.
-        log: of the training.
-        validation: what rank 0 runs in the background.
-        settings: how parameters travel.
-        stopping: whether the run is asked to.
-        journal_dir: where exchanges are journaled; None: nowhere.
+        around: see there.
     """
 
-    def __init__(
-        self,
-        phase: Phase,
-        world: World,
-        dataset: Dataset,
-        plan: Plan,
-        learner: LearnerStep,
-        log: TrainingLog,
-        validation: Validation,
-        settings: Settings,
-        stopping: Stopping,
-        journal_dir: Path | None,
-    ) -> None:
+    def __init__(self, phase: Phase, learner: LearnerStep, around: Surroundings) -> None:
         assert isinstance(phase.strategy, Asynchronous)
-        self._phase, self._world, self._dataset, self._plan = phase, world, dataset, plan
-        self._learner, self._log, self._validation, self._settings = learner, log, validation, settings
+        self._phase, self._learner, self._around = phase, learner, around
+        self._world, self._dataset, self._plan, self._log = around.world, around.dataset, around.plan, around.log
+        self._stopping, self._checkpoints = around.stopping, around.checkpoints
         self._strategy, self._peers, self._group = phase.strategy, phase.peers, phase.super_learner
-        self._stopping = stopping
         self._group_size = self._group.world.size if self._group is not None else 1
         self._leads = self._group is None or self._group.world.rank == 0
-        self._journal_dir = journal_dir if self._leads else None
         self._state = learner.state
         self._change = torch.zeros_like(self._state.flat.values)
-        self._iterations_begun: list[int] = []  # whose beginning has not been noticed in the learner's thread
+        self._clock = StepClock()
+        self._silent: list[int] = []  # whom the last model validated was without
+        self._saving: int | None = None  # the step of a checkpoint that rank 0 has asked for and that is not there yet
 
     def run(self) -> Generator[IterationEnd | None]:
         """Train to the phase's end, after which all models are equal.
 
         Yields where all learners have met at an iteration's end, and None where they stop in the middle of one.
+
+        Raises:
+            LeftBehindError: the others have ended it without this learner.
         """
         self._learner.begin_phase(self._strategy.rate_factor, self._group)
         batches = self._dataset.batches(
@@ -119,7 +157,7 @@ class AsynchronousPhase:
             self._map = TicketMap(
                 self._world.size // self._group_size, self._plan.steps_per_epoch, chunks.steps_per_epoch
             )
-            folder = self._journal_dir
+            folder = self._around.journal_dir if self._leads else None
             path = None if folder is None else folder / f"learner.{self._world.rank}"
             self._journal = Journal(path, wanted=path is not None)
             try:
@@ -140,27 +178,40 @@ class AsynchronousPhase:
 
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
-        flat, strategy, messages = self._state.flat, self._strategy, self._peers.messages
+        flat, strategy, settings = self._state.flat, self._strategy, self._around.settings
         is_new = self._state.step in (self._phase.first_step, self._state.begun_at)
+        if not is_new:
+            strategy.forget_exchanges()
         if self._phase.dedicated_server:
-            command_server(self._peers, True, "start", self._phase.number, is_new, flat.to_numpy())
+            self._command_server("start", self._phase.number, is_new, flat.to_numpy())
         on_gpu = flat.values.device.type == "cuda"
         self._published = make_published(
             flat.values,
-            self._settings.piece_size,
-            self._settings.transfer_dtype,
+            settings.piece_size,
+            settings.transfer_dtype,
             direct=on_gpu and strategy.on_device and takes_device_pointers(),
         )
-        self._participant = Participant(strategy, self._published, messages, self._journal, flat.mix)
         first = self._peers.rank == 0
-        self._client = TicketClient(messages, self._reader.request)
+        names = self._peers.gather(f"learner rank {self._world.rank} on {os.uname().nodename}")
+        self._members = Members(
+            self._peers.messages, strategy.num_learners, strategy, self._published, names, self._around.lost_after,
+            forget=lambda: self._client.forget(),
+            is_stuck=lambda: self._group is not None and self._clock.is_stuck(),
+        )  # fmt: skip
+        messages = self._members.messages
+        self._participant = Participant(strategy, self._published, messages, self._journal, flat.mix)
+        self._client = TicketClient(messages, self._reader.request, strategy.rest)
         self._server = TicketServer(messages, self._map.units, self._on_ticket) if first else None
-        self._background = BackgroundValidation(self._validation) if first else None
-        self._snapshots = Snapshots(messages, strategy, self._published, self._begin_iteration, self._validate)
-        self._marks: dict[int, int] = {}
+        self._background = BackgroundValidation(self._around.validation) if first else None
+        self._snapshots = Snapshots(messages, strategy, self._published, self._validate)
+        self._marks: deque[tuple[int, int]] = deque()
         self._participant.connect()
         self._client.attach(self._server)
         self._snapshots.attach()
+        if self._server is not None:
+            self._members.attach(self._server, self._snapshots, self)
+        else:
+            self._members.attach()
         if self._phase.dedicated_server:
             self._peers.barrier()  # the server listens
 
@@ -171,15 +222,17 @@ class AsynchronousPhase:
         self._client.detach()
         self._snapshots.detach()
         self._participant.disconnect()
+        self._members.detach()
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Steps (first, end) of the stretches between two points where all learners meet."""
         first = self._state.step
-        for step in range(first + 1, self._phase.end_step + 1):
-            saves = self._plan.ends_iteration(step) and self._plan.saves(step, True)
-            if saves or step == self._phase.end_step:
-                yield first, step
-                first = step
+        ends = {self._phase.end_step}
+        if self._plan.exit_step is not None and first < self._plan.exit_step < self._phase.end_step:
+            ends.add(self._plan.exit_step)
+        for end in sorted(ends):
+            yield first, end
+            first = end
 
     def _segment(self, first: int, end: int) -> int:
         """Take tickets until there are no more of this segment, then wait until all exchanges are over.
@@ -187,22 +240,23 @@ class AsynchronousPhase:
         Returns the step that all have come to: `end`, or an earlier one where they are asked to stop.
         """
         self._span = first, end
+        self._requested: set[int] = set()  # tickets that the loader was asked for, in a learner that does not lead
         if self._leads:
             if self._server is not None:
                 self._open_segment(self._server, first, end)
             self._participant.rejoin()
             self._client.start()
-        requested = -1
-        while (ticket := self._next_ticket()) is not None:
-            if not self._leads:
-                for number in (ticket.now, ticket.ahead):
-                    if number is not None and number > requested:
-                        requested = number
-                        self._reader.request(number)
-            self._train_on(next(self._batches), ticket)
+        ranks = None
+        while ranks is None:  # None: lost after its last step
+            self._work()
+            if self._leads:
+                self._participant.leave()
+                self._participant.settle()
+                ranks = self._members.meet()
+            if self._group is not None:
+                ranks = self._group.world.broadcast(ranks)
+        self._leave_out_others(ranks)
         if self._leads:
-            self._participant.leave()
-            self._participant.settle()
             self._command_server("meet")
             self._peers.barrier()
         step, self._stopping.why = self._world.broadcast((self._span[1], self._stopping.why))
@@ -210,61 +264,141 @@ class AsynchronousPhase:
             self._begin_missed_iterations(step)
         return int(step)
 
+    def _work(self) -> None:
+        """Do what comes, ticket by ticket, until there are no more."""
+        while not (order := self._next_order()).ends:
+            if order.over:
+                raise LeftBehindError(order.over)
+            if order.reload and self._group is not None:
+                self._share_values()
+            if order.save is not None:
+                self._save(order.save)
+            if order.now is None:
+                continue
+            if not self._leads:
+                for number in (order.now, order.ahead):
+                    if number is not None and number not in self._requested:
+                        self._requested.add(number)
+                        self._reader.request(number)
+            self._train_on(self._minibatch(order.now), order.now, order)
+
+    def _minibatch(self, ticket: int) -> Batch:
+        """That of a ticket, which the loader has been asked for; those before it have gone to other learners."""
+        while (batch := next(self._batches)).step != ticket:
+            self._requested.discard(batch.step)
+        self._requested.discard(ticket)
+        return batch
+
+    def _leave_out_others(self, ranks: list[int]) -> None:
+        """From here on there are only those who meet."""
+        if len(ranks) == self._peers.size:
+            return
+        size, everyone = self._group_size, self._around.everyone
+        learners = [rank * size + k for rank in ranks if rank < self._map.units for k in range(size)]
+        if everyone is not self._world:  # there is a server
+            command_server(everyone, True, "shrink", [*learners, everyone.size - 1])
+            everyone.shrink([*learners, everyone.size - 1])
+        self._world.shrink(learners)
+        if self._peers is not self._world and self._peers is not everyone and self._leads:  # last: not on all ranks
+            self._peers.shrink(ranks)
+
     def _begin_missed_iterations(self, step: int) -> None:
         """Those that began with a ticket of another learner while this one had none left."""
-        missed = self._iterations_begun
+        missed = list(iter(self._client.begun, None)) if self._leads else []
         if self._group is not None:
             missed = self._group.world.broadcast(missed)
         for number in missed:
             self._log.end_iteration(number - 1)
             frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
             self._learner.begin_iteration(number, frames, self._learner.saturation())
-        self._iterations_begun = []
 
     def _open_segment(self, server: TicketServer, first: int, end: int) -> None:
         """Have rank 0's communication thread hand out the segment's tickets, and begin iterations between them."""
-        marks = {
-            self._map.ticket(step): self._plan.iteration(step)
-            for step in range(first + 1, end)
-            if self._plan.ends_iteration(step)
-        }
+        marks = [(self._map.ticket(step), step) for step in range(first + 1, end) if self._plan.ends_iteration(step)]
+        left = self._around.tickets if first == self._state.step else None
+        fresh: dict[str, Any] = {"again": (), "next": self._map.ticket(first)}
+        begin = fresh if left is None else left
 
         def open_segment() -> None:
-            self._marks = marks
-            server.open(self._map.ticket(first), self._map.ticket(end))
+            self._marks = deque(marks)
+            server.open(begin["next"], self._map.ticket(end), begin["again"])
 
         self._peers.messages.post(open_segment)
 
-    def _next_ticket(self) -> _Ticket | None:
-        """What this learner, or its super-learner, does next; None at the segment's end."""
-        got = None
-        if self._leads:
-            ticket = self._client.next()
-            if ticket is not None:
-                iteration = self._iterations_begun.pop(0) if self._iterations_begun else None
-                saturation = 0.0 if iteration is None else self._learner.saturation()
-                got = _Ticket(ticket, self._client.peek(), iteration, saturation)
-        return got if self._group is None else self._group.world.broadcast(got)
-
-    def _train_on(self, batch: Batch, ticket: _Ticket) -> None:
-        """One step of this learner, or of its super-learner."""
-        began = time.monotonic()
-        frames = round(self._dataset.train.total_frames * self._map.epochs(ticket.now))
-        if ticket.iteration is not None:
-            self._log.end_iteration(ticket.iteration - 1)
-            self._learner.begin_iteration(ticket.iteration, frames, ticket.saturation)
-        self._learner.compute(batch, frames)
-        self._learner.change(frames, self._reader.plan.chunks_of_step(ticket.now), self._change)
-        values = self._state.flat.values
-        if self._leads:
-            self._participant.publish(self._change, values, batch.global_frames)
+    def _next_order(self) -> _Order:
+        """What this learner, or its super-learner, does next."""
+        order = self._lead() if self._leads else None
         if self._group is not None:
-            if not self._leads:
-                values.zero_()
-            self._group.sum_(values)  # the leader's model, to all
+            order = self._group.world.broadcast(order)
+        assert order is not None
+        return order
+
+    def _lead(self) -> _Order:
+        reload = False
+        if self._members.is_lost:
+            try:
+                self._members.come_back()
+            except LeftBehindError as error:
+                return _Order(over=str(error))
+            self._state.flat.load(self._published.to_numpy())
+            self._client.start_again()
+            reload = True
+        ticket = self._client.next()
+        save = self._client.to_save()
+        if ticket is None:
+            return _Order(save=save, reload=reload, ends=save is None and self._client.ended)
+        iteration = self._client.begun()
+        saturation = 0.0 if iteration is None else self._learner.saturation()
+        return _Order(ticket, self._client.peek(), iteration, saturation, save, reload)
+
+    def _share_values(self) -> None:
+        """The leader's model, to all of its super-learner."""
+        assert self._group is not None
+        values = self._state.flat.values
+        if not self._leads:
+            values.zero_()
+        self._group.sum_(values)
+
+    def _train_on(self, batch: Batch, ticket: int, order: _Order) -> None:
+        """One step of this learner, or of its super-learner."""
+        self._clock.begin()
+        frames = round(self._dataset.train.total_frames * self._map.epochs(ticket))
+        if order.iteration is not None:
+            self._log.end_iteration(order.iteration - 1)
+            self._learner.begin_iteration(order.iteration, frames, order.saturation)
+        self._learner.compute(batch, frames)
+        self._learner.change(frames, self._reader.plan.chunks_of_step(ticket), self._change)
+        # The ticket of a learner that is lost has gone to another.
+        if self._leads and not self._members.is_lost:
+            self._participant.publish(self._change, self._state.flat.values, batch.global_frames)
+        if self._group is not None:
+            self._share_values()
         self._log.show_progress(frames)
+        took = self._clock.end()
         if self._leads:
-            self._client.done(time.monotonic() - began)
+            self._client.done(took)
+
+    def _save(self, step: int) -> None:
+        """Hand over this learner's state as that of `step`, which others come to earlier or later.
+
+        Exchanges that are under way are of no more use to whoever goes on from there.
+        """
+        values: torch.Tensor | None = None
+        changed: dict[Strategy, Any] = {}
+        if self._leads:
+
+            def take() -> None:
+                nonlocal values
+                values = torch.from_numpy(self._published.to_numpy())
+                changed[self._strategy] = self._strategy.state_dict()
+                self._client.say_saved()
+
+            messages = self._peers.messages
+            messages.post(take)
+            messages.wait(lambda: bool(changed))
+        frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
+        parts = self._around.parts(step, frames, values, changed)
+        self._checkpoints.save(step, parts, self._tickets_left if self._world.rank == 0 else None)
 
     def _meet(self, step: int) -> Iterator[IterationEnd | None]:
         """All learners have come to `step` and nothing is under way: the mean of all models, and where they go on."""
@@ -286,7 +420,7 @@ class AsynchronousPhase:
         if self._group is not None:
             mean, model = self._group.world.broadcast((mean, model))
             own = own if self._leads else mean
-        spread = spread_of(own, mean, self._world) * self._world.size / self._map.units
+        spread = spread_of(own, mean, self._world) * self._world.size / len(self._strategy.present)
         if self._leads:
             self._published.load(model)
         state.flat.load(model)
@@ -298,15 +432,22 @@ class AsynchronousPhase:
         elif self._stopping.why:
             yield None
 
-    def _command_server(self, command: str) -> None:
-        command_server(self._peers, self._phase.dedicated_server, command)
+    def _command_server(self, *command: Any) -> None:
+        command_server(self._around.everyone, self._phase.dedicated_server, *command)
 
-    # On the communication thread.
+    # On rank 0's communication thread.
 
     def _on_ticket(self, ticket: int) -> None:
-        if ticket in self._marks:
-            self._snapshots.take(self._marks[ticket])
+        while self._marks and self._marks[0][0] <= ticket:
+            step = self._marks.popleft()[1]
+            assert self._server is not None
+            self._server.begin_iteration(self._plan.iteration(step))
+            self._snapshots.take(self._plan.iteration(step))
+            if self._plan.saves(step):
+                self._begin_checkpoint(step)
         first, end = self._span
+        if self._stopping.time_to_save():
+            self._begin_checkpoint(max(step for step in range(first, end) if self._map.ticket(step) <= ticket))
         if not self._stopping.why and (why := self._stopping.look()):
             # The first step after this ticket: those before it have all been handed out.
             self._span = first, next(step for step in range(first + 1, end + 1) if self._map.ticket(step) > ticket)
@@ -314,9 +455,41 @@ class AsynchronousPhase:
             assert self._server is not None
             self._server.end_at(self._map.ticket(self._span[1]))
 
-    def _begin_iteration(self, iteration: int) -> None:
-        self._iterations_begun.append(iteration)
+    def _begin_checkpoint(self, step: int) -> None:
+        """Have all learners save, each in its own time."""
+        assert self._server is not None
+        if self._saving is not None:
+            logger.info("no checkpoint of step %d: that of step %d is not written yet", step, self._saving)
+            return
+        self._saving = step
+        self._checkpoints.announce(step)
+        self._server.save(step)
+        self._command_server("save", step)
 
-    def _validate(self, iteration: int, mean: NDArray[np.float32], spread: float | None) -> None:
+    def _tickets_left(self) -> dict[str, Any]:
+        """What a checkpoint says besides, all of whose parts are written."""
+        assert self._server is not None
+        self._saving = None
+        return self._server.left()
+
+    def lost(self, rank: int) -> None:
+        """See `members.Concerned`: a checkpoint under way does not wait for a super-learner that is gone."""
+        for number in range(self._group_size):
+            self._checkpoints.lost(rank * self._group_size + number)
+
+    def back(self, rank: int) -> None:
+        """See `members.Concerned`."""
+        for number in range(self._group_size):
+            self._checkpoints.back(rank * self._group_size + number)
+
+    def _validate(self, iteration: int, mean: NDArray[np.float32], spread: float | None, silent: list[int]) -> None:
         assert self._background is not None
+        if silent != self._silent:  # else it has been said
+            self._silent = silent
+            number = self._strategy.num_learners
+            named = f"; rank {', '.join(map(str, silent))} did not answer" if silent else " again"
+            logger.warning(
+                "iteration %d: the model validated is the mean of %d of %d learners%s",
+                iteration, number - len(silent), number, named,
+            )  # fmt: skip
         self._background.start(iteration, mean, spread)

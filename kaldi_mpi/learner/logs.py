@@ -22,8 +22,9 @@ import kaldi_mpi
 from kaldi_mpi.files import atomic_write
 from kaldi_mpi.learner.batches import DeviceBatches
 from kaldi_mpi.learner.progress import Progress
-from kaldi_mpi.learner.schedule import ExponentialRate
+from kaldi_mpi.learner.schedule import ExponentialRate, Phase
 from kaldi_mpi.log import logger
+from kaldi_mpi.transport.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,3 +289,42 @@ class TrainingLog:
             self._logs.compute_prob("train", name, diagnostic)
             if spread:
                 logger.info("iteration %s: the models' mean squared distance from their mean is %.4g", name, spread)
+
+
+class Traffic:
+    """Seconds waited for other learners and bytes sent to them, in all the worlds in which this one meets them.
+
+    Args:
+        world: the learners.
+        phases: of the training, whose strategies count their averagings.
+    """
+
+    def __init__(self, world: World, phases: Sequence[Phase]) -> None:
+        self._world, self._strategies = world, [phase.strategy for phase in phases]
+        groups = [phase.super_learner.world for phase in phases if phase.super_learner is not None]
+        worlds = [world, *(phase.peers for phase in phases), *groups]
+        self._worlds = list({id(world): world for world in worlds}.values())
+        self._began, self._before = time.monotonic(), self._now()
+
+    def _now(self) -> tuple[float, int]:
+        return sum(w.seconds_waited for w in self._worlds), sum(w.bytes_sent for w in self._worlds)
+
+    def report(self, log: TrainingLog, frames: int) -> None:
+        """Log what this run was, and keep it for the summary; `frames` were trained on, over all learners."""
+        seconds = time.monotonic() - self._began
+        waited, sent = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        averages = sum(strategy.num_averages for strategy in self._strategies)
+        mine = {
+            "own_frames": log.own_frames, "seconds_waited": waited, "averages": averages, "bytes_sent": int(sent),
+            **log.loader.totals(),
+        }  # fmt: skip
+        by_learner = self._world.gather(mine)
+        if self._world.rank != 0:
+            return
+        log.summary.finish(seconds, frames, by_learner)
+        logger.info(
+            "trained on %d frames in %.2f s, %.0f frames/s over %d learner(s); waited %.2f s for data, "
+            "%.2f s for other learners; %d averagings, %.3g MB sent by each learner",
+            frames, seconds, frames / max(seconds, 1e-9), self._world.size, log.loader.waited, waited,
+            averages, sent / 1e6,
+        )  # fmt: skip

@@ -133,8 +133,10 @@ class TrainOptions:
     preserve_model_interval: int
     use_gpu: str
     binary: bool
-    checkpoint_interval: int | None
+    checkpoint_interval: int
+    checkpoint_minutes: float | None
     checkpoints_kept: int
+    lost_after: float
     resume: bool
     journal: bool
     faults: tuple[Fault, ...]
@@ -190,8 +192,11 @@ def _add_own(parser: Parser) -> None:
     add("--skip-bad-utterances", type=whole, default=0,
         help="leave out up to this many utterances or examples that cannot be read")  # fmt: skip
     add("--binary", type=boolean, default=True, help="write final.mdl in binary; false for text")
-    add("--checkpoint-interval", type=whole, help="validations between checkpoints; 0 for none (default: 1, and 5 "
-        "under asynchronous strategies, whose learners wait for each other at a checkpoint)")  # fmt: skip
+    add("--checkpoint-interval", type=whole, default=1, help="validations between checkpoints; 0 for none (default 1)")
+    add("--checkpoint-minutes", type=at_least(0, float), help="minutes between checkpoints, beside those of "
+        "--checkpoint-interval (default: none by time)")  # fmt: skip
+    add("--lost-after", type=at_least(0, float), default=10.0, help="seconds without a sign of life after which "
+        "strategies that wait for nobody go on without a learner; 0: never (default 10)")  # fmt: skip
     add("--journal", type=boolean, default=True, help="write every exchange of asynchronous strategies to DIR/journal")
     add("--inject", dest="faults", type=_faults, default=(),
         help="disturbances, as in 'slow:100x@rank2' (see docs/training.md)")  # fmt: skip

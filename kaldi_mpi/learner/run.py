@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from kaldi_mpi import log as console
-from kaldi_mpi.averaging import make_strategy
+from kaldi_mpi.averaging import Strategy, make_strategy
 from kaldi_mpi.averaging.settings import CENTRES
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
-from kaldi_mpi.learner import checkpoint, export, faults
+from kaldi_mpi.learner import export, faults
 from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE, AlignmentCounts
-from kaldi_mpi.learner.asynchronous import AsynchronousPhase
+from kaldi_mpi.learner.asynchronous import AsynchronousPhase, Surroundings
 from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.combine import models_to_combine
 from kaldi_mpi.learner.dataset import Dataset
+from kaldi_mpi.learner.facts import facts
 from kaldi_mpi.learner.finish import finish
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.inputs import check_egs, check_files, check_first_features
 from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
 from kaldi_mpi.learner.lock import run_lock
-from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.logs import Traffic, TrainingLog
+from kaldi_mpi.learner.members import LeftBehindError
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.progress import Progress
 from kaldi_mpi.learner.schedule import (
     ExponentialRate,
-    Phase,
     Plan,
     SuperLearner,
     check_super_learners,
@@ -57,11 +59,10 @@ from kaldi_mpi.log import logger
 from kaldi_mpi.models.chance import Chance
 from kaldi_mpi.models.passes import keep_memory
 from kaldi_mpi.processes import NotedSignals
-from kaldi_mpi.transport import gpu
-from kaldi_mpi.transport.status import TERMINAL_ENV, Status
+from kaldi_mpi.transport import gpu, guard
+from kaldi_mpi.transport.beat import Beat
+from kaldi_mpi.transport.status import TERMINAL_ENV, Status, started_again
 from kaldi_mpi.transport.world import World
-
-_CHECKPOINT_INTERVAL, _CHECKPOINT_INTERVAL_ASYNCHRONOUS = 1, 5  # validations, by default
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,7 +79,14 @@ def main(arguments: Sequence[str]) -> None:
     with guarded(world) as status:
         if world.rank == 0:
             logger.info("%s", " ".join(["kaldi-mpi train", *arguments]))
-        if why := train(parse(arguments), world, status):
+        try:
+            why = train(parse(arguments), world, status)
+        except LeftBehindError as error:
+            logger.warning("learner rank %d: %s", world.rank, error)
+            guard.end_apart(world, status, "left behind", str(error))
+        if world.lost:
+            guard.end_apart(world, status, "stopped" if why else "finished", why)
+        if why:
             status.write("stopped", why)
         world.close()
 
@@ -109,11 +117,15 @@ def train(options: TrainOptions, everyone: World, status: Status | None = None) 
     """
     # What can be wrong is looked for before anything is read that takes long.
     check_files(options.data, options.xconfig, options.input_model)
-    with run_lock(Path(options.dir)) if everyone.rank == 0 else contextlib.nullcontext():
-        return _train(options, everyone, status)
+    locked = run_lock(Path(options.dir)) if everyone.rank == 0 else contextlib.nullcontext()
+    with (
+        locked,
+        Beat.of_environment(everyone.rank, Path(options.dir) / "log", everyone.waits, everyone.last_exchanges) as beat,
+    ):
+        return _train(options, everyone, status, beat)
 
 
-def _train(options: TrainOptions, everyone: World, status: Status | None) -> str:
+def _train(options: TrainOptions, everyone: World, status: Status | None, beat: Beat) -> str:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings, folder = options.settings, Path(options.dir)
@@ -195,21 +207,31 @@ def _train(options: TrainOptions, everyone: World, status: Status | None) -> str
         dropout=options.dropout_schedule,
         shrinking=Shrinking(options.shrink_value, options.shrink_saturation_threshold, options.proportional_shrink),
         images=images,
+        beat=beat,
     )
     validation = Validation(
-        model, flat, Pass(dataset, world, device), log, models if world.rank == 0 else None,
+        model, flat, Pass(dataset, world, device, beat=beat), log, models if world.rank == 0 else None,
         by_class=options.compute_per_dim_accuracy,
     )  # fmt: skip
 
-    facts = checkpoint.facts(options, everyone.size, network.transforms) if world.rank == 0 else None
-    checkpoints = Checkpoints(folder, everyone, facts, options.checkpoints_kept)
-    if not options.resume:
+    decides = facts(options, everyone.size, network.transforms) if world.rank == 0 else None
+    checkpoints = Checkpoints(folder, everyone, decides, options.checkpoints_kept, _ends_run(everyone, status))
+    if not options.resume and not started_again():
         checkpoints.begin_anew()
     saved = checkpoints.load()
+    same_ranks = checkpoints.num_ranks == everyone.size
     goes_on = saved is not None and stages.begins_with(plan.iteration(saved["state"]["step"]))
     if goes_on:
-        state.load_state_dict(saved["state"])
+        state.load_state_dict(saved["state"], same_ranks)
         log.load_state_dict(saved["log"])
+        if not same_ranks:
+            state.step = min(plan.num_steps, round(saved["epochs"] * plan.steps_per_epoch))
+            if world.rank == 0:
+                logger.warning(
+                    "%d learners go on where %d have saved one model: learning rates are those of %d from here on, and "
+                    "the rest of this epoch is shared out anew, so that some of it may come twice or not at all",
+                    everyone.size, checkpoints.num_ranks, everyone.size,
+                )  # fmt: skip
     else:
         if not stages.initial:
             name = models.combined if stages.combined_before else stages.first_iteration
@@ -230,10 +252,21 @@ def _train(options: TrainOptions, everyone: World, status: Status | None) -> str
             plan.num_steps, total_frames, f", going on at step {state.step}" if state.step else "",
         )  # fmt: skip
 
-    def save() -> None:
+    def parts(step: int, frames: int, values: torch.Tensor | None, changed: dict[Strategy, Any]) -> dict[str, Any]:
+        own = state.state_dict(changed) | {"step": step, "frames": frames}
+        if values is not None:
+            own["parameters"] = values
+        return {
+            "state": own, "log": log.state_dict(), "iteration": learner.state_dict(),
+            "epochs": step / plan.steps_per_epoch,
+        }  # fmt: skip
+
+    def save(wait: bool) -> None:
         command_server(everyone, settings.dedicated_server, "save", state.step)
-        parts = {"state": state.state_dict(), "log": log.state_dict(), "iteration": learner.state_dict()}
-        checkpoints.save(state.step, parts)
+        checkpoints.save(state.step, parts(state.step, state.frames, None, {}))
+        if wait:
+            command_server(everyone, settings.dedicated_server, "wait")
+            checkpoints.wait()
 
     # The training.
     model.train()
@@ -242,44 +275,59 @@ def _train(options: TrainOptions, everyone: World, status: Status | None) -> str
     traffic = Traffic(world, phases)
     first_frames = state.frames
     last_step = plan.num_steps if plan.exit_step is None else plan.exit_step
-    if goes_on and not plan.ends_iteration(state.step):
+    if goes_on and not plan.ends_iteration(state.step) and same_ranks:
         learner.load_state_dict(saved["iteration"])
     elif state.step < last_step:
         learner.begin_iteration(plan.iteration(state.step), state.frames)
     with may_stop(status) as signals:
-        stopping = Stopping(world, signals)
+        minutes = options.checkpoint_minutes
+        stopping = Stopping(world, signals, save_seconds=None if minutes is None else 60 * minutes)
         for phase in phases:
             if state.step >= min(phase.end_step, last_step) or stopping.why:
                 continue
             if len(phases) > 1 and world.rank == 0:
                 logger.info("from step %d: strategy %s", phase.first_step, phase.name)
-            asynchronous = phase.strategy.asynchronous
             ends: Generator[IterationEnd | None]
-            if asynchronous:
+            if phase.strategy.asynchronous:
                 journal_dir = folder / "journal" if options.journal else None
-                ends = AsynchronousPhase(
-                    phase, world, dataset, plan, learner, log, validation, settings, stopping, journal_dir
-                ).run()
+                tickets = checkpoints.tickets if goes_on and state.step == checkpoints.step else None
+                around = Surroundings(
+                    everyone, world, dataset, plan, log, validation, settings, stopping, checkpoints, parts, tickets,
+                    options.lost_after, journal_dir,
+                )  # fmt: skip
+                ends = AsynchronousPhase(phase, learner, around).run()
+            elif everyone.lost:
+                save(wait=True)
+                raise ConfigError(
+                    f"--strategy {phase.name} waits for all learners, and rank {', '.join(map(str, everyone.lost))} is "
+                    "lost: the same command goes on from here with all of them"
+                )
             else:
                 ends = run_synchronous(phase, world, dataset, chunks, plan, learner, log, stopping)
             with contextlib.closing(ends):
                 for end in ends:
+                    beat.end_watch("the end of an iteration")
                     if end is not None:
                         iteration = plan.iteration(state.step)
                         log.end_iteration(iteration - 1)
                         sum_statistics(model, world)
                         validation.run(iteration, end.mean, end.spread)
                     stops = bool(stopping.why) and state.step < last_step
-                    if stops or plan.saves(state.step, asynchronous):
-                        save()
+                    exits = state.step == plan.exit_step
+                    if stops or stopping.saves or plan.saves(state.step):
+                        save(wait=stops or exits)
                     if stops or state.step == last_step:
                         break
-                    learner.begin_iteration(plan.iteration(state.step), state.frames)
+                    if end is not None:
+                        learner.begin_iteration(plan.iteration(state.step), state.frames)
+    beat.end_watch("the end of the training")
     traffic.report(log, state.frames - first_frames)
     if world.rank == 0:
         for line in state.optimiser.report():
             logger.info("%s", line)
     stopped = stopping.why if state.step < last_step else ""
+    command_server(everyone, settings.dedicated_server, "wait")
+    checkpoints.wait()  # for what has been written behind the learners' back
     command_server(everyone, settings.dedicated_server, "end", stopped)
 
     if stopped:
@@ -298,6 +346,11 @@ def _train(options: TrainOptions, everyone: World, status: Status | None) -> str
         checkpoints.remove()
     world.barrier()
     return ""
+
+
+def _ends_run(everyone: World, status: Status | None) -> Callable[[BaseException], None] | None:
+    """What a thread calls that has failed, where there is a launcher to be told."""
+    return None if status is None else functools.partial(guard.end_run, everyone, where="on its checkpoint thread")
 
 
 @contextlib.contextmanager
@@ -346,8 +399,12 @@ def serve(options: TrainOptions, everyone: World, status: Status | None) -> str:
         make_strategy(spec.name, everyone, options.settings) if spec.name in CENTRES else None
         for spec in options.phases
     ]
-    checkpoints = Checkpoints(Path(options.dir), everyone, None, options.checkpoints_kept)
-    server = Server(everyone, strategies, options.settings, Path(options.dir), checkpoints, options.journal)
+    checkpoints = Checkpoints(
+        Path(options.dir), everyone, None, options.checkpoints_kept, _ends_run(everyone, status)
+    )  # fmt: skip
+    server = Server(
+        everyone, strategies, options.settings, Path(options.dir), checkpoints, options.journal, options.lost_after
+    )  # fmt: skip
     if status is not None:
         status.write("running", "", stops=True)
     return server.run()
@@ -357,14 +414,12 @@ def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tup
     """How many steps the training has, and how many labelled frames they are over all learners."""
     steps_per_epoch = chunks.steps_per_epoch
     num_steps = max(1, round(options.num_epochs * steps_per_epoch))
-    interval = options.checkpoint_interval
     plan = Plan(
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         steps_per_iteration=max(1, options.samples_per_iter // dataset.usual_minibatch(chunks)),
         num_epochs=options.num_epochs,
-        checkpoint_interval=_CHECKPOINT_INTERVAL if interval is None else interval,
-        checkpoint_interval_asynchronous=_CHECKPOINT_INTERVAL_ASYNCHRONOUS if interval is None else interval,
+        checkpoint_interval=options.checkpoint_interval,
     )
     return plan, frames_before(num_steps, dataset, chunks)
 
@@ -413,42 +468,3 @@ def make_super_learner(size: int, world: World, device: torch.device) -> SuperLe
     else:
         sum_ = lambda tensor: group.sum_(tensor.numpy())  # noqa: E731
     return SuperLearner(group, leaders, sum_)
-
-
-class Traffic:
-    """Seconds waited for other learners and bytes sent to them, in all the worlds in which this one meets them.
-
-    Args:
-        world: the learners.
-        phases: of the training, whose strategies count their averagings.
-    """
-
-    def __init__(self, world: World, phases: Sequence[Phase]) -> None:
-        self._world, self._strategies = world, [phase.strategy for phase in phases]
-        groups = [phase.super_learner.world for phase in phases if phase.super_learner is not None]
-        worlds = [world, *(phase.peers for phase in phases), *groups]
-        self._worlds = list({id(world): world for world in worlds}.values())
-        self._began, self._before = time.monotonic(), self._now()
-
-    def _now(self) -> tuple[float, int]:
-        return sum(w.seconds_waited for w in self._worlds), sum(w.bytes_sent for w in self._worlds)
-
-    def report(self, log: TrainingLog, frames: int) -> None:
-        """Log what this run was, and keep it for the summary; `frames` were trained on, over all learners."""
-        seconds = time.monotonic() - self._began
-        waited, sent = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        averages = sum(strategy.num_averages for strategy in self._strategies)
-        mine = {
-            "own_frames": log.own_frames, "seconds_waited": waited, "averages": averages, "bytes_sent": int(sent),
-            **log.loader.totals(),
-        }  # fmt: skip
-        by_learner = self._world.gather(mine)
-        if self._world.rank != 0:
-            return
-        log.summary.finish(seconds, frames, by_learner)
-        logger.info(
-            "trained on %d frames in %.2f s, %.0f frames/s over %d learner(s); waited %.2f s for data, "
-            "%.2f s for other learners; %d averagings, %.3g MB sent by each learner",
-            frames, seconds, frames / max(seconds, 1e-9), self._world.size, log.loader.waited, waited,
-            averages, sent / 1e6,
-        )  # fmt: skip

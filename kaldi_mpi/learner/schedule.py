@@ -63,8 +63,7 @@ class Plan:
         steps_per_epoch: the last of which may be smaller.
         steps_per_iteration: between two validations.
         num_epochs: what `num_steps` amount to.
-        checkpoint_interval: validations between two checkpoints in synchronous phases; 0 for none.
-        checkpoint_interval_asynchronous: the same where a checkpoint makes learners wait for each other.
+        checkpoint_interval: validations between two checkpoints; 0 for none.
         exit_step: where the training ends early (``--exit-stage``), with a checkpoint; None: it does not.
     """
 
@@ -73,7 +72,6 @@ class Plan:
     steps_per_iteration: int
     num_epochs: float
     checkpoint_interval: int = 1
-    checkpoint_interval_asynchronous: int = 5
     exit_step: int | None = None
 
     @property
@@ -98,11 +96,11 @@ class Plan:
         """Whether a validation is due when `step` steps are done."""
         return step % self.steps_per_iteration == 0 or step == self.num_steps
 
-    def saves(self, step: int, asynchronous: bool) -> bool:
+    def saves(self, step: int) -> bool:
         """Whether a checkpoint is due with that validation."""
         if step == self.exit_step:
             return True
-        interval = self.checkpoint_interval_asynchronous if asynchronous else self.checkpoint_interval
+        interval = self.checkpoint_interval
         return bool(interval) and self.iteration(step) % interval == 0 and step < self.num_steps
 
 

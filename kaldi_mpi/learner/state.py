@@ -37,8 +37,13 @@ class TrainingState:
     frames: int = 0
     begun_at: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """All of it, between two steps."""
+    def state_dict(self, changed: dict[Strategy, Any] | None = None) -> dict[str, Any]:
+        """All of it, between two steps, as a copy that does not change.
+
+        Args:
+            changed: the state of strategies which other threads may be at work on.
+        """
+        changed = changed or {}
         return {
             "step": self.step,
             "frames": self.frames,
@@ -47,19 +52,26 @@ class TrainingState:
             "preconditioners": {name: c.training_state() for name, c in self.model.by_name.items()},
             "chance": self.model.mode.chance.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "strategies": [changed.get(strategy) or strategy.state_dict() for strategy in self.strategies],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], same_ranks: bool = True) -> None:
+        """Go on from it.
+
+        Args:
+            same_ranks: whether as many learners have saved it; where not, what belongs to one learner begins anew.
+        """
         self.step, self.frames = state["step"], state["frames"]
         self.flat.load(state["parameters"].numpy())
         for name, component in self.model.by_name.items():
             component.load_training_state(state["preconditioners"][name])
         load_buffers(self.model, state["buffers"])
-        self.model.mode.chance.load_state_dict(state["chance"])
         self.optimiser.load_state_dict(state["optimiser"])
+        if same_ranks:
+            self.model.mode.chance.load_state_dict(state["chance"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
-            strategy.load_state_dict(saved)
+            if same_ranks or not strategy.asynchronous:
+                strategy.load_state_dict(saved)
 
 
 def load_buffers(model: AcousticModel, buffers: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.log import logger
+from kaldi_mpi.transport.beat import Beat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class LearnerStep:
         dropout: of components, by how much of the data is done.
         shrinking: of parameters, as iterations begin.
         images: what happens to inputs that are images; None: nothing.
+        beat: is told of each minibatch; None: nobody is.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class LearnerStep:
         dropout: DropoutSchedule | None = None,
         shrinking: Shrinking | None = None,
         images: ImageAugmentation | None = None,
+        beat: Beat | None = None,
     ) -> None:
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
@@ -83,6 +86,7 @@ class LearnerStep:
         self._dropout = DropoutSchedule() if dropout is None else dropout
         self._shrinking = Shrinking() if shrinking is None else shrinking
         self._images = images
+        self._beat = Beat() if beat is None else beat
         self._scale = 1.0  # of the parameters, before the next minibatch
         self._minibatches = 0
         # The parameters before the minibatch, where they have moved before its gradient was taken; and whether they
@@ -184,8 +188,9 @@ class LearnerStep:
         Args:
             frames: trained on so far, over all learners; None: as the state has it.
         """
-        self._injector.begin()
         self._minibatches += 1
+        self._beat.moved(f"computing minibatch {self._minibatches}")
+        self._injector.begin()
         self._moved_from, self._stepped_back = None, False
         if self._scale != 1.0:
             # Asynchronous: the published model moves by it as by the gradient, see `change`.
@@ -200,6 +205,7 @@ class LearnerStep:
         self._injector.end()
         if self._super_learner is not None:
             self._super_learner.mean_(self.state.flat.gradients)
+        self._beat.at(f"what comes after minibatch {self._minibatches}")
 
     def _step_back(self, batch: Batch, frames: int) -> None:
         """Backstitch's first step: against the gradient, with preconditioners that are not updated, and without l2."""

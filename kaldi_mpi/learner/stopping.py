@@ -24,18 +24,25 @@ class Stopping:
 
     Attributes:
         why: what all learners have agreed to stop for; "": they have not.
+        saves: whether they have agreed to write a checkpoint at this step and go on.
 
     Args:
         world: the learners.
         signals: that came to this process; None: it notes none.
         clock: in seconds.
+        save_seconds: between two checkpoints; None: time asks for none.
     """
 
     def __init__(
-        self, world: World, signals: NotedSignals | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        world: World,
+        signals: NotedSignals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        save_seconds: float | None = None,
     ) -> None:
         self._world, self._signals, self._clock = world, signals, clock
-        self.why = ""
+        self._save_seconds, self._saved_at = save_seconds, clock()
+        self.why, self.saves = "", False
         self._asked, self._next_look = "", 0.0
         self._skip = 0  # steps at which all learners have met that do not ask
         self._skipped, self._last = 0, clock()
@@ -53,13 +60,21 @@ class Stopping:
                 self._asked = asked_to_stop()
         return self._asked
 
+    def time_to_save(self) -> bool:
+        """On rank 0: whether it is time for a checkpoint; says so once."""
+        if self._save_seconds is None or self._clock() - self._saved_at < self._save_seconds:
+            return False
+        self._saved_at = self._clock()
+        return True
+
     def agree(self) -> bool:
-        """Called by all learners after the same steps, those at which they have met: whether they stop here.
+        """Called by all learners after the same steps, those at which they have met: whether they stop or save here.
 
         Now and then one of these calls is a message from the first learner to all, which also says how many will not
         be: about as many as there are in a fifth of a second.
         """
         self.look()
+        self.saves = False
         if self._skipped < self._skip:
             self._skipped += 1
             return False
@@ -68,7 +83,8 @@ class Stopping:
             now = self._clock()
             a_step = (now - self._last) / (self._skip + 1)
             self._last = now
-            told = (self._asked, int(min(_LOOK_SECONDS / max(a_step, 1e-6), 2 * self._skip + 10)))
-        self.why, self._skip = self._world.broadcast(told)
+            skip = int(min(_LOOK_SECONDS / max(a_step, 1e-6), 2 * self._skip + 10))
+            told = (self._asked, skip, self.time_to_save())
+        self.why, self._skip, self.saves = self._world.broadcast(told)
         self._skipped = 0
-        return bool(self.why)
+        return bool(self.why) or self.saves

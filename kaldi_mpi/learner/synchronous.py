@@ -28,8 +28,8 @@ def run_synchronous(
 ) -> Generator[IterationEnd | None]:
     """Train from the learner's present step to the phase's end, after which all models are equal.
 
-    Yields where an iteration ends, with the learner between two steps; and None where the learners have agreed to stop
-    in the middle of one.
+    Yields where an iteration ends, with the learner between two steps; and None where the learners have agreed to stop,
+    or to write a checkpoint, in the middle of one.
 
     Args:
         chunks: which chunks make up each step, of `dataset.train` and all learners.
@@ -56,10 +56,10 @@ def run_synchronous(
                 own = state.flat.to_numpy()
                 spread = spread_of(own, strategy.mean_model(own), world)
                 state.flat.mix(state.flat.values, strategy.finish)
-            stops = met and stopping.agree()
+            agreed = met and stopping.agree()
             if plan.ends_iteration(state.step):
                 own = state.flat.to_numpy()
                 mean = strategy.mean_model(own)
                 yield IterationEnd(mean, spread_of(own, mean, world) if spread is None else spread)
-            elif stops:
+            elif agreed:
                 yield None

@@ -34,6 +34,7 @@ from kaldi_mpi.loader import MinibatchRule, Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.components import BatchNorm
 from kaldi_mpi.models.lda import LdaStats
+from kaldi_mpi.transport.beat import Beat
 from kaldi_mpi.transport.world import SoloWorld, World
 
 # LDA statistics are taken of features rounded to this. Their squares and sums are then exact in float64 (up to
@@ -63,12 +64,14 @@ class Pass:
     Attributes:
         minibatch: chunks of a minibatch, where that makes a difference, since batch-norm takes its means from it; None:
             as is convenient.
+        beat: is told that the pass goes on; None: nobody is.
     """
 
     dataset: Dataset
     world: World
     device: torch.device
     minibatch: MinibatchRule | None = None
+    beat: Beat | None = None
 
     def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
         """This learner's minibatches of one epoch, but for those without frames.
@@ -89,6 +92,8 @@ class Pass:
             whole=self.minibatch,
         ) as batches:
             for batch in batches:
+                if self.beat is not None:
+                    self.beat.goes_on()
                 if max_chunks is not None and chunks >= max_chunks:
                     break
                 chunks += batches.reader.plan.chunks_of_step(batch.step)

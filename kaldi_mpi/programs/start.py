@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from kaldi_mpi.errors import ConfigError
+from kaldi_mpi.hangs import ON_HANG
 from kaldi_mpi.learner.options import TrainOptions, kaldi_names, make_parser, option_names, read
 from kaldi_mpi.learner.recipe_options import DNN, RAW_DNN, RAW_RNN, RNN
 from kaldi_mpi.options import Words
@@ -34,6 +35,8 @@ _LAUNCH = {
     "--trainer.optimization.num-jobs-final, but no more than there are cores)",
     "mpiexec": "the mpiexec to use (default: the Python environment's own, else the one on PATH)",
     "mpiexec-opts": "more options for it, as in '--hostfile hosts'",
+    "on-hang": "where all learners stand still: wait, which only tells (default), or end",
+    "restarts": "how often to start again from the last checkpoint after a learner's death or such an end (default 0)",
 }
 _LOCAL = ("run.pl", "run.py")  # launchers of jobs that run here
 
@@ -92,6 +95,10 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
     asked = launch.get("num-learners", "")
     if asked and (not re.fullmatch("[0-9]+", asked) or int(asked) == 0):
         complaints.append(f"--num-learners {asked}: expected a number above 0")
+    if launch.get("on-hang", ON_HANG[0]) not in ON_HANG:
+        complaints.append(f"--on-hang {launch['on-hang']}: expected {' or '.join(ON_HANG)}")
+    if not re.fullmatch("[0-9]+", launch.get("restarts", "0")):
+        complaints.append(f"--restarts {launch['restarts']}: expected a number from 0")
     command, complaint = job_command(dict(words.pairs).get("cmd", "").strip(), program)
     complaints += [complaint] if complaint else []
     if options is not None and program is not None:
@@ -105,7 +112,7 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
     log = folder / "log" / "train.log"
     python = [sys.executable, "-m", "kaldi_mpi"]
     processes = learners + (1 if options.settings.dedicated_server else 0)
-    how = [f"--{option}={launch[option]}" for option in ("mpiexec", "mpiexec-opts") if launch.get(option)]
+    how = [f"--{option}={launch[option]}" for option in _LAUNCH if option != "num-learners" and launch.get(option)]
 
     def job(starter: Path) -> list[str]:
         return [

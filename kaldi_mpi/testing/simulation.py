@@ -89,6 +89,9 @@ class _Messages:
     def wait(self, ready: Callable[[], bool]) -> NoReturn:
         raise RuntimeError("nobody waits in a simulated world: the next event is chosen from outside")
 
+    def every(self, seconds: float, action: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("there is no time in a simulated world but what is chosen from outside")
+
     def start_sum(self, buffer: Flat, done: Callable[[], None]) -> NoReturn:
         raise RuntimeError("a simulated world has no collectives")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,6 +13,8 @@ from kaldi_mpi.transport import collectives
 from kaldi_mpi.transport.messages import CommMessages
 from kaldi_mpi.transport.point_to_point import CLOSING, COLLECTIVES, PointToPoint
 from kaldi_mpi.transport.thread import CommThread, Completion, Lane, Task
+
+_SHRUNK = 2**16  # numbers of worlds after the first that has lost a rank
 
 
 class _Pending:
@@ -36,6 +38,7 @@ class CommWorld:
 
     def __init__(self, thread: CommThread, p2p: PointToPoint, abort: Callable[[int], NoReturn]) -> None:
         self.rank, self.size = p2p.rank, p2p.size
+        self._present = list(range(p2p.size))
         self.seconds_waited = 0.0
         self._thread, self._p2p, self._abort = thread, p2p, abort
         self._lane = Lane("collective")
@@ -85,6 +88,25 @@ class CommWorld:
         context = max(free for _, free in of_all)
         ranks = [rank for rank, (other, _) in enumerate(of_all) if other == color]
         return CommWorld(self._thread, self._p2p.narrow(ranks, context), self._abort)
+
+    def shrink(self, ranks: Sequence[int]) -> None:
+        # These ranks may have made different numbers of worlds, and cannot ask the others; from here on they agree.
+        sent = self._p2p.bytes_sent
+        self._p2p = self._p2p.narrow(ranks, max(self._p2p.next_context, _SHRUNK))
+        self._p2p.bytes_sent = sent
+        self.rank, self.size = self._p2p.rank, self._p2p.size
+        self._present = [self._present[rank] for rank in ranks]
+        self._lane, self._closing = Lane("collective"), Lane("end")
+
+    @property
+    def lost(self) -> list[int]:
+        return sorted(set(range(self.messages.size)) - set(self._present))
+
+    def waits(self) -> str:
+        return self._thread.waits()
+
+    def last_exchanges(self) -> list[str]:
+        return self._thread.last_exchanges()
 
     def abort(self, status: int) -> NoReturn:
         self._abort(status)

@@ -8,6 +8,8 @@ the whole run.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from kaldi_mpi.errors import KaldiMpiError
 from kaldi_mpi.log import logger
 from kaldi_mpi.transport.status import Status
 from kaldi_mpi.transport.world import World
+
+_END_SECONDS = 60.0  # after which a rank ends by itself that the launcher should have ended
 
 
 def describe(error: BaseException) -> str:
@@ -36,8 +40,22 @@ def end_run(world: World, error: BaseException, where: str = "") -> NoReturn:
         logger.error("learner rank %d: %s", world.rank, message)
     else:
         logger.error("learner rank %d: %s", world.rank, message, exc_info=error)
-    Status(world.rank).write("failed", message)
+    Status(world.messages.rank).write("failed", message, mend=isinstance(error, KaldiMpiError))
     world.abort(1)
+
+
+def end_apart(world: World, status: Status, state: str, message: str) -> NoReturn:
+    """End this rank where some are lost, or it is one of these: MPI's own end would wait for them for ever.
+
+    The launcher, which reads how each rank has ended, ends them all; without one, rank 0 does.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    status.write(state, message, lost=world.lost)
+    if not status.is_read and world.messages.rank == 0:
+        world.abort(0)
+    time.sleep(_END_SECONDS)
+    os._exit(0)
 
 
 @contextlib.contextmanager

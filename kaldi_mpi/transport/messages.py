@@ -29,6 +29,9 @@ class Channel(enum.IntEnum):
     STRATEGY = 1  # exchanges of an asynchronous strategy
     TICKETS = 2
     SNAPSHOTS = 3
+    MEMBERS = 4  # who takes part
+    CHECKPOINTS = 5
+    SERVER = 6  # commands to a dedicated server
 
 
 _HEADER = 3 + MAX_NUMBERS  # channel, bytes of payload, count of numbers, numbers
@@ -98,6 +101,9 @@ class CommMessages:
         if data.nbytes:
             self.sending += 1
             self._thread.track(self._p2p.send(data, to, PAYLOADS), functools.partial(self._sent, data))
+
+    def every(self, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        return self._thread.every(seconds, action)
 
     def wait(self, ready: Callable[[], bool]) -> float:
         return self._wait(self._thread.when(ready, "a condition on messages"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kaldi_mpi.files import atomic_write
 NUM_LEARNERS_ENV = "KALDI_MPI_NUM_LEARNERS"
 STATUS_DIR_ENV = "KALDI_MPI_STATUS_DIR"
 TERMINAL_ENV = "KALDI_MPI_TERMINAL"
+RESTART_ENV = "KALDI_MPI_RESTART"  # how often the launcher has started this run again
 
 _STOP = "stop"  # the file, beside the status files, by which learners are asked to
 
@@ -86,13 +87,22 @@ class Status:
         self._rank, self._shm = rank, shared_memory()
         self.write("running", "")
 
-    def write(self, state: str, message: str, stops: bool = False) -> None:
+    @property
+    def is_read(self) -> bool:
+        """Whether there is a launcher, who reads it."""
+        return self._path is not None
+
+    def write(
+        self, state: str, message: str, stops: bool = False, mend: bool = False, lost: Sequence[int] = ()
+    ) -> None:
         """Replace the file.
 
         Args:
-            state: running, stopped (after a checkpoint, as it was asked to), finished or failed.
+            state: running, stopped (after a checkpoint, as it was asked to), finished, failed, or left behind.
             message: the last words.
             stops: whether it would stop if it was asked to.
+            mend: whether it has failed by something that the user must mend.
+            lost: ranks without which it has ended.
         """
         self.state = state
         if self._path is None:
@@ -106,6 +116,8 @@ class Status:
                     "state": state,
                     "message": message,
                     "stops": stops,
+                    "mend": mend,
+                    "lost": list(lost),
                     "shm": self._shm,
                 },
                 stream,
@@ -134,6 +146,11 @@ def asked_to_stop() -> str:
         return Path(folder, _STOP).read_text(encoding="utf-8") if folder else ""
     except FileNotFoundError:
         return ""
+
+
+def started_again() -> bool:
+    """Whether the launcher has started this run again; then it goes on from its checkpoint, also by --resume=false."""
+    return int(os.environ.get(RESTART_ENV, "0")) > 0
 
 
 def say_abort(rank: int, status: int) -> None:

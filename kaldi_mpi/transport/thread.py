@@ -6,7 +6,7 @@ transfers without blocking and tests them, sleeping in between. It runs three ki
 * *tasks*, generators that yield lists of transfers and go on when all of a list are done. Collectives are
   written so; those of one *lane* run one after the other, different lanes side by side;
 * *listeners*, which are polled for messages (`kaldi_mpi.transport.messages`);
-* *actions*, posted by any thread, run in the order posted.
+* *actions*, posted by any thread, run in the order posted; and those that run again after so many seconds.
 
 So a message is answered while a sum is under way and while the learner computes. Nothing here blocks on
 one transfer, hence ranks cannot wait for each other in a circle by the order in which transfers complete.
@@ -25,12 +25,15 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from kaldi_mpi.log import logger
+from kaldi_mpi.transport.status import STATUS_DIR_ENV
 
 SPIN_SECONDS = 100e-6  # after something happened, look again at once for so long
 SHORTEST_SLEEP = 50e-6
 LONGEST_SLEEP_MOVING = 0.25e-3  # with transfers under way: libraries move large ones on when they are tested
 LONGEST_SLEEP_LISTENING = 1.5e-3
 LONG_WAIT = 60.0  # seconds after which the log tells of a wait; doubled each time
+_REMEMBERED = 40  # transfers and tasks done, for the log of a hang
+_FOR_EVER = 1e6  # seconds; threading's locks take no infinity
 _LAST_CHANCE = 1.0  # seconds that `stop` leaves to transfers under way
 
 
@@ -93,6 +96,16 @@ class Completion:
         return self.is_set
 
 
+class _Timer:
+    """An action that runs again and again."""
+
+    __slots__ = ("action", "due", "seconds")
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self.seconds, self.action = seconds, action
+        self.due = time.monotonic() + seconds
+
+
 class Lane:
     """Tasks of one world that run one after the other."""
 
@@ -139,7 +152,9 @@ class CommThread:
         self._lanes: list[Lane] = []  # those that have tasks
         self._listeners: list[Listener] = []
         self._watched: list[tuple[Callable[[], bool], Completion]] = []
+        self._timers: list[_Timer] = []
         self._waiting: set[Completion] = set()
+        self._recent: deque[tuple[float, str]] = deque(maxlen=_REMEMBERED)
         self._stop_at: float | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"communication-{rank}", daemon=True)
@@ -182,6 +197,12 @@ class CommThread:
         self.post(lambda: self._watch(ready, completion))
         return completion
 
+    def every(self, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        """Run `action` on the thread again and again, `seconds` apart, until what is returned is called."""
+        timer = _Timer(seconds, action)
+        self.post(lambda: self._timers.append(timer))
+        return lambda: self.post(lambda: self._timers.remove(timer) if timer in self._timers else None)
+
     def wait(self, completion: Completion) -> Any:
         """Wait in another thread until it is set; tells in the log when that takes long.
 
@@ -195,7 +216,8 @@ class CommThread:
             if not completion.is_set:
                 self._check()
             self._waiting.add(completion)
-        began, limit = time.monotonic(), LONG_WAIT
+        # Where there is a launcher it tells of a wait, and for whom, as soon as it is longer than is usual.
+        began, limit = time.monotonic(), _FOR_EVER if os.environ.get(STATUS_DIR_ENV) else LONG_WAIT
         try:
             while not completion.wait(min(limit, self._patience or limit)):
                 waited = time.monotonic() - began
@@ -238,10 +260,29 @@ class CommThread:
         """One line for the log: who waits for what, and what is under way."""
         return f"learner rank {self.rank} has waited {seconds:.0f} s for {completion.what}; {self._where()}"
 
+    def waits(self) -> str:
+        """What other threads of this rank wait for here, and whom from; "": for nothing. From any thread."""
+        with self._guard:
+            whats = sorted({completion.what for completion in self._waiting if not completion.is_set})
+        return (
+            f"waiting for {' and '.join(whats)} ({', '.join(self._under_way()) or 'nothing under way'})"
+            if whats
+            else ""
+        )
+
+    def last_exchanges(self) -> list[str]:
+        """What was done last, and what is under way; a line each. From any thread."""
+        recent = [f"{time.strftime('%T', time.localtime(at))} {what}" for at, what in list(self._recent)]
+        return [*recent, f"now {self._where()}"]
+
+    def _under_way(self) -> list[str]:
+        return sorted({f"{transfer.way} rank {transfer.peer}" for transfer, _ in list(self._transfers)})
+
     def _where(self) -> str:
         lanes = [lane.describe() for lane in list(self._lanes)]
-        under_way = sorted({f"{transfer.way} rank {transfer.peer}" for transfer, _ in list(self._transfers)})
-        return f"at {', '.join(lanes) or 'no collective'}; transfers under way: {', '.join(under_way) or 'none'}"
+        return (
+            f"at {', '.join(lanes) or 'no collective'}; transfers under way: {', '.join(self._under_way()) or 'none'}"
+        )
 
     # On the thread.
 
@@ -272,6 +313,7 @@ class CommThread:
             except StopIteration as end:
                 lane.finished += 1
                 lane.tasks.popleft()
+                self._recent.append((time.time(), f"{lane.name} {lane.finished} done: {completion.what}"))
                 if not lane.tasks:
                     self._lanes.remove(lane)
                 completion.set(end.value)
@@ -305,6 +347,8 @@ class CommThread:
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
             happened = True
+        if self._timers:
+            happened |= self._run_due(time.monotonic())
         if self._handles:
             try:
                 done = self._completed(self._handles)
@@ -316,6 +360,9 @@ class CommThread:
             if done:
                 happened = True
                 finished = [self._transfers[index][1] for index in sorted(done)]
+                for index in sorted(done):
+                    transfer = self._transfers[index][0]
+                    self._recent.append((time.time(), f"{transfer.way} rank {transfer.peer}"))
                 gone = set(done)
                 self._handles = [handle for index, handle in enumerate(self._handles) if index not in gone]
                 self._transfers = [entry for index, entry in enumerate(self._transfers) if index not in gone]
@@ -326,6 +373,20 @@ class CommThread:
         if happened and self._watched:
             self._look_at_watched()
         return happened
+
+    def _run_due(self, now: float) -> bool:
+        due = [timer for timer in self._timers if timer.due <= now]
+        for timer in due:
+            timer.due = now + timer.seconds  # not before: a thread that was stopped does not catch up
+            timer.action()
+        return bool(due)
+
+    def _sleep_at_most(self, seconds: float) -> float:
+        """Up to the next timer; -1: for ever."""
+        if not self._timers:
+            return seconds
+        rest = max(0.0, min(timer.due for timer in self._timers) - time.monotonic())
+        return rest if seconds < 0 else min(seconds, rest)
 
     def _run(self) -> None:
         try:
@@ -347,9 +408,9 @@ class CommThread:
                 _yield()
             elif polling:
                 delay = min(1.5 * delay, LONGEST_SLEEP_MOVING if self._handles else LONGEST_SLEEP_LISTENING)
-                self._bell.acquire(timeout=delay)
+                self._bell.acquire(timeout=self._sleep_at_most(delay))
             elif self._stop_at is None:
-                self._bell.acquire()
+                self._bell.acquire(timeout=self._sleep_at_most(-1))
             else:
                 self._bell.acquire(timeout=SHORTEST_SLEEP)
 

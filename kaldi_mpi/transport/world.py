@@ -97,6 +97,9 @@ class Messages(Protocol):
             ValueError: no such rank, or too many numbers.
         """
 
+    def every(self, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        """Run `action` on the communication thread every so many seconds, until what is returned is called."""
+
     def wait(self, ready: Callable[[], bool]) -> float:
         """On the learner's thread: let all that was posted so far run, then wait until `ready()` is true.
 
@@ -154,6 +157,22 @@ class World(Collective, Protocol):
         It shares this process's communication thread, and ends with this world.
         """
 
+    def shrink(self, ranks: Sequence[int]) -> None:
+        """From here on collectives are of these ranks alone, which all call this, in their order; messages stay.
+
+        The others are lost: they are not told, and this world cannot be closed.
+        """
+
+    @property
+    def lost(self) -> list[int]:
+        """The ranks, as they were numbered at the start, that `shrink` has left out."""
+
+    def waits(self) -> str:
+        """What this rank waits for, as "waiting for sum of 5 (from rank 1)"; "": for nothing. From any thread."""
+
+    def last_exchanges(self) -> list[str]:
+        """What was sent and received last, and is under way; lines for the log of a hang. From any thread."""
+
     def abort(self, status: int) -> NoReturn:
         """End the whole run, all ranks, at once, with this exit status; from any thread."""
 
@@ -195,6 +214,10 @@ class SoloMessages:
             raise ValueError(f"no rank {to} in a world of 1")
         data = np.empty(0, np.uint8) if payload is None else payload.reshape(-1).view(np.uint8).copy()
         self.post(lambda: self._hand_over(channel, tuple(map(int, numbers)), data))
+
+    def every(self, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        """Nobody is there for whom it would be done."""
+        return lambda: None
 
     def wait(self, ready: Callable[[], bool]) -> float:
         """Nobody else can make it true."""
@@ -264,6 +287,20 @@ class SoloWorld:
     def split(self, color: int) -> SoloWorld:
         """Another world of one."""
         return SoloWorld()
+
+    def shrink(self, ranks: Sequence[int]) -> None:
+        """Nobody is left out."""
+
+    @property
+    def lost(self) -> list[int]:
+        """None."""
+        return []
+
+    def waits(self) -> str:
+        return ""
+
+    def last_exchanges(self) -> list[str]:
+        return []
 
     def abort(self, status: int) -> NoReturn:
         """End the process without clean-up, as an MPI abort does."""

@@ -177,7 +177,10 @@ def test_a_killed_training_goes_on_from_its_checkpoint(toy: Toy, strategy: str) 
     assert went_on.returncode == 0, went_on.stderr
     assert f"going on at step {saved['step']}" in went_on.stderr
     summary = json.loads((folder / "log" / "summary.json").read_text())
-    assert sum(own_frames(summary)) == summary["frames"] < 4 * 2091
+    # Each has saved in its own time: what was done before the slowest of them is not all before the step, and the other
+    # way round, by a few minibatches of about 100 frames (`test_what_a_checkpoint_leaves_over` is exact).
+    assert sum(own_frames(summary)) == pytest.approx(summary["frames"], abs=8 * 120)
+    assert summary["frames"] < 4 * 2091
     assert [v["iteration"] for v in summary["validations"]][-1] == "final"
     assert not (folder / "checkpoint").exists()
 

@@ -6,9 +6,12 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +40,7 @@ def save(folder: Path, *steps: int, kept: int = 2) -> None:
         checkpoints = Checkpoints(folder, world, FACTS, kept)
         for step in steps:
             checkpoints.save(step, state(world.rank, step))
+            checkpoints.wait()
 
     run_world(2, rank)
 
@@ -204,4 +208,109 @@ def test_real_runs(tmp_path: Path) -> None:
     feats.write_text(whole)
     again = train(2, options)
     assert again.returncode == 0 and f"going on at step {step}" in again.stderr
+    shutil.rmtree(toy.work)
+
+
+def test_another_number_of_learners_goes_on_from_one_model(tmp_path: Path) -> None:
+    """Where all have the same parameters; where they differ it is refused, and the reason is said."""
+
+    def save_shared(world: World) -> None:
+        checkpoints = Checkpoints(tmp_path, world, FACTS)
+        checkpoints.save(8, {"state": {"parameters": np.ones(10, np.float32) * world.rank}})
+        checkpoints.save(12, {"state": {"parameters": np.ones(10, np.float32)}})
+        checkpoints.wait()
+
+    run_world(2, save_shared)
+
+    def load_one(world: World) -> tuple[int, Any]:
+        checkpoints = Checkpoints(tmp_path, world, FACTS | {"the number of learners": str(world.size)})
+        state = checkpoints.load()
+        return checkpoints.num_ranks, state["state"]["parameters"].tolist()
+
+    for size in (1, 3):
+        assert run_world(size, load_one) == [(2, [1.0] * 10)] * size
+    for rank in (0, 1):
+        (tmp_path / "checkpoint" / f"learner.{rank}.12.pt").unlink()
+    current = tmp_path / "checkpoint" / "current.json"
+    said = json.loads(current.read_text())
+    current.write_text(json.dumps(said | {"step": 8, "checkpoints": said["checkpoints"][1:]}))
+    with pytest.raises(ConfigError, match="the number of learners, whose models differ at step 8, was 2, is 3"):
+        run_world(3, load_one)
+
+
+def test_real_runs_with_other_numbers_of_learners(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path)
+    folder = toy.experiment("exp")
+    options = toy.options(folder, "--strategy=allreduce", "--trainer.num-epochs=4", "--trainer.samples-per-iter=24")
+    died = train(2, [*options, "--inject=kill@rank1@step20,device:20ms"])
+    assert died.returncode == 1 and (folder / "checkpoint" / "current.json").exists()
+    more = train(3, options)
+    assert more.returncode == 0, more.stderr
+    assert "3 learners go on where 2 have saved one model: learning rates are those of 3 from here on" in more.stderr
+    assert (folder / "final.mdl").exists()
+    shutil.rmtree(toy.work)
+
+
+def test_checkpoints_by_time(tmp_path: Path) -> None:
+    """In the middle of iterations, behind the learners' back; a run that is killed goes on from there."""
+    toy = make_toy(tmp_path)
+    for strategy in ("allreduce", "expair"):
+        folder = toy.experiment(strategy)
+        options = toy.options(
+            folder, f"--strategy={strategy}", "--trainer.num-epochs=8", "--trainer.samples-per-iter=1000000",
+            "--checkpoint-minutes=0.01",
+        )  # fmt: skip
+        died = train(2, [*options, "--inject=kill@rank1@step60,device:20ms"])
+        assert died.returncode == 1
+        step = json.loads((folder / "checkpoint" / "current.json").read_text())["step"]
+        assert step > 0
+        again = train(2, options)
+        assert again.returncode == 0 and f"going on at step {step}" in again.stderr, again.stderr
+    shutil.rmtree(toy.work)
+
+
+def test_a_full_disk_and_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    """The run ends with one line that names the file; the checkpoint before is still whole."""
+    save(tmp_path, 8)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # what a full disk does, half-way through a file
+        with pytest.raises(DataError, match=r"checkpoint/learner\.[01]\.12\.pt: cannot write: File too large"):
+            save(tmp_path, 12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert steps_of(load(tmp_path)) == [8, 8]
+    assert not list((tmp_path / "checkpoint").glob(".*"))
+    (tmp_path / "other").write_text("in the way")
+    with pytest.raises(DataError, match=r"other/checkpoint: cannot write: Not a directory"):
+        save(tmp_path / "other", 4)
+
+
+def test_a_full_disk_at_a_checkpoint_ends_the_run(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path)
+    folder = toy.experiment("full")
+    options = toy.options(folder, "--strategy=expair", "--trainer.samples-per-iter=24", "--inject=device:10ms")
+    program = (
+        "import resource, signal, sys\n"
+        "from kaldi_mpi.learner import run\n"
+        "from kaldi_mpi.learner.checkpoint import Checkpoints\n"
+        "write = Checkpoints._write\n"
+        "def limited(*arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "    write(*arguments)\n"
+        "Checkpoints._write = limited\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "run.main(sys.argv[1:])\n"
+    )
+    launch = launch_command(2, options)
+    command = [*launch[: launch.index("--") + 1], sys.executable, "-c", program, *options]
+    result = subprocess.run(
+        command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert re.search(
+        r"learner rank [01] failed: .*checkpoint/learner\.[01]\.\d+\.pt: cannot write: File too large", result.stderr
+    )
     shutil.rmtree(toy.work)

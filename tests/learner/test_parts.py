@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 import subprocess
 import sys
 from collections import deque
@@ -59,33 +61,117 @@ class FakeMessages:
         return 0.0
 
 
-def share_out(num_tickets: int, speeds: list[float], segments: int = 1) -> tuple[list[list[int]], float]:
-    """Event simulation: who gets which tickets, and when the last is done; a step of learner i takes speeds[i]."""
-    net = FakeNet(len(speeds))
-    clients = [TicketClient(messages, lambda _: None) for messages in net.messages]  # type: ignore[arg-type]
-    server = TicketServer(net.messages[0], len(speeds), lambda _: None)  # type: ignore[arg-type]
-    for client in clients:
-        client.attach(server if client is clients[0] else None)
-    taken: list[list[int]] = [[] for _ in speeds]
-    start = finish = 0.0
-    for segment in range(segments):
-        server.open(segment * num_tickets, (segment + 1) * num_tickets)
-        for client in clients:
+class Sharing:
+    """Event simulation: who gets which tickets, and when; a step of learner i takes speeds[i]."""
+
+    def __init__(self, speeds: list[float]) -> None:
+        self.speeds, self.net = speeds, FakeNet(len(speeds))
+        self.rests: list[list[bool]] = [[] for _ in speeds]
+        self.clients = [
+            TicketClient(messages, lambda _: None, self.rests[rank].append)  # type: ignore[arg-type]
+            for rank, messages in enumerate(self.net.messages)
+        ]
+        self.server = TicketServer(self.net.messages[0], len(speeds), lambda _: None)  # type: ignore[arg-type]
+        for client in self.clients:
+            client.attach(self.server if client is self.clients[0] else None)
+        self.taken: list[list[int]] = [[] for _ in speeds]
+        self.now = 0.0
+        self.lost: set[int] = set()
+        self._busy: list[tuple[float, int]] = []
+        self._free: set[int] = set()
+
+    def open(self, first: int, end: int) -> None:
+        self.server.open(first, end)
+        for client in self.clients:
             client.start()
-        free = dict.fromkeys(range(len(speeds)), start)
-        net.deliver_all()
-        while free:
-            rank = min(free, key=lambda r: (free[r], r))
-            ticket = clients[rank].next()
-            if ticket is None:
-                finish = max(finish, free.pop(rank))
-                continue
-            taken[rank].append(ticket)
-            free[rank] += speeds[rank]
-            clients[rank].done(speeds[rank])
-            net.deliver_all()
-        start = finish
-    return taken, finish
+        self._free = set(range(len(self.speeds)))
+        self._begin_steps()
+
+    def run(self, until: float = math.inf) -> None:
+        """Until the segment's end, which all present learners must come to."""
+        while self._busy:
+            if self._busy[0][0] > until:
+                return
+            self.now, rank = heapq.heappop(self._busy)
+            if rank not in self.lost:
+                self.clients[rank].done(self.speeds[rank])
+                self._free.add(rank)
+                self._begin_steps()
+        for rank, client in enumerate(self.clients):
+            assert rank in self.lost or (client.next() is None and client.ended), "a learner would wait for ever"
+
+    def lose(self, rank: int) -> None:
+        """It stands still; what it was at is never done."""
+        self.lost.add(rank)
+        self._free.discard(rank)
+        for ticket in self.server._in_hand(rank):
+            if ticket in self.taken[rank]:
+                self.taken[rank].remove(ticket)
+        self.server.lost(rank)
+        self.clients[rank].forget()
+        self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        self.net.deliver_all()
+        for rank in sorted(self._free):
+            if self.clients[rank].peek() is not None:
+                ticket = self.clients[rank].next()
+                assert ticket is not None
+                self.taken[rank].append(ticket)
+                self._free.discard(rank)
+                heapq.heappush(self._busy, (self.now + self.speeds[rank], rank))
+
+
+def share_out(num_tickets: int, speeds: list[float], segments: int = 1) -> tuple[list[list[int]], float]:
+    """Who gets which tickets, and when the last is done."""
+    sharing = Sharing(speeds)
+    for segment in range(segments):
+        sharing.open(segment * num_tickets, (segment + 1) * num_tickets)
+        sharing.run()
+    return sharing.taken, sharing.now
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=2, max_size=6), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_tickets_of_a_lost_learner_go_to_others(speeds: list[float], data: st.DataObject) -> None:
+    """Whenever it happens: also when the others have nothing left to do but wait for it."""
+    sharing = Sharing(speeds)
+    sharing.open(0, 100)
+    rank = data.draw(st.integers(1, len(speeds) - 1))
+    sharing.run(until=data.draw(st.floats(0.0, 1.2)) * 100 / sum(1 / s for s in speeds))
+    sharing.lose(rank)
+    sharing.run()
+    assert sorted(t for mine in sharing.taken for t in mine) == list(range(100))
+
+
+def test_who_has_nothing_to_do_leaves_and_comes_back() -> None:
+    sharing = Sharing([1.0, 1.0, 50.0])
+    sharing.open(0, 5)
+    sharing.run(until=20.0)
+    assert sharing.rests[0] == [True] and sharing.rests[1] == [True] and not sharing.rests[2]
+    sharing.lose(2)
+    sharing.run()
+    assert [True, False, True] in sharing.rests
+    assert sorted(t for mine in sharing.taken[:2] for t in mine) == list(range(5))
+
+
+def test_what_a_checkpoint_leaves_over() -> None:
+    """Each has saved at a moment of its own: what it did afterwards is done again."""
+    sharing = Sharing([1.0, 1.0])
+    sharing.open(0, 100)
+    sharing.run(until=3.5)
+    sharing.server.save(7)
+    sharing.net.deliver_all()
+    assert [client.to_save() for client in sharing.clients] == [7, 7]
+    sharing.clients[0].say_saved()
+    sharing.net.deliver_all()
+    saved = set(sharing.taken[0][:3])
+    sharing.run(until=6.5)
+    sharing.clients[1].say_saved()
+    sharing.net.deliver_all()
+    saved |= set(sharing.taken[1][:6])
+    left = sharing.server.left()
+    assert saved.isdisjoint(left["again"]) and saved | set(left["again"]) == set(range(left["next"]))
 
 
 @given(st.integers(0, 300), st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.integers(1, 3))
@@ -193,10 +279,9 @@ def test_tickets_number_the_minibatches_of_all_epochs(units: int, chunks: int, p
 
 
 def test_a_plan_says_where_iterations_end_and_checkpoints_are_due() -> None:
-    plan = Plan(20, 9, 6, 20 / 9, checkpoint_interval=1, checkpoint_interval_asynchronous=2)
+    plan = Plan(20, 9, 6, 20 / 9, checkpoint_interval=2)
     assert [step for step in range(1, 21) if plan.ends_iteration(step)] == [6, 12, 18, 20]
-    assert [step for step in (6, 12, 18, 20) if plan.saves(step, False)] == [6, 12, 18]
-    assert [step for step in (6, 12, 18, 20) if plan.saves(step, True)] == [12]
+    assert [step for step in (6, 12, 18, 20) if plan.saves(step)] == [12]
 
 
 def test_accuracy_by_class_counts_rows_by_their_weights() -> None:

@@ -47,13 +47,15 @@ def fake(tmp_path: Path, program: str, *words: str) -> list[str]:
 def test_the_job_that_is_run(tmp_path: Path) -> None:
     words = fake(
         tmp_path, "train_rnn.py", "--cmd", f"{tmp_path}/queue.pl --mem '4 G'", "--num-learners=3", "--ali-dir=ali",
-        "--mpiexec-opts", "--hostfile hosts", "--st", "-10", "--trainer.dropout-schedule", "a*=0,0.1,0",
+        "--mpiexec-opts", "--hostfile hosts", "--on-hang=end", "--restarts", "2", "--st", "-10",
+        "--trainer.dropout-schedule", "a*=0,0.1,0",
         "--feat.cmvn-opts=--norm-means=false --norm-vars=false", "--use-gpu", "wait", "--lang=",
         "--strategy=easgd", "--dedicated-server=true",
     )  # fmt: skip
     assert words[:7] == ["--mem", "4 G", "--num-threads", "3", "--gpu", "3", "exp/log/train.log"]
     launch = words.index("launch")
     assert words[launch : launch + 4] == ["launch", "--num-learners", "4", "--mpiexec-opts=--hostfile hosts"]
+    assert words[launch + 4 : launch + 6] == ["--on-hang=end", "--restarts=2"]
     # run.pl hands words without spaces to bash as they are: a pattern must not become file names.
     assert words[words.index("train") :] == [
         "train", "--program=rnn", "--feat-dir=data", "--dir=exp",
@@ -101,11 +103,15 @@ def test_how_many_learners(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("program", ["train_rnn.py", "train_dnn.py", "train_raw_rnn.py", "train_raw_dnn.py"])
 def test_what_is_wrong_is_told_before_anything_starts(tmp_path: Path, program: str) -> None:
-    done = call(tmp_path, program, "--num-learners=none", "--cmd=no-such.pl --mem 1G", "--dir=exp", "--trainer.srand=x")
+    done = call(
+        tmp_path, program, "--num-learners=none", "--cmd=no-such.pl --mem 1G", "--dir=exp", "--trainer.srand=x",
+        "--on-hang=never", "--restarts=-1",
+    )  # fmt: skip
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and all(line.startswith("ERROR (kaldi-mpi-train-") for line in lines), lines
     for says in (
         "argument --trainer.srand: expected a number, got 'x'", "--num-learners none: expected a number above 0",
+        "--on-hang never: expected wait or end", "--restarts -1: expected a number from 0",
         "--cmd no-such.pl --mem 1G: no such program: no-such.pl", "--feat-dir is needed",
     ):  # fmt: skip
         assert sum(says in line for line in lines) == 1, (says, lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kaldi_mpi import launch
+from kaldi_mpi.relay import Stream
 from tests.toy import environment
 
 RULE = b"-" * 74 + b"\n"
@@ -37,12 +37,12 @@ OF_LEARNERS = [
 ]
 
 
-def relayed(pieces: list[bytes]) -> tuple[bytes, launch._Stream]:
+def relayed(pieces: list[bytes]) -> tuple[bytes, Stream]:
     """What came out of a relay that was given these pieces, each as it was written."""
     source, end = os.pipe()
     sink = io.BytesIO()
     with open(source, "rb") as stream:
-        relay = launch._Stream(stream, sink)
+        relay = Stream(stream, sink)
         passed = b"".join(relay._without_banners(piece) for piece in pieces)
         os.close(end)
         relay.run()
@@ -67,7 +67,7 @@ def test_mpichs_banners_wait(together: bool) -> None:
 def test_a_line_without_its_end_does_not_wait() -> None:
     sink = io.BytesIO()
     with open(os.devnull, "rb") as nothing:
-        relay = launch._Stream(nothing, sink)
+        relay = Stream(nothing, sink)
         assert relay._without_banners(b"\riteration 7 of 100") == b"\riteration 7 of 100"
 
 
