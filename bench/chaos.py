@@ -20,22 +20,21 @@ import argparse
 import collections
 import contextlib
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kaldi_mpi.leftovers import PREFIX
 from kaldi_mpi.testing.failing import Failure, Failures
+from kaldi_mpi.testing.partition import Network
 from kaldi_mpi.transport.beat import read_beats
 from kaldi_mpi.transport.status import read_status
 from tests.toy import FEAT_DIM, NUM_PDFS, Toy, environment, make_toy
@@ -49,57 +48,6 @@ fixed-affine-layer name=lda input=Append(-1,0,1) affine-transform-file={{lda}}
 relu-layer name=tdnn1 dim=32
 output-layer name=output dim={NUM_PDFS} max-change=1.5
 """
-
-
-class Network:
-    """A network namespace for each rank, joined by a bridge, from which a rank can be cut off.
-
-    Args:
-        ranks: how many.
-        folder: for the program that puts a rank into its namespace.
-    """
-
-    def __init__(self, ranks: int, folder: Path) -> None:
-        self._ranks = ranks
-        self.wrapper = folder / "in_its_namespace"
-        self.wrapper.write_text('#!/bin/bash\nexec nsenter --net=/run/netns/kmpi$OMPI_COMM_WORLD_RANK "$@"\n')
-        self.wrapper.chmod(0o755)
-        self.environment = {
-            "PMIX_MCA_ptl_base_if_include": "kmpibr", "PRTE_MCA_prte_if_include": "kmpibr",
-            "OMPI_MCA_btl": "self,tcp",  # shared memory would go round what is cut
-            "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24",
-        }  # fmt: skip
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether this machine lets us."""
-        return os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("nsenter") is not None
-
-    def __enter__(self) -> Network:
-        self.__exit__()
-        _ip("link add kmpibr type bridge", "addr add 10.77.0.1/24 dev kmpibr", "link set kmpibr up")
-        for rank in range(self._ranks):
-            space = f"kmpi{rank}"
-            _ip(
-                f"netns add {space}", f"link add kmpiv{rank} type veth peer name eth0 netns {space}",
-                f"link set kmpiv{rank} master kmpibr up", f"-n {space} addr add 10.77.0.{10 + rank}/24 dev eth0",
-                f"-n {space} link set eth0 up", f"-n {space} link set lo up",
-            )  # fmt: skip
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for line in ("link del kmpibr", *(f"netns del kmpi{rank}" for rank in range(self._ranks))):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _ip(line)
-
-    def cut(self, rank: int, off: bool) -> None:
-        """Take a rank off the bridge, or put it back; packets are lost meanwhile, no connection is closed."""
-        _ip(f"link set kmpiv{rank} nomaster" if off else f"link set kmpiv{rank} master kmpibr")
-
-
-def _ip(*lines: str) -> None:
-    for line in lines:
-        subprocess.run(["ip", *line.split()], check=True, capture_output=True)
 
 
 class Chaos:
@@ -236,23 +184,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@contextlib.contextmanager
-def _network(ranks: int, folder: Path) -> Iterator[Network | None]:
-    if not Network.is_possible():
-        print("no partitions: they need root, ip and nsenter", file=sys.stderr)
-        yield None
-        return
-    with Network(ranks, folder) as network:
-        yield network
-
-
 def main() -> int:
     """Run everything and print the figures."""
     options = parse(sys.argv[1:])
     shares: dict[str, float] = {}
     faults: dict[str, dict[str, int]] = {}
     quality: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="chaos.") as name, _network(options.ranks, Path(name)) as network:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos.") as name,
+        Network.where_possible(options.ranks, Path(name)) as network,
+    ):
         bench = Bench(options, Path(name))
         for strategy in options.strategies:
             usual, before, _ = bench.run(strategy, None, network)

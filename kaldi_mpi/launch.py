@@ -50,6 +50,7 @@ MPIEXEC_ENV = "KALDI_MPI_MPIEXEC"
 
 # A learner found dead while mpiexec still runs: how long mpiexec may take to end the others by itself.
 _GRACE_SECONDS = 10.0
+_SHORT_GRACE_SECONDS = 2.0  # for one that survives deaths, and ends nobody
 _POLL_SECONDS = 0.25
 # For learners that were asked to stop: Slurm's time between SIGTERM and SIGKILL.
 _STOP_SECONDS = 30.0
@@ -243,7 +244,8 @@ def _launch(
         )
         leftovers.claim(status_dir, process.pid)
         with Relay(process) as relay:
-            return _Watch(process, status_dir, num_learners, relay, signals, starter, hangs).run()
+            survives = "--with-ft" in command
+            return _Watch(process, status_dir, num_learners, relay, signals, starter, hangs, survives).run()
     finally:
         _remove(status_dir)
 
@@ -269,6 +271,7 @@ class _Watch:
         signals: that came to this process.
         starter: what has started it.
         hangs: that learners may come to.
+        survives: whether MPI goes on without processes that die.
     """
 
     def __init__(
@@ -280,7 +283,9 @@ class _Watch:
         signals: NotedSignals,
         starter: StarterWatch,
         hangs: Hangs,
+        survives: bool,
     ) -> None:
+        self._survives = survives
         self._process, self._status_dir, self._num_learners = process, status_dir, num_learners
         self._relay, self._signals, self._starter, self._hangs = relay, signals, starter, hangs
         self._gone: set[int] = set()  # ranks found dead
@@ -345,7 +350,7 @@ class _Watch:
             self._kill_what_is_left(now, True)
             return
         if not self._gone:
-            self._gone = {int(s["rank"]) for s in statuses if _is_gone(s)}
+            self._gone = {int(s["rank"]) for s in statuses if _is_gone(s) and not (self._survives and s["spared"])}
         if not self._why:
             self._why = f"signal {self._signals.name}" if self._signals.came else self._starter.reason()
             if self._why:
@@ -371,7 +376,8 @@ class _Watch:
     def _kill_what_is_left(self, now: float, troubled: bool) -> None:
         """A while after something went wrong that mpiexec should have noticed."""
         if self._kill_at is None:
-            self._kill_at = now + _GRACE_SECONDS if troubled else None
+            grace = _SHORT_GRACE_SECONDS if self._survives else _GRACE_SECONDS
+            self._kill_at = now + grace if troubled else None
         elif now > self._kill_at:
             logger.warning("mpiexec has not ended the run by itself; killing what is left of it")
             with contextlib.suppress(ProcessLookupError):  # it has just ended

@@ -94,6 +94,7 @@ class Surroundings:
         tickets: what is left of those before the first, in a checkpoint that is gone on from; None: nothing is.
         lost_after: see `Members`.
         journal_dir: where exchanges are journaled; None: nowhere.
+        spare: told whether the others go on should this process die.
     """
 
     everyone: World
@@ -109,6 +110,7 @@ class Surroundings:
     tickets: dict[str, Any] | None
     lost_after: float
     journal_dir: Path | None
+    spare: Callable[[bool], None] = lambda _: None
 
 
 class AsynchronousPhase:
@@ -247,6 +249,7 @@ class AsynchronousPhase:
             self._participant.rejoin()
             self._client.start()
         ranks = None
+        self._around.spare(self._world.rank >= self._group_size and self._around.lost_after > 0)
         while ranks is None:  # None: lost after its last step
             self._work()
             if self._leads:
@@ -255,6 +258,7 @@ class AsynchronousPhase:
                 ranks = self._members.meet()
             if self._group is not None:
                 ranks = self._group.world.broadcast(ranks)
+        self._around.spare(False)
         self._leave_out_others(ranks)
         if self._leads:
             self._command_server("meet")

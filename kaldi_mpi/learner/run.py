@@ -293,7 +293,7 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
                 tickets = checkpoints.tickets if goes_on and state.step == checkpoints.step else None
                 around = Surroundings(
                     everyone, world, dataset, plan, log, validation, settings, stopping, checkpoints, parts, tickets,
-                    options.lost_after, journal_dir,
+                    options.lost_after, journal_dir, *(() if status is None else (status.spare,)),
                 )  # fmt: skip
                 ends = AsynchronousPhase(phase, learner, around).run()
             elif everyone.lost:

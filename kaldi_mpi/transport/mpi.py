@@ -10,7 +10,7 @@ import atexit
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -22,7 +22,7 @@ from kaldi_mpi.transport import guard
 from kaldi_mpi.transport.comm_world import CommWorld
 from kaldi_mpi.transport.point_to_point import HEADERS, NUM_STREAMS
 from kaldi_mpi.transport.status import check_size, say_abort
-from kaldi_mpi.transport.thread import CommThread, Transfer
+from kaldi_mpi.transport.thread import CommThread, PeersDiedError, Transfer
 
 # A thread that computes in Python holds the interpreter for this long before another thread gets a turn; the
 # communication thread needs several turns to answer a message. Python's own 5 ms would make that 50 ms.
@@ -34,8 +34,13 @@ def _bytes(array: Any) -> Any:
     return array.view(np.uint8) if isinstance(array, np.ndarray) else array
 
 
-def _completed(requests: list[MPI.Request]) -> Sequence[int]:
-    return MPI.Request.Testsome(requests) or ()
+def _dead(comm: MPI.Intracomm) -> set[int]:
+    """The ranks whose processes have died, under an MPI library and mpiexec that survive it (ULFM); else none."""
+    try:
+        failed = comm.Get_failed()
+    except (NotImplementedError, MPI.Exception):
+        return set()
+    return set(failed.Translate_ranks(list(range(failed.Get_size())), comm.Get_group()))
 
 
 class _Contexts:
@@ -67,15 +72,31 @@ class MpiPointToPoint:
     def send(self, array: NDArray[Any], to: int, stream: int) -> Transfer:
         self.bytes_sent += array.nbytes
         peer = self._ranks[to]
-        return Transfer(self._comm.Isend(_bytes(array), peer, self._tag + stream), "to", peer)
+        return self._begin(self._comm.Isend, array, "to", peer, stream)
 
     def receive(self, array: NDArray[Any], source: int, stream: int) -> Transfer:
         peer = self._ranks[source]
-        return Transfer(self._comm.Irecv(_bytes(array), peer, self._tag + stream), "from", peer)
+        return self._begin(self._comm.Irecv, array, "from", peer, stream)
+
+    def _begin(
+        self, call: Callable[..., MPI.Request], array: NDArray[Any], way: str, peer: int, stream: int
+    ) -> Transfer:
+        try:
+            return Transfer(call(_bytes(array), peer, self._tag + stream), way, peer)
+        except MPI.Exception:
+            if peer not in _dead(self._comm):
+                raise
+            return Transfer(MPI.Request(), way, peer)  # one that never ends
 
     def probe(self, header: NDArray[Any]) -> tuple[int, Transfer] | None:
         status = MPI.Status()
-        message = self._comm.Improbe(MPI.ANY_SOURCE, self._tag + HEADERS, status)
+        try:
+            message = self._comm.Improbe(MPI.ANY_SOURCE, self._tag + HEADERS, status)
+        except MPI.Exception:
+            if not _dead(self._comm):
+                raise
+            self._comm.Ack_failed()  # from here on those that live are looked for again
+            return None
         if message is None:
             return None
         peer = status.Get_source()
@@ -112,7 +133,7 @@ class MpiWorld(CommWorld):
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         size = self._comm.Get_size()
         rank = MPI.COMM_WORLD.Get_rank()
-        thread = CommThread(rank, _completed, polls=True, on_failure=self._end_run)
+        thread = CommThread(rank, self._completed, polls=True, on_failure=self._end_run)
         p2p = MpiPointToPoint(self._comm, range(size), 0, _Contexts(self._comm))
         super().__init__(thread, p2p, self._abort_run)
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
@@ -128,6 +149,16 @@ class MpiWorld(CommWorld):
             self._thread.stop()
             atexit.unregister(self._thread.stop)
             MpiWorld._num_open -= 1
+
+    def _completed(self, requests: list[MPI.Request]) -> Sequence[int]:
+        try:
+            return MPI.Request.Testsome(requests) or ()
+        except MPI.Exception as error:
+            dead = _dead(self._comm)
+            if not dead:
+                raise
+            done = [index for index, request in enumerate(requests) if request == MPI.REQUEST_NULL]
+            raise PeersDiedError(done, dead) from error
 
     def _end_run(self, error: BaseException) -> None:
         """An exception on the communication thread: nobody else would notice."""

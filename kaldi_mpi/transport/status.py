@@ -84,8 +84,13 @@ class Status:
     def __init__(self, rank: int) -> None:
         folder = os.environ.get(STATUS_DIR_ENV)
         self._path = Path(folder) / f"rank.{rank}" if folder else None
-        self._rank, self._shm = rank, shared_memory()
+        self._rank, self._shm, self._spared = rank, shared_memory(), False
         self.write("running", "")
+
+    def spare(self, spared: bool) -> None:
+        """From now on the others go on, or do not, should this process die: under an MPI that survives it."""
+        self._spared = spared
+        self.write(self.state, *self._last)
 
     @property
     def is_read(self) -> bool:
@@ -104,7 +109,7 @@ class Status:
             mend: whether it has failed by something that the user must mend.
             lost: ranks without which it has ended.
         """
-        self.state = state
+        self.state, self._last = state, (message, stops, mend, lost)
         if self._path is None:
             return
         with atomic_write(self._path, "w", sync=False) as stream:
@@ -118,6 +123,7 @@ class Status:
                     "stops": stops,
                     "mend": mend,
                     "lost": list(lost),
+                    "spared": self._spared,
                     "shm": self._shm,
                 },
                 stream,

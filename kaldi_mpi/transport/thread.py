@@ -45,6 +45,19 @@ class BrokenWorldError(RuntimeError):
     """The ranks can talk no more: one of them has failed, or the world was closed."""
 
 
+class PeersDiedError(Exception):
+    """Some transfers have ended because processes at their other ends have died, which the MPI library survives.
+
+    Attributes:
+        done: which of the handles have ended, well or not.
+        peers: the dead, by their ranks in the whole run.
+    """
+
+    def __init__(self, done: Sequence[int], peers: set[int]) -> None:
+        super().__init__(f"rank {', '.join(map(str, sorted(peers)))} has died")
+        self.done, self.peers = done, peers
+
+
 class Transfer(NamedTuple):
     """One array on its way."""
 
@@ -350,8 +363,12 @@ class CommThread:
         if self._timers:
             happened |= self._run_due(time.monotonic())
         if self._handles:
+            dead: set[int] = set()
             try:
                 done = self._completed(self._handles)
+            except PeersDiedError as error:
+                # What a task waits for never comes, and the launcher ends the run; what was a message is forgotten.
+                done, dead = error.done, error.peers
             except Exception as error:
                 # Either ranks do not make the same calls: one's answer does not fit the other's question. Or a rank
                 # has died; then mpiexec ends this one in a moment, and the dead one should be named in its place.
@@ -359,7 +376,11 @@ class CommThread:
                 raise RuntimeError(f"a transfer failed, {self._where()}: {error}") from error
             if done:
                 happened = True
-                finished = [self._transfers[index][1] for index in sorted(done)]
+                finished = [
+                    then
+                    for transfer, then in (self._transfers[index] for index in sorted(done))
+                    if transfer.way == "to" or transfer.peer not in dead
+                ]
                 for index in sorted(done):
                     transfer = self._transfers[index][0]
                     self._recent.append((time.time(), f"{transfer.way} rank {transfer.peer}"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kaldi_mpi.launch import find_mpiexec, mpi_vendor
 from kaldi_mpi.testing.failing import Failures, fail
 from tests.learner.test_training import parameters
 from tests.toy import Toy, environment, launch_command, make_toy, train
@@ -137,3 +138,39 @@ def test_a_checkpoint_without_a_lost_learner(toy: Toy) -> None:
     again = train(3, short)
     assert again.returncode == 0 and f"going on at step {step}" in again.stderr, again.stderr
     assert "learner rank 1 was lost: it goes on with the model of" in again.stderr
+
+
+def ulfm(ranks: int, options: list[str]) -> list[str]:
+    """The command that trains under an MPI that survives a death, and an mpiexec that does."""
+    command = launch_command(ranks, options)
+    return [*command[: command.index("--")], "--mpiexec-opts=--with-ft ulfm", *command[command.index("--") :]]
+
+
+@pytest.mark.parametrize(("strategy", "failed"), [("expair", 1), ("asgd", 2)])
+def test_a_death_under_an_mpi_that_survives_it(toy: Toy, strategy: str, failed: int) -> None:
+    if mpi_vendor(find_mpiexec()) != "openmpi":
+        pytest.skip("Open MPI alone has --with-ft ulfm")
+    folder = toy.experiment(f"death-{strategy}")
+    command = ulfm(3, toy.options(folder, *OPTIONS, f"--strategy={strategy}"))
+    with Failures(folder, [fail(rank=failed).at(step=6).by("kill")]) as failures:
+        result = subprocess.run(
+            command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert failures.struck and result.returncode == 0, result.stderr
+    assert f"finished without learner rank {failed}, which was lost" in result.stderr
+    summary = json.loads((folder / "log" / "summary.json").read_text())
+    assert len(summary["learners"]) == 2 and summary["validations"][-1]["iteration"] == "final"
+
+
+def test_a_death_that_nobody_can_spare(toy: Toy) -> None:
+    """Also under such an MPI: all learners meet in each step, so the run ends, and names the dead."""
+    if mpi_vendor(find_mpiexec()) != "openmpi":
+        pytest.skip("Open MPI alone has --with-ft ulfm")
+    folder = toy.experiment("death-allreduce")
+    command = ulfm(3, toy.options(folder, *OPTIONS, "--strategy=allreduce"))
+    with Failures(folder, [fail(rank=1).at(step=6).by("kill")]):
+        result = subprocess.run(
+            command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert result.returncode == 1
+    assert re.search(r"learner rank 1 \(process \d+ on \S+\) was killed or crashed without a word", result.stderr)
