@@ -7,7 +7,8 @@
    a checkpoint costs is the sum of what these steps take longer; over ten minutes, a checkpoint each, it is a share
    of the frames.
 2. a small network with steps of a few milliseconds, with and without the files that the launcher watches
-   (`transport.beat`), in turns.
+   (`transport.beat`), in turns; and the processor time that writing them takes, as a share of the training's, which
+   is far below what the turns can tell apart.
 
 The last line of standard output is one JSON object.
 """
@@ -35,6 +36,7 @@ from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.run import settle_process, train
 from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.transport.beat import Beat
 from kaldi_mpi.transport.status import STATUS_DIR_ENV
 from kaldi_mpi.transport.world import SoloWorld
 from tests.toy import FEAT_DIM, NUM_PDFS, Toy, make_toy
@@ -138,20 +140,35 @@ def large(toy: Toy, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def watching(toy: Toy, rounds: int) -> float:
-    """The second part: frames per second watched over those unwatched, the median of the rounds' ratios."""
-    ratios = []
+def watching(toy: Toy, rounds: int) -> tuple[float, float]:
+    """The second part.
+
+    Returns:
+        Frames per second watched over those unwatched, the median of the rounds' ratios; and the seconds of processor
+        time that a second of being watched takes.
+    """
+    ratios, spent, lasted = [], 0.0, 0.0
+    write = Beat._write
+
+    def timed(*arguments: Any) -> None:
+        nonlocal spent
+        began = time.thread_time()
+        write(*arguments)
+        spent += time.thread_time() - began
+
     options = ("--trainer.num-epochs=40", "--trainer.samples-per-iter=100000000", "--checkpoint-interval=0")
     for number in range(rounds):
         speeds = {}
         for watched in (True, False) if number % 2 else (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 around = {STATUS_DIR_ENV: folder} if watched else {}
-                with mock.patch.dict("os.environ", around):
+                with mock.patch.dict("os.environ", around), mock.patch.object(Beat, "_write", timed):
+                    began = time.monotonic()
                     speeds[watched] = run(toy, f"small{number}{watched}", 64, *options)[1]
+                    lasted += (time.monotonic() - began) * watched
         ratios.append(speeds[True] / speeds[False])
     print("watched over unwatched:", " ".join(f"{ratio:.3f}" for ratio in ratios), file=sys.stderr)
-    return round(statistics.median(ratios), 4)
+    return round(statistics.median(ratios), 4), round(spent / lasted, 6)
 
 
 def parse_own(arguments: Sequence[str]) -> argparse.Namespace:
@@ -177,7 +194,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="checkpoints.") as name:
         toy = make_toy(Path(name), num_utterances=options.utterances)
         found = large(toy, options)
-        found["watched_over_unwatched"] = watching(toy, options.rounds)
+        found["watched_over_unwatched"], found["share_of_watching"] = watching(toy, options.rounds)
     print(json.dumps(found))
     return 0
 

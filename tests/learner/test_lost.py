@@ -174,3 +174,15 @@ def test_a_death_that_nobody_can_spare(toy: Toy) -> None:
         )
     assert result.returncode == 1
     assert re.search(r"learner rank 1 \(process \d+ on \S+\) was killed or crashed without a word", result.stderr)
+
+
+def test_nobody_waits_for_a_slow_learner_at_a_checkpoint(toy: Toy) -> None:
+    """Were it waited for, it would have done a step or two between any two of forty checkpoints."""
+    folder = toy.experiment("slow")
+    options = toy.options(folder, *OPTIONS, "--strategy=expair", "--inject=device:10ms,slow:100x@rank2")
+    result = train(3, options)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((folder / "log" / "summary.json").read_text())
+    frames = [learner["own_frames"] for learner in summary["learners"]]
+    assert sum(frames) == 12 * 2091 and frames[2] < 10 * 120
+    assert [v["iteration"] for v in summary["validations"]] == [*range(43), "final"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,8 @@ import pytest
 from kaldi_mpi import leftovers
 from kaldi_mpi.processes import STOPPED
 from tests.paths import REPO, kaldi_root
-from tests.programs.chain import run
-from tests.toy import Toy, make_toy
+from tests.programs.chain import run, tree
+from tests.toy import Toy, environment, make_toy
 
 RUN = str(REPO / "steps_mpi" / "run.py")
 LIMIT = 20.0  # seconds, on a machine that also does something else; `tests.programs.chain` has 5
@@ -82,3 +86,66 @@ def test_under_kaldis_own_launcher(toy: Toy, place: str) -> None:
     ended = run(toy, f"{place}-run.pl", place, signal.SIGKILL, pl, 0.3, random.Random(1), LIMIT)
     assert not ended.left and ended.status != 0
     assert place == "launch" or ended.checkpoint
+
+
+_QSUB = """\
+#!/bin/bash
+# A queue of this host: the job runs in a session of its own, below nobody that has asked for it.
+setsid bash "${@: -1}" > /dev/null 2>&1 < /dev/null &
+echo 'Your job 17 ("job") has been submitted'
+"""
+
+
+def those_of(folder: Path) -> dict[int, str]:
+    """All processes of a training, wherever they hang: they have its directory in their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in words:
+                found[int(path.parent.name)] = words
+    return found
+
+
+@pytest.mark.kaldi
+@pytest.mark.parametrize(
+    ("place", "how"), [("start", signal.SIGKILL), ("start", signal.SIGTERM), ("mpiexec", signal.SIGKILL)]
+)
+def test_under_queue_pl(toy: Toy, tmp_path: Path, place: str, how: signal.Signals) -> None:
+    """The job is no descendant of train.sh's: only the file of its starter tells the launcher that it is gone."""
+    for name, text in (("qsub", _QSUB), ("qstat", "#!/bin/bash\nexit 0\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    folder = toy.experiment(f"queue-{place}-{how.name}")
+    pl = kaldi_root() / "egs/wsj/s5/utils/parallel/queue.pl"
+    process = subprocess.Popen(
+        [
+            *[str(REPO / "steps_mpi" / "train.sh"), "--python", sys.executable, "--cmd", str(pl), "--num-learners=2"],
+            *toy.options(folder, "--trainer.num-epochs=100000"),
+        ],
+        env=environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, cwd=folder, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (folder / "log" / "train.0.2.log").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    launcher = next(
+        pid for pid, words in those_of(folder).items() if words.startswith(f"{sys.executable} -m kaldi_mpi launch ")
+    )
+    assert launcher not in tree(process.pid)
+    pid = process.pid
+    if place == "mpiexec":
+        pid = next(child for child, (parent, _) in tree(launcher).items() if parent == launcher)
+    os.kill(pid, how)
+    deadline = time.monotonic() + LIMIT
+    while those_of(folder) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.05)
+    assert not those_of(folder)
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode != 0
+    if place == "start":
+        assert (folder / "checkpoint" / "current.json").exists()
+    else:
+        assert "mpiexec was killed by signal 9 (SIGKILL)" in said
