@@ -98,7 +98,7 @@ class TimedMessages:
     def __init__(self, messages: Messages, busy: Busy) -> None:
         self._messages, self._busy = messages, busy
         self.rank, self.size = messages.rank, messages.size
-        self.post, self.wait, self.start_sum = messages.post, messages.wait, messages.start_sum
+        self.post, self.wait = messages.post, messages.wait
         self.every = messages.every
 
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:

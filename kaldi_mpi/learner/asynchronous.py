@@ -181,11 +181,9 @@ class AsynchronousPhase:
     def _connect(self) -> None:
         """Publish the model and listen to the others; the leader alone."""
         flat, strategy, settings = self._state.flat, self._strategy, self._around.settings
-        is_new = self._state.step in (self._phase.first_step, self._state.begun_at)
-        if not is_new:
-            strategy.forget_exchanges()
+        strategy.forget_exchanges()  # of a checkpoint
         if self._phase.dedicated_server:
-            self._command_server("start", self._phase.number, is_new, flat.to_numpy())
+            self._command_server("start", self._phase.number, flat.to_numpy())
         on_gpu = flat.values.device.type == "cuda"
         self._published = make_published(
             flat.values,
@@ -468,7 +466,8 @@ class AsynchronousPhase:
         self._saving = step
         self._checkpoints.announce(step)
         self._server.save(step)
-        self._command_server("save", step)
+        everyone = self._around.everyone
+        command_server(everyone, everyone is not self._world, "save", step)  # also where it has no part in the phase
 
     def _tickets_left(self) -> dict[str, Any]:
         """What a checkpoint says besides, all of whose parts are written."""

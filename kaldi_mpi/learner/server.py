@@ -93,13 +93,12 @@ class Server:
         self._everyone.messages.wait(lambda: bool(self._commands))
         return self._commands.popleft()
 
-    def _serve_phase(self, number: int, is_new: bool, values: Any) -> None:
+    def _serve_phase(self, number: int, values: Any) -> None:
         everyone, settings = self._everyone, self._settings
         strategy = self._strategies[number]
         assert isinstance(strategy, Asynchronous)
         published = make_published(torch.from_numpy(values), settings.piece_size, settings.transfer_dtype)
-        if not is_new:
-            strategy.forget_exchanges()
+        strategy.forget_exchanges()  # of a checkpoint
         path = self._folder / "journal" / f"learner.{self._rank}" if self._journal else None
         journal = Journal(path, wanted=path is not None)
         names = everyone.gather(f"the server on {os.uname().nodename}")

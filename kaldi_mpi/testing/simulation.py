@@ -92,9 +92,6 @@ class _Messages:
     def every(self, seconds: float, action: Callable[[], None]) -> NoReturn:
         raise RuntimeError("there is no time in a simulated world but what is chosen from outside")
 
-    def start_sum(self, buffer: Flat, done: Callable[[], None]) -> NoReturn:
-        raise RuntimeError("a simulated world has no collectives")
-
 
 class _Rank:
     """One learner's progress and what waits at its communication thread."""

@@ -42,10 +42,6 @@ class LivingMessages:
     def wait(self, ready: Callable[[], bool]) -> float:
         return self._messages.wait(ready)
 
-    def start_sum(self, buffer: Any, done: Callable[[], None]) -> None:
-        """See `Messages.start_sum`; all ranks must be there."""
-        self._messages.start_sum(buffer, done)
-
     def send(self, channel: int, to: int, numbers: Sequence[int], payload: Any) -> None:
         """See `Messages.send`; to a rank that is lost, nothing."""
         if to not in self.gone:

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.transport import collectives
-from kaldi_mpi.transport.point_to_point import BACKGROUND, HEADERS, PAYLOADS, PointToPoint
-from kaldi_mpi.transport.thread import CommThread, Lane
+from kaldi_mpi.transport.point_to_point import HEADERS, PAYLOADS, PointToPoint
+from kaldi_mpi.transport.thread import CommThread
 from kaldi_mpi.transport.world import MAX_NUMBERS, Allocate, Handler
 
 
@@ -60,7 +59,6 @@ class CommMessages:
     def __init__(self, thread: CommThread, p2p: PointToPoint, wait: Callable[[Any], float]) -> None:
         self.rank, self.size = p2p.rank, p2p.size
         self._thread, self._p2p, self._wait = thread, p2p, wait
-        self._lane = Lane(f"background sum of world {p2p.size}")
         self._handlers: dict[int, Handler] = {}
         self._allocators: dict[int, Allocate] = {}
         self._kept: dict[int, deque[tuple[int, tuple[int, ...], NDArray[np.uint8]]]] = {}
@@ -107,13 +105,6 @@ class CommMessages:
 
     def wait(self, ready: Callable[[], bool]) -> float:
         return self._wait(self._thread.when(ready, "a condition on messages"))
-
-    def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
-        if not self._thread.is_current():
-            raise RuntimeError("background sums are started on the communication thread: use post")
-        task = collectives.sum_float32(self._p2p, BACKGROUND, buffer)
-        # Through the inbox, so that `done` never runs inside the caller.
-        self._thread.submit(self._lane, task, f"sum of {buffer.size}", lambda: self._thread.post(done))
 
     def drain(self) -> None:
         """Take in messages from now on even where nobody listens, so that their senders can end."""

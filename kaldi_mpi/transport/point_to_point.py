@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.transport.thread import Transfer
 
 # Streams between two ranks of a world; the arrays of one stream arrive in the order sent.
-HEADERS, PAYLOADS, COLLECTIVES, BACKGROUND, CLOSING = range(5)
+HEADERS, PAYLOADS, COLLECTIVES, CLOSING = range(4)
 NUM_STREAMS = 8
 
 

@@ -107,12 +107,6 @@ class Messages(Protocol):
         here. Returns the seconds waited.
         """
 
-    def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
-        """On the communication thread: a collective sum in place (as `World.sum_`) beside those of the learners.
-
-        All ranks start theirs in the same order, at any time; `buffer` is lent until `done()` is called there.
-        """
-
 
 class World(Collective, Protocol):
     """N learners. Collective methods are called by all ranks in the same order."""
@@ -224,10 +218,6 @@ class SoloMessages:
         if not ready():
             raise RuntimeError("a learner alone waits for what nobody will do")
         return 0.0
-
-    def start_sum(self, buffer: NDArray[np.float32], done: Callable[[], None]) -> None:
-        """Nothing to add."""
-        self.post(done)
 
     def _hand_over(self, channel: int, numbers: tuple[int, ...], data: NDArray[np.uint8]) -> None:
         if channel in self._handlers:

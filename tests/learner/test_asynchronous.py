@@ -131,6 +131,13 @@ def test_a_dedicated_server_learns_nothing(toy: Toy, strategy: str) -> None:
     assert JournalEvent.CENTRE in served["event"] and JournalEvent.STEP not in served["event"]
 
 
+def test_a_dedicated_server_beside_a_phase_without_one(toy: Toy) -> None:
+    """It has a part in the checkpoints all the same."""
+    options = ("--strategy=expair:1ep,easgd:1ep", "--dedicated-server=true", "--trainer.samples-per-iter=24")
+    _, summary, log = run(toy, "beside", 3, *options)
+    assert sum(own_frames(summary)) == pytest.approx(2 * 2091, abs=3 * 12 * 10) and "strategy easgd" in log
+
+
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 def test_models_travel_in_16_bits_and_in_pieces(toy: Toy, wire: str) -> None:
     wide = run(toy, f"wide-{wire}", 2, "--strategy=expair")[1]

@@ -120,11 +120,9 @@ def contribution(rank: int, number: int, length: int) -> NDArray[np.float32]:
 
 
 def check_sums_beside_messages(world: World) -> None:
-    """Several sums pending, on the learners' lane and from handlers, while messages go round."""
+    """Several sums pending while messages go round."""
     messages, size = world.messages, world.size
-    hops, sums_done = 0, 0
-    going = True
-    background = [contribution(world.rank, 100 + k, 3000) for k in range(4)]
+    hops, going = 0, True
 
     def hop(source: int, numbers: tuple[int, ...], payload: Bytes) -> None:
         nonlocal hops
@@ -132,32 +130,19 @@ def check_sums_beside_messages(world: World) -> None:
         if going:
             messages.send(7, (world.rank + 1) % size, numbers, payload)
 
-    def background_done() -> None:
-        nonlocal sums_done
-        sums_done += 1
-
-    def start(source: int, numbers: tuple[int, ...], payload: Bytes) -> None:
-        messages.start_sum(background[numbers[0]], background_done)
-
     messages.on_message(7, hop)
-    messages.on_message(8, start)
     messages.post(lambda: messages.send(7, (world.rank + 1) % size, (), np.zeros(50_000, np.uint8)))
     buffers = [contribution(world.rank, k, 5000) for k in range(6)]
     pending = [world.start_sum(buffer) for buffer in buffers]
-    if world.rank == 0:
-        for to in range(size):
-            for k in range(4):
-                messages.post(lambda to=to, k=k: messages.send(8, to, (k,), None))  # type: ignore[misc]
     for one in reversed(pending):
         one.wait()
-    messages.wait(lambda: sums_done == 4 and hops > 10)
-    for k, buffer in [*enumerate(buffers), *enumerate(background, 100)]:
+    messages.wait(lambda: hops > 10)
+    for k, buffer in enumerate(buffers):
         expected = sum_in_rank_order([contribution(r, k, buffer.size) for r in range(size)])
         assert (buffer if size > 1 else expected).tobytes() == expected.tobytes()
     going = False
     world.barrier()
     messages.on_message(7, None)
-    messages.on_message(8, None)
 
 
 def check_split(world: World) -> None:
@@ -238,8 +223,6 @@ def check_what_is_not_allowed(world: World) -> None:
     messages = world.messages
     with pytest.raises(RuntimeError, match="use post"):
         messages.send(0, 0, (), None)
-    with pytest.raises(RuntimeError, match="use post"):
-        messages.start_sum(np.zeros(1, np.float32), lambda: None)
     with pytest.raises(ZeroDivisionError):
         messages.wait(lambda: 1 // 0 == 1)
     refused: list[str] = []
@@ -413,6 +396,5 @@ def test_a_learner_alone() -> None:
     buffer = np.arange(3, dtype=np.float32)
     world.start_sum(buffer).wait()
     world.mean_into(buffer, "bfloat16")
-    world.messages.start_sum(buffer, lambda: came.append("done"))
-    assert came[-1] == "done" and buffer.tolist() == [0.0, 1.0, 2.0] and world.split(3).size == 1
+    assert buffer.tolist() == [0.0, 1.0, 2.0] and world.split(3).size == 1
     world.close()
