@@ -93,6 +93,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._pending: dict[int, _Pending] = {}  # by step
+        self._committed = -1  # the step of the last that this run has written
 
     def _file(self, step: int, rank: int) -> Path:
         return self.place / f"learner.{rank}.{step}.pt"
@@ -192,6 +193,8 @@ class Checkpoints:
         return self._pending.setdefault(step, _Pending(set(range(self._size)) - self._gone))
 
     def _written(self, source: int, numbers: tuple[int, ...], payload: NDArray[np.uint8]) -> None:
+        if numbers[0] <= self._committed and numbers[0] not in self._pending:
+            return  # of a rank that was lost, and not waited for
         file, _, model = payload.tobytes().decode().partition(" ")
         self._of_step(numbers[0]).digests[source] = file, model
         self._commit_if_whole(numbers[0])
@@ -201,6 +204,7 @@ class Checkpoints:
         if not pending.begun or not pending.expected <= set(pending.digests):
             return
         del self._pending[step]
+        self._committed = step
         if not self._pending:
             self._messages.on_message(Channel.CHECKPOINTS, None)
         files = [pending.digests.get(rank, (None, ""))[0] for rank in range(self._size)]

@@ -314,3 +314,30 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run(tmp_path: Path) -> None:
         r"learner rank [01] failed: .*checkpoint/learner\.[01]\.\d+\.pt: cannot write: File too large", result.stderr
     )
     shutil.rmtree(toy.work)
+
+
+def test_who_writes_after_it_was_lost_holds_nobody_up(tmp_path: Path) -> None:
+    """A rank may stand still between its copy and its file; the others have a checkpoint without it meanwhile."""
+
+    def rank(world: World) -> None:
+        checkpoints = Checkpoints(tmp_path, world, FACTS)
+        if world.rank == 0:
+            world.messages.post(lambda: checkpoints.lost(1))
+            checkpoints.save(8, state(0, 8))
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "checkpoint" / "current.json").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        world.barrier()
+        if world.rank == 1:
+            checkpoints.save(8, state(1, 8))
+        world.barrier()
+        checkpoints.wait()
+        if world.rank == 0:
+            world.messages.post(lambda: checkpoints.back(1))
+        checkpoints.save(12, state(world.rank, 12))
+        checkpoints.wait()
+
+    run_world(2, rank)
+    said = json.loads((tmp_path / "checkpoint" / "current.json").read_text())
+    assert [one["step"] for one in said["checkpoints"]] == [12, 8] and said["checkpoints"][1]["files"][1] is None
