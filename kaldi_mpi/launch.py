@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -209,6 +208,12 @@ def launch(
         return status
 
 
+def _before_mpiexec() -> None:
+    """In its process."""
+    leftovers.make_room()
+    die_with_parent(signal.SIGTERM)  # should the launcher be killed, mpiexec ends its learners, and tidies up
+
+
 class _Ended(NamedTuple):
     """How mpiexec's run has ended; `again`: what for it may be started again, "": it may not."""
 
@@ -239,8 +244,7 @@ def _launch(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            # Should this process be killed, mpiexec ends its learners, and tidies up.
-            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
+            preexec_fn=_before_mpiexec,
         )
         leftovers.claim(status_dir, process.pid)
         with Relay(process) as relay:

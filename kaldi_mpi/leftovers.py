@@ -34,6 +34,14 @@ def claim(status_dir: Path, mpiexec: int) -> None:
         json.dump(said, stream)
 
 
+def make_room() -> None:
+    """In the process that becomes mpiexec: remove what one of the same number has left, whoever had started it.
+
+    Open MPI's server does not start where the files of another one are in its place, and numbers come round again.
+    """
+    shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{os.getpid()}"), ignore_errors=True)
+
+
 def sweep(parent: Path) -> None:
     """Remove what launchers of this host have left that are gone, with all their learners."""
     for folder in parent.glob(f"{PREFIX}*"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from kaldi_mpi import launch
+from kaldi_mpi import launch, leftovers
 from kaldi_mpi.errors import ConfigError
 from tests.paths import REPO
 from tests.toy import environment
@@ -158,3 +161,15 @@ class TestTrainSh:
         assert "training failed; the reason, from exp/log/train.log" in result.stderr
         assert result.stderr.splitlines()[-1].endswith("no-data: no such directory (given by --feat-dir)")
         assert "Errorcode" not in result.stderr and "MPI_A" not in result.stderr
+
+
+def test_what_a_killed_mpiexec_of_the_same_number_has_left(tmp_path: Path) -> None:
+    """Numbers of processes come round again."""
+    place = Path(tempfile.gettempdir())
+    (left := tmp_path / "left" / "0").mkdir(parents=True)
+    (left / "file").touch()
+    if os.fork() == 0:  # its number is that of the directory
+        shutil.copytree(tmp_path / "left", place / f"ompi.{os.getpid()}")
+        leftovers.make_room()
+        os._exit((place / f"ompi.{os.getpid()}").exists())
+    assert os.wait()[1] == 0
