@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kaldi_mpi.log import logger
+from kaldi_mpi.processes import state_of
 from kaldi_mpi.transport.beat import WAITING, Record, open_hang_log, put_hang, read_beats
 
 ON_HANG = ("wait", "end")  # what --on-hang may be; the first is the default
@@ -39,13 +40,8 @@ _STATES = {
 
 
 def process_state(record: Record) -> str:
-    """The letter of /proc/PID/stat, X of one that is gone; "": it is on another host, or there is no /proc."""
-    if record.host != os.uname().nodename or not Path("/proc/self/stat").exists():
-        return ""
-    try:
-        return Path(f"/proc/{record.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
+    """See `processes.state_of`."""
+    return state_of(record.pid, record.host)
 
 
 @dataclasses.dataclass

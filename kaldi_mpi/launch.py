@@ -34,7 +34,7 @@ from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.hangs import ON_HANG, Hangs
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, at_least
-from kaldi_mpi.processes import STOPPED, NotedSignals, StarterWatch, die_with_parent
+from kaldi_mpi.processes import STOPPED, NotedSignals, StarterWatch, die_with_parent, state_of
 from kaldi_mpi.relay import Relay
 from kaldi_mpi.transport.status import (
     NUM_LEARNERS_ENV,
@@ -124,16 +124,8 @@ def learner_environment(
 
 
 def _is_gone(status: Mapping[str, Any]) -> bool:
-    """Whether a learner of this host that should be running is not (dead, or a zombie)."""
-    if status["state"] != "running" or status["host"] != os.uname().nodename:
-        return False
-    try:
-        fields = Path(f"/proc/{status['pid']}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return True
-        return False  # no /proc here: leave it to mpiexec
-    return fields[0] in "ZX"
+    """Whether a learner of this host that should be running is dead, or a zombie; without /proc mpiexec must see it."""
+    return status["state"] == "running" and state_of(status["pid"], status["host"]) in ("Z", "X")
 
 
 def explain_failure(statuses: Sequence[Mapping[str, Any]], num_learners: int, gone: set[int]) -> list[str]:

@@ -93,6 +93,16 @@ class Process:
         return now is not None and now.started == self.started
 
 
+def state_of(pid: int, host: str) -> str:
+    """The letter of /proc/PID/stat, X of one that is gone; "": it is on another host, or there is no /proc."""
+    if host != os.uname().nodename or not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def ancestors(up_to: int) -> list[Process]:
     """The processes between this one and `up_to`, which is the last; [] if that is none of its ancestors."""
     found: list[Process] = []

@@ -10,7 +10,7 @@ import pytest
 from kaldi_mpi.averaging.asgd import Asgd
 from kaldi_mpi.averaging.easgd import Easgd
 from kaldi_mpi.testing.simulation import Event, Simulation
-from tests.gossip import GOSSIP, Make, simulation, starting_models
+from tests.gossip import GOSSIP, Make, simulation, starting_models, still
 
 NUM_STEPS, SIZE, PIECE = 12, 4, 2
 MAKERS: dict[str, Make] = {
@@ -93,8 +93,6 @@ def test_the_others_go_on(name: str, comes_back: bool) -> None:
 @pytest.mark.parametrize("name", ["adpsgd-fixed", "adpsgd-random", "expair"])
 def test_those_that_are_left_still_approach_each_other(name: str) -> None:
     """Without steps of their own, all models but the lost one end near one."""
-    from tests.gossip import still
-
     losing = Losing(MAKERS[name], seed=1)
     losing.world.change = still
     losing.world.num_steps = [60] * SIZE

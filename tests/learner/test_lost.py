@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,26 @@ def test_a_stopped_learner_comes_back(toy: Toy, strategy: str) -> None:
     assert 20 * 2091 <= sum(frames) <= 20 * 2091 + 3 * 120
 
 
-def test_who_wakes_too_late_is_told_so(toy: Toy) -> None:
-    folder = toy.experiment("late")
-    options = toy.options(folder, *OPTIONS, "--strategy=expair", "--trainer.prior-subset-size=400000")
-    process = subprocess.Popen(
+def started(folder: Path, options: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         launch_command(3, options), env=environment(), cwd=folder, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def test_who_wakes_too_late_is_told_so(toy: Toy) -> None:
+    folder = toy.experiment("late")
+    options = toy.options(folder, *OPTIONS, "--strategy=expair", "--trainer.prior-subset-size=400000")
+    process = started(folder, options)
     with Failures(folder, [fail(rank=2).at(step=6).by("stop")]):
-        deadline = time.monotonic() + 90
-        while not (folder / "42.mdl").exists():  # after the last iteration, when the others have met
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.02)
+        wait_for((folder / "42.mdl").exists, process)  # after the last iteration, when the others have met
     # The end of the block has let it go on.
     log = process.communicate(timeout=60)[1]
     assert process.returncode == 0, log
@@ -116,16 +125,10 @@ def test_a_checkpoint_without_a_lost_learner(toy: Toy) -> None:
     """Asked to stop, the others end with a checkpoint; the next run has all learners again."""
     folder = toy.experiment("stopped")
     options = toy.options(folder, *OPTIONS, "--strategy=expair", "--trainer.num-epochs=60")
-    process = subprocess.Popen(
-        launch_command(3, options), env=environment(), cwd=folder, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = started(folder, options)
     current = folder / "checkpoint" / "current.json"
     with Failures(folder, [fail(rank=1).at(step=6).by("stop")]) as failures:
-        deadline = time.monotonic() + 90
-        while not (failures.struck and current.exists() and None in newest(current)):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.02)
+        wait_for(lambda: bool(failures.struck) and current.exists() and None in newest(current), process)
         process.terminate()
         log = process.communicate(timeout=60)[1]
     assert process.returncode == 75, log
