@@ -176,7 +176,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--strategies", nargs="*", default=["expair", "adpsgd-fixed", "adpsgd-random", "allreduce"], help="to run")
     add("--seconds", type=float, default=600, help="of an undisturbed training, about")
     add("--every", type=float, default=25, help="seconds between two faults, on the average")
-    add("--device-ms", type=float, default=100, help="device time of a step")
+    add("--device-ms", type=float, default=200, help="device time of a step")
     add("--lost-after", type=float, default=2, help="the trainings' --lost-after")
     add("--utterances", type=int, default=1000, help="of the corpus, about 40 frames each")
     add("--chunks", type=int, default=4, help="of 10 frames in a learner's minibatch")

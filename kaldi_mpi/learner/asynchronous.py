@@ -19,20 +19,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kaldi_mpi.averaging import Asynchronous, Participant, Settings, Strategy
 from kaldi_mpi.averaging.journal import Journal
 from kaldi_mpi.averaging.published_device import make_published
 from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.checkpoint import Checkpoints
+from kaldi_mpi.learner.coordinator import Coordinator
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.logs import TrainingLog
 from kaldi_mpi.learner.members import LeftBehindError, Members, StepClock
@@ -41,11 +40,10 @@ from kaldi_mpi.learner.server import command_server
 from kaldi_mpi.learner.snapshots import Snapshots
 from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.stopping import Stopping
-from kaldi_mpi.learner.tickets import IN_HAND, TicketClient, TicketServer
-from kaldi_mpi.learner.validate import BackgroundValidation, IterationEnd, Validation, spread_of
-from kaldi_mpi.log import logger
+from kaldi_mpi.learner.tickets import IN_HAND, TicketClient
+from kaldi_mpi.learner.validate import IterationEnd, Validation, spread_of
 from kaldi_mpi.transport.gpu import takes_device_pointers
-from kaldi_mpi.transport.world import World
+from kaldi_mpi.transport.world import Messages, World
 
 # What a learner's checkpoint has, given the step, the frames up to it, and what has a state that other threads change:
 # parameters (None: the learner's own) and strategy.
@@ -126,15 +124,13 @@ class AsynchronousPhase:
         assert isinstance(phase.strategy, Asynchronous)
         self._phase, self._learner, self._around = phase, learner, around
         self._world, self._dataset, self._plan, self._log = around.world, around.dataset, around.plan, around.log
-        self._stopping, self._checkpoints = around.stopping, around.checkpoints
+        self._stopping = around.stopping
         self._strategy, self._peers, self._group = phase.strategy, phase.peers, phase.super_learner
         self._group_size = self._group.world.size if self._group is not None else 1
         self._leads = self._group is None or self._group.world.rank == 0
         self._state = learner.state
         self._change = torch.zeros_like(self._state.flat.values)
         self._clock = StepClock()
-        self._silent: list[int] = []  # whom the last model validated was without
-        self._saving: int | None = None  # the step of a checkpoint that rank 0 has asked for and that is not there yet
 
     def run(self) -> Generator[IterationEnd | None]:
         """Train to the phase's end, after which all models are equal.
@@ -191,7 +187,6 @@ class AsynchronousPhase:
             settings.transfer_dtype,
             direct=on_gpu and strategy.on_device and takes_device_pointers(),
         )
-        first = self._peers.rank == 0
         names = self._peers.gather(f"learner rank {self._world.rank} on {os.uname().nodename}")
         self._members = Members(
             self._peers.messages, strategy.num_learners, strategy, self._published, names, self._around.lost_after,
@@ -201,23 +196,33 @@ class AsynchronousPhase:
         messages = self._members.messages
         self._participant = Participant(strategy, self._published, messages, self._journal, flat.mix)
         self._client = TicketClient(messages, self._reader.request, strategy.rest)
-        self._server = TicketServer(messages, self._map.units, self._on_ticket) if first else None
-        self._background = BackgroundValidation(self._around.validation) if first else None
-        self._snapshots = Snapshots(messages, strategy, self._published, self._validate)
-        self._marks: deque[tuple[int, int]] = deque()
+        self._snapshots = Snapshots(messages, strategy, self._published)
+        self._coordinator = self._coordinate(messages) if self._peers.rank == 0 else None
         self._participant.connect()
-        self._client.attach(self._server)
         self._snapshots.attach()
-        if self._server is not None:
-            self._members.attach(self._server, self._snapshots, self)
+        if self._coordinator is not None:
+            self._client.attach(self._coordinator.tickets)
+            self._members.attach(self._coordinator, self._snapshots)
         else:
+            self._client.attach(None)
             self._members.attach()
         if self._phase.dedicated_server:
             self._peers.barrier()  # the server listens
 
+    def _coordinate(self, messages: Messages) -> Coordinator:
+        around, everyone = self._around, self._around.everyone
+
+        def command_save(step: int) -> None:  # also a server that has no part in the phase
+            command_server(everyone, everyone is not self._world, "save", step)
+
+        return Coordinator(
+            messages, self._snapshots, self._plan, self._map, self._group_size,
+            around.validation, self._stopping, around.checkpoints, command_save,
+        )  # fmt: skip
+
     def _disconnect(self) -> None:
-        if self._background is not None:
-            self._background.close()
+        if self._coordinator is not None:
+            self._coordinator.end()
         self._command_server("stop")
         self._client.detach()
         self._snapshots.detach()
@@ -239,11 +244,11 @@ class AsynchronousPhase:
 
         Returns the step that all have come to: `end`, or an earlier one where they are asked to stop.
         """
-        self._span = first, end
         self._requested: set[int] = set()  # tickets that the loader was asked for, in a learner that does not lead
         if self._leads:
-            if self._server is not None:
-                self._open_segment(self._server, first, end)
+            if self._coordinator is not None:
+                left = self._around.tickets if first == self._state.step else None
+                self._coordinator.open(first, end, left)
             self._participant.rejoin()
             self._client.start()
         ranks = None
@@ -261,7 +266,10 @@ class AsynchronousPhase:
         if self._leads:
             self._command_server("meet")
             self._peers.barrier()
-        step, self._stopping.why = self._world.broadcast((self._span[1], self._stopping.why))
+        closed = None
+        if self._leads and self._coordinator is not None:
+            closed = self._coordinator.close(), self._stopping.why
+        step, self._stopping.why = self._world.broadcast(closed)
         if self._stopping.why:
             self._begin_missed_iterations(step)
         return int(step)
@@ -313,19 +321,6 @@ class AsynchronousPhase:
             self._log.end_iteration(number - 1)
             frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
             self._learner.begin_iteration(number, frames, self._learner.saturation())
-
-    def _open_segment(self, server: TicketServer, first: int, end: int) -> None:
-        """Have rank 0's communication thread hand out the segment's tickets, and begin iterations between them."""
-        marks = [(self._map.ticket(step), step) for step in range(first + 1, end) if self._plan.ends_iteration(step)]
-        left = self._around.tickets if first == self._state.step else None
-        fresh: dict[str, Any] = {"again": (), "next": self._map.ticket(first)}
-        begin = fresh if left is None else left
-
-        def open_segment() -> None:
-            self._marks = deque(marks)
-            server.open(begin["next"], self._map.ticket(end), begin["again"])
-
-        self._peers.messages.post(open_segment)
 
     def _next_order(self) -> _Order:
         """What this learner, or its super-learner, does next."""
@@ -400,15 +395,15 @@ class AsynchronousPhase:
             messages.wait(lambda: bool(changed))
         frames = round(self._dataset.train.total_frames * self._map.epochs(self._map.ticket(step)))
         parts = self._around.parts(step, frames, values, changed)
-        self._checkpoints.save(step, parts, self._tickets_left if self._world.rank == 0 else None)
+        coordinator = self._coordinator if self._leads else None
+        self._around.checkpoints.save(step, parts, None if coordinator is None else coordinator.tickets_left)
 
     def _meet(self, step: int) -> Iterator[IterationEnd | None]:
         """All learners have come to `step` and nothing is under way: the mean of all models, and where they go on."""
         state, ends = self._state, step == self._phase.end_step
         if self._leads:
-            if self._background is not None:
-                self._peers.messages.wait(self._snapshots.quiet)
-                self._background.drain()
+            if self._coordinator is not None:
+                self._coordinator.finish_validations()
             own = self._published.to_numpy()
             self._command_server("mean")
             mean = self._strategy.mean_model(own)
@@ -436,63 +431,3 @@ class AsynchronousPhase:
 
     def _command_server(self, *command: Any) -> None:
         command_server(self._around.everyone, self._phase.dedicated_server, *command)
-
-    # On rank 0's communication thread.
-
-    def _on_ticket(self, ticket: int) -> None:
-        while self._marks and self._marks[0][0] <= ticket:
-            step = self._marks.popleft()[1]
-            assert self._server is not None
-            self._server.begin_iteration(self._plan.iteration(step))
-            self._snapshots.take(self._plan.iteration(step))
-            if self._plan.saves(step):
-                self._begin_checkpoint(step)
-        first, end = self._span
-        if self._stopping.time_to_save():
-            self._begin_checkpoint(max(step for step in range(first, end) if self._map.ticket(step) <= ticket))
-        if not self._stopping.why and (why := self._stopping.look()):
-            # The first step after this ticket: those before it have all been handed out.
-            self._span = first, next(step for step in range(first + 1, end + 1) if self._map.ticket(step) > ticket)
-            self._stopping.why = why
-            assert self._server is not None
-            self._server.end_at(self._map.ticket(self._span[1]))
-
-    def _begin_checkpoint(self, step: int) -> None:
-        """Have all learners save, each in its own time."""
-        assert self._server is not None
-        if self._saving is not None:
-            logger.info("no checkpoint of step %d: that of step %d is not written yet", step, self._saving)
-            return
-        self._saving = step
-        self._checkpoints.announce(step)
-        self._server.save(step)
-        everyone = self._around.everyone
-        command_server(everyone, everyone is not self._world, "save", step)  # also where it has no part in the phase
-
-    def _tickets_left(self) -> dict[str, Any]:
-        """What a checkpoint says besides, all of whose parts are written."""
-        assert self._server is not None
-        self._saving = None
-        return self._server.left()
-
-    def lost(self, rank: int) -> None:
-        """See `members.Concerned`: a checkpoint under way does not wait for a super-learner that is gone."""
-        for number in range(self._group_size):
-            self._checkpoints.lost(rank * self._group_size + number)
-
-    def back(self, rank: int) -> None:
-        """See `members.Concerned`."""
-        for number in range(self._group_size):
-            self._checkpoints.back(rank * self._group_size + number)
-
-    def _validate(self, iteration: int, mean: NDArray[np.float32], spread: float | None, silent: list[int]) -> None:
-        assert self._background is not None
-        if silent != self._silent:  # else it has been said
-            self._silent = silent
-            number = self._strategy.num_learners
-            named = f"; rank {', '.join(map(str, silent))} did not answer" if silent else " again"
-            logger.warning(
-                "iteration %d: the model validated is the mean of %d of %d learners%s",
-                iteration, number - len(silent), number, named,
-            )  # fmt: skip
-        self._background.start(iteration, mean, spread)

@@ -263,7 +263,7 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
 
     def save(wait: bool) -> None:
         command_server(everyone, settings.dedicated_server, "save", state.step)
-        checkpoints.save(state.step, parts(state.step, state.frames, None, {}))
+        checkpoints.save(state.step, parts(state.step, state.frames, None, {}), stopping.left)
         if wait:
             command_server(everyone, settings.dedicated_server, "wait")
             checkpoints.wait()
@@ -279,8 +279,8 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
         learner.load_state_dict(saved["iteration"])
     elif state.step < last_step:
         learner.begin_iteration(plan.iteration(state.step), state.frames)
+    minutes = options.checkpoint_minutes
     with may_stop(status) as signals:
-        minutes = options.checkpoint_minutes
         stopping = Stopping(world, signals, save_seconds=None if minutes is None else 60 * minutes)
         for phase in phases:
             if state.step >= min(phase.end_step, last_step) or stopping.why:

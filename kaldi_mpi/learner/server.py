@@ -106,7 +106,7 @@ class Server:
             everyone.messages, strategy.num_learners, strategy, published, names, self._lost_after
         )  # fmt: skip
         participant = Participant(strategy, published, members.messages, journal)
-        snapshots = Snapshots(members.messages, strategy, published, lambda *_: None)
+        snapshots = Snapshots(members.messages, strategy, published)
         participant.connect()
         snapshots.attach()
         members.attach()

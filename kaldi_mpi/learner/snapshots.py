@@ -34,14 +34,12 @@ class Snapshots:
         messages: between the learners (and a dedicated server).
         strategy: says who has what of the model.
         published: this rank's published model.
-        done: called on rank 0 with iteration, mean model, the models' mean squared distance from it (None under a
-            strategy whose model is not the mean of the published ones), and the ranks that have not answered.
     """
 
-    def __init__(self, messages: Messages, strategy: Asynchronous, published: PublishedModel, done: Done) -> None:
-        self._messages, self._strategy, self._published, self._done = messages, strategy, published, done
+    def __init__(self, messages: Messages, strategy: Asynchronous, published: PublishedModel) -> None:
+        self._messages, self._strategy, self._published = messages, strategy, published
         # On rank 0.
-        self._iterations: deque[int] = deque()  # to be fetched; the first is being
+        self._iterations: deque[tuple[int, Done]] = deque()  # to be fetched; the first is being
         self._to_ask: deque[tuple[int, int]] = deque()  # rank and piece
         self._asked: dict[tuple[int, int], float] = {}  # and since when
         self._silent: set[int] = set()
@@ -62,12 +60,18 @@ class Snapshots:
         self._messages.on_message(Channel.SNAPSHOTS, None)
 
     def quiet(self) -> bool:
-        """Whether all snapshots that this rank asked for have been handed to `done`."""
+        """Whether all snapshots that this rank asked for have been handed over."""
         return not self._iterations
 
-    def take(self, iteration: int) -> None:
-        """Fetch all learners' models, after those of earlier iterations; rank 0 alone."""
-        self._iterations.append(iteration)
+    def take(self, iteration: int, done: Done) -> None:
+        """Fetch all learners' models, after those of earlier iterations; rank 0 alone.
+
+        Args:
+            iteration: that they end.
+            done: called with iteration, mean model, the models' mean squared distance from it (None under a strategy
+                whose model is not the mean of the published ones), and the ranks that have not answered.
+        """
+        self._iterations.append((iteration, done))
         if len(self._iterations) == 1:
             self._begin()
 
@@ -94,7 +98,7 @@ class Snapshots:
                 self._add(piece, self._strategy.piece_of_share(piece))
                 continue
             self._asked[rank, piece] = time.monotonic()
-            self._messages.send(Channel.SNAPSHOTS, rank, (_ASK, self._iterations[0], piece), None)
+            self._messages.send(Channel.SNAPSHOTS, rank, (_ASK, self._iterations[0][0], piece), None)
         if not self._to_ask and not self._asked:
             self._finish()
 
@@ -117,7 +121,7 @@ class Snapshots:
         if kind == _ASK:
             share = self._strategy.piece_of_share(piece)
             self._messages.send(Channel.SNAPSHOTS, source, (_PIECE, iteration, piece), share)
-        elif self._iterations and self._iterations[0] == iteration and (source, piece) in self._asked:
+        elif self._iterations and self._iterations[0][0] == iteration and (source, piece) in self._asked:
             del self._asked[source, piece]
             self._add(piece, payload.view(np.float32))
             self._go_on()
@@ -139,6 +143,7 @@ class Snapshots:
             square += max(0.0, float(part))
         self._total = np.zeros(0, np.float32)
         spread = None if Hook.SHARE in self._strategy.hooks else square
-        self._done(self._iterations.popleft(), mean, spread, sorted(self._silent))
+        iteration, done = self._iterations.popleft()
+        done(iteration, mean, spread, sorted(self._silent))
         if self._iterations:
             self._begin()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kaldi_mpi.processes import NotedSignals
 from kaldi_mpi.transport.status import STATUS_DIR_ENV, ask_to_stop, asked_to_stop
@@ -25,6 +26,8 @@ class Stopping:
     Attributes:
         why: what all learners have agreed to stop for; "": they have not.
         saves: whether they have agreed to write a checkpoint at this step and go on.
+        left: on rank 0, called on its communication thread: the tickets that learners in their own time have not done
+            before they stopped; None: such a step has none.
 
     Args:
         world: the learners.
@@ -43,6 +46,7 @@ class Stopping:
         self._world, self._signals, self._clock = world, signals, clock
         self._save_seconds, self._saved_at = save_seconds, clock()
         self.why, self.saves = "", False
+        self.left: Callable[[], dict[str, Any]] | None = None
         self._asked, self._next_look = "", 0.0
         self._skip = 0  # steps at which all learners have met that do not ask
         self._skipped, self._last = 0, clock()

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from kaldi_mpi.averaging.published_device import DevicePublishedModel
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.learner import faults
 from kaldi_mpi.learner.schedule import ExponentialRate, Plan, TicketMap
-from kaldi_mpi.learner.tickets import TicketClient, TicketServer
+from kaldi_mpi.learner.tickets import STOCK_SECONDS, TicketClient, TicketServer
 from tests.paths import kaldi_root
 
 
@@ -32,12 +32,18 @@ class FakeNet:
     def __init__(self, size: int) -> None:
         self.queue: deque[tuple[int, int, tuple[int, ...]]] = deque()
         self.handlers: list[Any] = [None] * size
+        self.held: int | None = None  # the rank that takes no messages for now
         self.messages = [FakeMessages(self, rank, size) for rank in range(size)]
 
     def deliver_all(self) -> None:
+        held: list[tuple[int, int, tuple[int, ...]]] = []
         while self.queue:
             source, to, numbers = self.queue.popleft()
-            self.handlers[to](source, numbers, None)
+            if to == self.held:
+                held.append((source, to, numbers))
+            else:
+                self.handlers[to](source, numbers, None)
+        self.queue.extend(held)
 
 
 class FakeMessages:
@@ -80,8 +86,8 @@ class Sharing:
         self._busy: list[tuple[float, int]] = []
         self._free: set[int] = set()
 
-    def open(self, first: int, end: int) -> None:
-        self.server.open(first, end)
+    def open(self, first: int, end: int, again: Sequence[int] = ()) -> None:
+        self.server.open(first, end, again)
         for client in self.clients:
             client.start()
         self._free = set(range(len(self.speeds)))
@@ -153,6 +159,53 @@ def test_who_has_nothing_to_do_leaves_and_comes_back() -> None:
     sharing.run()
     assert [True, False, True] in sharing.rests
     assert sorted(t for mine in sharing.taken[:2] for t in mine) == list(range(5))
+
+
+def test_nobody_notices_that_rank_0_stands_still_for_some_seconds() -> None:
+    sharing = Sharing([0.1] * 4)
+    sharing.open(0, 10000)
+    sharing.run(until=60.0)
+    sharing.net.held = 0
+    before = [len(mine) for mine in sharing.taken]
+    sharing.run(until=60.0 + 0.9 * STOCK_SECONDS)
+    assert [len(mine) - had for mine, had in zip(sharing.taken, before, strict=True)] == [90] * 4
+    sharing.net.held = None
+    sharing.run()
+    assert sorted(t for mine in sharing.taken for t in mine) == list(range(10000))
+    assert sharing.now == pytest.approx(250.0, abs=0.3)
+
+
+def test_who_becomes_slow_returns_what_it_has_not_read() -> None:
+    """It is left with the ticket in work and the one that is read."""
+    sharing = Sharing([0.1] * 4)
+    sharing.open(0, 1000)
+    sharing.run(until=10.0)
+    sharing.speeds[3], had = 2.0, len(sharing.taken[3])
+    sharing.run()
+    assert sorted(t for mine in sharing.taken for t in mine) == list(range(1000))
+    assert sharing.now <= 10.0 + 600 * 0.1 / 3 + 2 * 2.0
+    assert len(sharing.taken[3]) - had <= 12
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.floats(0.0, 1.0), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_stop_leaves_what_is_not_done(speeds: list[float], when: float, data: st.DataObject) -> None:
+    """What is read is done; what is not stands in the checkpoint, from which a run goes on, in any number of turns."""
+    sharing = Sharing(speeds)
+    left: dict[str, Any] = {"again": [], "next": 0}
+    for _ in range(data.draw(st.integers(1, 3))):
+        sharing.open(left["next"], 200, left["again"])
+        began = sharing.now
+        sharing.run(until=began + when * 200 / sum(1 / s for s in speeds))
+        sharing.server.stop()
+        sharing.run()
+        assert sharing.now <= began + when * 200 / sum(1 / s for s in speeds) + 4 * max(speeds)
+        left = sharing.server.not_done()
+        done = sorted(t for mine in sharing.taken for t in mine)
+        assert sorted(done + left["again"]) == list(range(left["next"]))
+    sharing.open(left["next"], 200, left["again"])
+    sharing.run()
+    assert sorted(t for mine in sharing.taken for t in mine) == list(range(200))
 
 
 def test_what_a_checkpoint_leaves_over() -> None:
