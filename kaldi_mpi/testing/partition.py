@@ -52,7 +52,9 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for line in ("link del kmpibr", *(f"netns del kmpi{rank}" for rank in range(self._ranks))):
+        # A namespace's end of a link goes with it some time after; the next network wants the same names.
+        links = [f"link del kmpiv{rank}" for rank in range(self._ranks)]
+        for line in ("link del kmpibr", *links, *(f"netns del kmpi{rank}" for rank in range(self._ranks))):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip(line)
 
