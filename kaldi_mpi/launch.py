@@ -7,15 +7,14 @@ its message seldom says more than a process number. Here each learner keeps a sm
 process, state and last words); when the run ends badly the launcher reads them and names the rank. It also
 ends the run itself should mpiexec not notice that a learner is gone, says who holds up all others where learners stand
 still (`kaldi_mpi.hangs`), and keeps what mpiexec prints at each bad end off the terminal where a learner has said why.
-A run that a learner's death has ended is started again as often as it may be; on the same hosts, which must still be
-there.
+A run that a learner's death has ended is started again as often as it may be; without the learners of a host that does
+not answer any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import shlex
@@ -32,11 +31,13 @@ from typing import Any, NamedTuple
 from kaldi_mpi import leftovers
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.hangs import ON_HANG, Hangs
+from kaldi_mpi.hosts import hosts_of, on_hosts, who_answer
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, at_least
 from kaldi_mpi.processes import STOPPED, NotedSignals, StarterWatch, die_with_parent, state_of
 from kaldi_mpi.relay import Relay
 from kaldi_mpi.transport.status import (
+    FEWER_ENV,
     NUM_LEARNERS_ENV,
     RESTART_ENV,
     STATUS_DIR_ENV,
@@ -187,14 +188,17 @@ def launch(
             status = 1
         else:
             program = find_mpiexec(mpiexec)
-            start = [*mpiexec_command(program, vendor := mpi_vendor(program), num_learners, options), *command]
+            vendor = mpi_vendor(program)
+            run = _Run(num_learners)
             with NotedSignals() as signals:
-                for number in itertools.count():
-                    status, again = _launch(start, num_learners, vendor, number, signals, watch, on_hang == "end")
-                    if not again or number == restarts or signals.came or watch.reason():
+                while True:
+                    start = [*mpiexec_command(program, vendor, run.num_learners, options), *command]
+                    status, again, hosts = _launch(start, run, vendor, signals, watch, on_hang == "end")
+                    if not again or run.number == restarts or signals.came or watch.reason():
                         break
+                    run, options = _without_lost_hosts(program, vendor, options, run, hosts)
                     logger.warning(
-                        "starting again from the last checkpoint (%d of %d): %s", number + 1, restarts, again
+                        "starting again from the last checkpoint (%d of %d): %s", run.number, restarts, again
                     )
         watch.ended(status)
         return status
@@ -206,32 +210,63 @@ def _before_mpiexec() -> None:
     die_with_parent(signal.SIGTERM)  # should the launcher be killed, mpiexec ends its learners, and tidies up
 
 
+class _Run(NamedTuple):
+    """One of mpiexec: with so many learners, after so many others; `fewer`: with which there were more."""
+
+    num_learners: int
+    number: int = 0
+    fewer: bool = False
+
+
 class _Ended(NamedTuple):
-    """How mpiexec's run has ended; `again`: what for it may be started again, "": it may not."""
+    """How it has ended; `again`: what for it may be started again, "": it may not; `hosts`: and their learners."""
 
     status: int
     again: str = ""
+    hosts: Mapping[str, int] = {}
+
+
+def _without_lost_hosts(
+    program: str, vendor: str, options: Sequence[str], run: _Run, hosts: Mapping[str, int]
+) -> tuple[_Run, Sequence[str]]:
+    """The next run after `run`, and mpiexec's options for it: without the learners of hosts that do not answer."""
+    again = run._replace(number=run.number + 1)
+    if len(hosts) < 2:
+        return again, options
+    with tempfile.TemporaryDirectory() as place:
+        around = learner_environment(vendor, 1, Path(place))
+        there = who_answer(mpiexec_command(program, vendor, 1), vendor, options, hosts, around)
+    if len(there) == len(hosts):
+        return again, options
+    left = sum(there.values())
+    logger.warning(
+        "no answer from %s: going on with %d of %d learners",
+        ", ".join(host for host in hosts if host not in there), left, run.num_learners,
+    )  # fmt: skip
+    return again._replace(num_learners=left, fewer=True), on_hosts(vendor, options, there)
 
 
 def _launch(
     command: Sequence[str],
-    num_learners: int,
+    run: _Run,
     vendor: str,
-    number: int,
     signals: NotedSignals,
     starter: StarterWatch,
     ends: bool,
 ) -> _Ended:
-    """Run `command`, which is mpiexec's, once; it has been run `number` times before. `ends`: a hang ends it."""
+    """Run `command`, which is mpiexec's, once. `ends`: a hang ends it."""
     # Beside the working directory, which multi-node runs share, when it is writable; else in /tmp.
     parent = "." if os.access(".", os.W_OK) else None
     leftovers.sweep(Path(parent or tempfile.gettempdir()))
     status_dir = Path(tempfile.mkdtemp(prefix=leftovers.PREFIX, dir=parent)).absolute()
     try:
-        hangs = Hangs(status_dir, num_learners, ends)
+        hangs = Hangs(status_dir, run.num_learners, ends)
+        around = {RESTART_ENV: str(run.number)} if run.number else {}
         process = subprocess.Popen(
             command,
-            env=learner_environment(vendor, num_learners, status_dir) | ({RESTART_ENV: str(number)} if number else {}),
+            env=learner_environment(vendor, run.num_learners, status_dir)
+            | around
+            | ({FEWER_ENV: "1"} if run.fewer else {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -241,7 +276,8 @@ def _launch(
         leftovers.claim(status_dir, process.pid)
         with Relay(process) as relay:
             survives = "--with-ft" in command
-            return _Watch(process, status_dir, num_learners, relay, signals, starter, hangs, survives).run()
+            ended = _Watch(process, status_dir, run.num_learners, relay, signals, starter, hangs, survives).run()
+        return ended._replace(hosts=hosts_of(read_status(status_dir)))
     finally:
         _remove(status_dir)
 

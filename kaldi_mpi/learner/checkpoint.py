@@ -38,6 +38,7 @@ from kaldi_mpi.files import atomic_write
 from kaldi_mpi.learner.facts import RANKS, Facts, difference, digest_of
 from kaldi_mpi.log import logger
 from kaldi_mpi.transport.messages import Channel
+from kaldi_mpi.transport.status import fewer_than_before
 from kaldi_mpi.transport.world import World
 
 _ARRAY = "numpy array"  # marks a tensor that was a NumPy array
@@ -290,6 +291,8 @@ class Checkpoints:
         if other == [RANKS] and "'dedicated_server': True" not in own.get("--settings", ""):
             if shared[0]:
                 return there[: 1 if False in shared else shared.count(True)]
+            if fewer_than_before() and self._size < min(ranks):  # those that are left go on, each with its own model
+                return there
             other[0] = f"{RANKS}, whose models differ at step {there[0]['step']},"
             own, saved = own | {other[0]: own.get(RANKS, "")}, saved | {other[0]: saved.get(RANKS, "")}
         if other:

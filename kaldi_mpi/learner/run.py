@@ -228,8 +228,8 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
             state.step = min(plan.num_steps, round(saved["epochs"] * plan.steps_per_epoch))
             if world.rank == 0:
                 logger.warning(
-                    "%d learners go on where %d have saved one model: learning rates are those of %d from here on, and "
-                    "the rest of this epoch is shared out anew, so that some of it may come twice or not at all",
+                    "%d learners go on where %d have saved their state: learning rates are those of %d from here on, "
+                    "and the rest of this epoch is shared out anew, so that some of it may come twice or not at all",
                     everyone.size, checkpoints.num_ranks, everyone.size,
                 )  # fmt: skip
     else:
@@ -273,7 +273,7 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
     if state.step == 0 and stages.initial:
         validation.run(0, flat.to_numpy(), 0.0)
     traffic = Traffic(world, phases)
-    first_frames = state.frames
+    first_frames, first_step = state.frames, state.step
     last_step = plan.num_steps if plan.exit_step is None else plan.exit_step
     if goes_on and not plan.ends_iteration(state.step) and same_ranks:
         learner.load_state_dict(saved["iteration"])
@@ -290,7 +290,7 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
             ends: Generator[IterationEnd | None]
             if phase.strategy.asynchronous:
                 journal_dir = folder / "journal" if options.journal else None
-                tickets = checkpoints.tickets if goes_on and state.step == checkpoints.step else None
+                tickets = checkpoints.tickets if goes_on and state.step == first_step else None
                 around = Surroundings(
                     everyone, world, dataset, plan, log, validation, settings, stopping, checkpoints, parts, tickets,
                     options.lost_after, journal_dir, *(() if status is None else (status.spare,)),

@@ -15,6 +15,7 @@ NUM_LEARNERS_ENV = "KALDI_MPI_NUM_LEARNERS"
 STATUS_DIR_ENV = "KALDI_MPI_STATUS_DIR"
 TERMINAL_ENV = "KALDI_MPI_TERMINAL"
 RESTART_ENV = "KALDI_MPI_RESTART"  # how often the launcher has started this run again
+FEWER_ENV = "KALDI_MPI_FEWER"  # where it has done so with fewer learners: a host was gone
 
 _STOP = "stop"  # the file, beside the status files, by which learners are asked to
 
@@ -157,6 +158,11 @@ def asked_to_stop() -> str:
 def started_again() -> bool:
     """Whether the launcher has started this run again; then it goes on from its checkpoint, also by --resume=false."""
     return int(os.environ.get(RESTART_ENV, "0")) > 0
+
+
+def fewer_than_before() -> bool:
+    """Whether it has done so without the learners of a host that is gone."""
+    return FEWER_ENV in os.environ
 
 
 def say_abort(rank: int, status: int) -> None:

@@ -246,7 +246,7 @@ def test_real_runs_with_other_numbers_of_learners(tmp_path: Path) -> None:
     assert died.returncode == 1 and (folder / "checkpoint" / "current.json").exists()
     more = train(3, options)
     assert more.returncode == 0, more.stderr
-    assert "3 learners go on where 2 have saved one model: learning rates are those of 3 from here on" in more.stderr
+    assert "3 learners go on where 2 have saved their state: learning rates are those of 3 from here on" in more.stderr
     assert (folder / "final.mdl").exists()
     shutil.rmtree(toy.work)
 
