@@ -158,6 +158,9 @@ def main() -> int:
     parser.add_argument("--cmd", default=str(REPO / "steps_mpi" / "run.py"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # nohup, and the & of a script's shell, have their children ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     rng, bad = random.Random(options.seed), 0
     most: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="chain.") as work:
