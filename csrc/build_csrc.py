@@ -1,4 +1,4 @@
-"""Describes the C extensions ``kaldi_mpi.loader._csrc`` and ``kaldi_mpi.models._csrc`` to cffi; setup.py builds them.
+"""Describes the C extensions ``kaldi_mpi.{loader,models,chain}._csrc`` to cffi; setup.py builds them.
 
 What Python sees is what stands between ``/* python: begin */`` and ``/* python: end */`` in the headers, so
 that a declaration is written once. With ``KALDI_MPI_WERROR=1`` in the environment the compiler's warnings are
@@ -17,6 +17,10 @@ CSRC = Path(__file__).resolve().parent
 # The passes over activations, which know nothing of data.
 MODEL_HEADERS = ["passes.h"]
 MODEL_SOURCES = ["passes.c"]
+# The objective of chain training; of the loader it has the errors and the graphs of a supervision, which stand in a
+# header that says nothing else to Python.
+CHAIN_HEADERS = ["error.h", "supervision.h", "denominator.h", "numerator.h"]
+CHAIN_SOURCES = ["denominator.c", "numerator.c"]
 # In order of dependence: a header may use what the ones before it declare.
 LOADER_HEADERS = [
     "error.h",
@@ -30,8 +34,12 @@ LOADER_HEADERS = [
     "random.h",
     "transform.h",
     "corpus.h",
+    "cursor.h",
     "example.h",
     "examples.h",
+    "supervision.h",
+    "chain_examples.h",
+    "egs_index.h",
     "egs_scan.h",
     "split.h",
     "plan.h",
@@ -39,7 +47,7 @@ LOADER_HEADERS = [
     "queue.h",
 ]
 SOURCES = sorted(path.name for path in CSRC.glob("*.c"))
-LOADER_SOURCES = [name for name in SOURCES if name not in MODEL_SOURCES]
+LOADER_SOURCES = [name for name in SOURCES if name not in MODEL_SOURCES + CHAIN_SOURCES]
 # Sums and products are never fused: what is decoded must be the same float on every machine.
 STANDARD = ["-std=c11", "-O3", "-ffp-contract=off"]
 # The file that cffi generates is compiled with these flags too, and is not clean under -Wpedantic and
@@ -73,3 +81,4 @@ def make_ffibuilder(module: str, headers: list[str], sources: list[str]) -> FFI:
 
 loader = make_ffibuilder("kaldi_mpi.loader._csrc", LOADER_HEADERS, LOADER_SOURCES)
 models = make_ffibuilder("kaldi_mpi.models._csrc", MODEL_HEADERS, MODEL_SOURCES)
+chain = make_ffibuilder("kaldi_mpi.chain._csrc", CHAIN_HEADERS, [*CHAIN_SOURCES, "error.c"])

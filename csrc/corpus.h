@@ -64,6 +64,8 @@ typedef struct {
     int32_t width;       /* labelled frames, > 0 */
     int32_t left, right; /* context rows before and after, >= 0 */
     int32_t label_delay; /* rows by which the input is later than the labels, >= 0 */
+    int32_t subsampling; /* frames from one label to the next, > 0 */
+    int32_t sequences;   /* chunks of this shape that one unit has and that stay together, > 0 */
 } km_shape;
 
 /* All rows of an utterance, normalised and transformed: num_frames * dim floats. */
@@ -73,6 +75,12 @@ int km_corpus_features(const km_corpus *corpus, int32_t utterance, float *out, k
  * arithmetic of Kaldi's apply-cmvn: the variance is floored at 1e-20. Without norm_vars the scales are 1. */
 int km_cmvn_norms(const double *stats, int32_t dim, int32_t norm_vars, float *norms, km_error *error);
 /* python: end */
+
+/* Input rows of a chunk. */
+static inline size_t km_shape_rows(const km_shape *shape) {
+    return (size_t)shape->left + ((size_t)shape->width - 1) * (size_t)shape->subsampling + 1 +
+           (size_t)shape->right;
+}
 
 /* The part of an utterance that one chunk is about. */
 typedef struct {

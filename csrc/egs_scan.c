@@ -1,16 +1,11 @@
 #include "egs_scan.h"
 
+#include "chain_scan.h"
+
 #include <inttypes.h>
-#include <stdlib.h>
 #include <string.h>
 
-enum {
-    BLOCK_BYTES = 1 << 22,
-    MAX_EXAMPLE_BYTES = 1 << 30,
-    MAX_KEY = 4096,
-    MAX_SHAPES = 4096,
-    MAX_ROWS = 1 << 24
-};
+enum { BLOCK_BYTES = 1 << 22, MAX_EXAMPLE_BYTES = 1 << 30, MAX_KEY = 4096, MAX_ROWS = 1 << 24 };
 
 /* The rows of one n in one input or output. */
 typedef struct {
@@ -30,40 +25,6 @@ typedef struct {
     km_egs_index *index;
     km_scratch block, members;
 } scan;
-
-void km_egs_index_free(km_egs_index *index) {
-    free(index->units);
-    free(index->shapes);
-    memset(index, 0, sizeof *index);
-}
-
-/* Makes room for one more element. */
-static int grow(void **array, int64_t *size, int64_t count, size_t element, km_error *error) {
-    if (count < *size) return KM_OK;
-    const int64_t grown = *size < 64 ? 64 : *size + *size / 2;
-    void *moved = realloc(*array, (size_t)grown * element);
-    if (moved == NULL) return km_fail(error, -1, "out of memory: an index of %" PRId64 " chunks", grown);
-    *array = moved;
-    *size = grown;
-    return KM_OK;
-}
-
-static int shape_id(scan *s, const km_shape *shape, int32_t *id, km_error *error) {
-    km_egs_index *index = s->index;
-    for (*id = 0; *id < index->num_shapes; (*id)++) {
-        const km_shape *known = index->shapes + *id;
-        if (known->width == shape->width && known->left == shape->left && known->right == shape->right)
-            return KM_OK;
-    }
-    if (*id == MAX_SHAPES)
-        return km_fail(error, -1, "chunks of more than %d different shapes are not supported", MAX_SHAPES);
-    void *shapes = index->shapes;
-    if (grow(&shapes, &index->shapes_room, index->num_shapes, sizeof *shape, error) != KM_OK)
-        return KM_FAILED;
-    index->shapes = shapes;
-    index->shapes[index->num_shapes++] = *shape;
-    return KM_OK;
-}
 
 /* Takes the next row of an n: consecutive times, or an error. */
 static int add_time(times *rows, const km_index *at, const km_nnet_io *io, const char *name,
@@ -142,18 +103,8 @@ static int read_targets(scan *s, const km_cursor *cursor, const km_nnet_io *io, 
     return KM_OK;
 }
 
-static int check_dim(const km_egs_index *index, int32_t *known, int32_t found, const km_roles *roles,
-                     const char *name, km_error *error) {
-    if (index->num_examples == 0) *known = found;
-    if (*known == found) return KM_OK;
-    return km_fail(error, roles->input.name,
-                   "'%s' has dimension %" PRId32 ", and %" PRId32 " in the examples before", name, found,
-                   *known);
-}
-
 static int add_unit(scan *s, const km_roles *roles, const member *m, int32_t n, int64_t begin, int64_t end,
                     km_error *error) {
-    km_egs_index *index = s->index;
     const int64_t left = (int64_t)m->output.first - m->input.first;
     const int64_t right = (int64_t)m->input.last - m->output.last;
     const int64_t at = roles->input.indexes;
@@ -169,29 +120,23 @@ static int add_unit(scan *s, const km_roles *roles, const member *m, int32_t n, 
         return km_fail(error, roles->ivector.indexes,
                        "'ivector' has %" PRId32 " rows with n %" PRId32 ", and must have one", m->ivectors,
                        n);
-    const km_shape shape = {m->output.count, (int32_t)left, (int32_t)right, 0};
-    km_unit unit = {begin, (int32_t)(end - begin), n, m->frames, 0};
-    if (shape_id(s, &shape, &unit.shape, error) != KM_OK) return KM_FAILED;
-    void *units = index->units;
-    if (grow(&units, &index->units_room, index->num_units, sizeof unit, error) != KM_OK) return KM_FAILED;
-    index->units = units;
-    index->units[index->num_units++] = unit;
-    return KM_OK;
+    const km_shape shape = {m->output.count, (int32_t)left, (int32_t)right, 0, 1, 1};
+    const km_unit unit = {begin, (int32_t)(end - begin), n, m->frames, 0};
+    return km_egs_index_add(s->index, &unit, &shape, NULL, error);
 }
 
-/* The example at the cursor. After a failure the index may have part of it. */
-static int read_example(scan *s, km_cursor *cursor, km_error *error) {
+/* The nnet3 example at the cursor. After a failure the index may have part of it. */
+static int read_nnet3(scan *s, km_cursor *cursor, km_error *error) {
     km_egs_index *index = s->index;
     const int64_t begin = cursor->at;
     km_roles roles;
     int32_t count = 0;
     if (km_example_roles(cursor, s->output, &roles, error) != KM_OK) return KM_FAILED;
-    if (cursor->at - begin > MAX_EXAMPLE_BYTES)
-        return km_fail(error, begin, "an example of more than 1 GiB is not supported");
     const int32_t ivector_dim = roles.ivector.name_length != 0 ? roles.ivector.cols : 0;
-    if (check_dim(index, &index->feat_dim, roles.input.cols, &roles, "input", error) != KM_OK ||
-        check_dim(index, &index->ivector_dim, ivector_dim, &roles, "ivector", error) != KM_OK ||
-        check_dim(index, &index->num_pdfs, roles.output.cols, &roles, s->output, error) != KM_OK ||
+    const int64_t at = roles.input.name;
+    if (km_egs_index_dim(index, &index->feat_dim, roles.input.cols, at, "input", error) != KM_OK ||
+        km_egs_index_dim(index, &index->ivector_dim, ivector_dim, at, "ivector", error) != KM_OK ||
+        km_egs_index_dim(index, &index->num_pdfs, roles.output.cols, at, s->output, error) != KM_OK ||
         find_members(s, cursor, &roles.output, &count, error) != KM_OK)
         return KM_FAILED;
     member *members = (member *)(void *)s->members.data;
@@ -210,12 +155,24 @@ static int read_example(scan *s, km_cursor *cursor, km_error *error) {
             return km_fail(error, roles.output.indexes, "'%s' has no row with n %" PRId32, s->output, n);
         if (add_unit(s, &roles, m, n, begin, cursor->at, error) != KM_OK) return KM_FAILED;
     }
+    return KM_OK;
+}
+
+/* The example at the cursor. After a failure the index may have part of it. */
+static int read_example(scan *s, km_cursor *cursor, km_error *error) {
+    km_egs_index *index = s->index;
+    const int64_t begin = cursor->at;
+    if ((index->chain ? km_chain_scan(cursor, s->output, index, &s->members, error)
+                      : read_nnet3(s, cursor, error)) != KM_OK)
+        return KM_FAILED;
+    if (cursor->at - begin > MAX_EXAMPLE_BYTES)
+        return km_fail(error, begin, "an example of more than 1 GiB is not supported");
     index->num_examples++;
     return KM_OK;
 }
 
 /* Goes over a key and its space. */
-static int skip_key(km_cursor *cursor, km_error *error) {
+static int skip_key(const scan *s, km_cursor *cursor, km_error *error) {
     const unsigned char *bytes = km_cursor_bytes(cursor, cursor->at);
     const int64_t left = cursor->end - cursor->at;
     int64_t length = 0;
@@ -230,7 +187,8 @@ static int skip_key(km_cursor *cursor, km_error *error) {
     cursor->at += length + 1;
     if (left - length > 3 && memcmp(bytes + length + 1, "<Nn", 3) == 0)
         return km_fail(error, cursor->at,
-                       "a text archive, which cannot be trained on: nnet3-copy-egs ark,t:... ark:...");
+                       "a text archive, which cannot be trained on: nnet3-%scopy-egs ark,t:... ark:...",
+                       s->index->chain ? "chain-" : "");
     return KM_OK;
 }
 
@@ -262,12 +220,14 @@ static int load_more(scan *s, km_cursor *cursor, int64_t entry, km_error *error)
 static int read_entry(scan *s, km_cursor *cursor, km_error *error) {
     km_egs_index *index = s->index;
     km_egs_index before = *index;
-    if (skip_key(cursor, error) == KM_OK && read_example(s, cursor, error) == KM_OK) {
+    if (skip_key(s, cursor, error) == KM_OK && read_example(s, cursor, error) == KM_OK) {
         index->entry = cursor->at;
         return KM_OK;
     }
     before.units = index->units; /* these may have grown, and so moved */
     before.units_room = index->units_room;
+    before.graphs = index->graphs;
+    before.graphs_room = index->graphs_room;
     before.shapes = index->shapes;
     before.shapes_room = index->shapes_room;
     *index = before;
@@ -290,16 +250,13 @@ int km_egs_scan(const km_file *file, const char *output, km_egs_index *index, km
     return status;
 }
 
-/* What stands between a key and the rest of an example. */
-static const char mark[] = {' ', '\0', 'B', '<', 'N', 'n', 'e', 't', '3', 'E', 'g', '>', ' '};
-
-/* Where in a span an entry begins, later than `after`; -1: nowhere. */
-static int64_t find_entry(const km_cursor *span, int64_t after) {
+/* Where in a span an entry begins, later than `after`; -1: nowhere. Its key is followed by `mark`. */
+static int64_t find_entry(const km_cursor *span, const char *mark, size_t size, int64_t after) {
     const unsigned char *data = span->data, *end = data + (span->end - span->begin);
-    for (const unsigned char *at = data; end - at >= (ptrdiff_t)sizeof mark; at++) {
-        at = memchr(at, mark[0], (size_t)(end - at) - sizeof mark + 1);
+    for (const unsigned char *at = data; end - at >= (ptrdiff_t)size; at++) {
+        at = memchr(at, mark[0], (size_t)(end - at) - size + 1);
         if (at == NULL) return -1;
-        if (memcmp(at, mark, sizeof mark) != 0) continue;
+        if (memcmp(at, mark, size) != 0) continue;
         const unsigned char *key = at;
         while (key > data && key[-1] > ' ' && at - key < MAX_KEY - 1)
             key--;
@@ -310,6 +267,10 @@ static int64_t find_entry(const km_cursor *span, int64_t after) {
 }
 
 int km_egs_skip(const km_file *file, km_egs_index *index, km_error *error) {
+    /* What stands between a key and the rest of an example. */
+    static const char nnet3[] = " \0B<Nnet3Eg> ", chain[] = " \0B<Nnet3ChainEg> ";
+    const char *mark = index->chain ? chain : nnet3;
+    const size_t size = (index->chain ? sizeof chain : sizeof nnet3) - 1;
     scan s = {file, NULL, index, {0}, {0}};
     km_cursor span;
     const int64_t after = index->entry;
@@ -317,8 +278,8 @@ int km_egs_skip(const km_file *file, km_egs_index *index, km_error *error) {
     int status = KM_OK;
     do {
         status = load(&s, &span, begin, BLOCK_BYTES, error);
-        if (status == KM_OK) found = find_entry(&span, after);
-        begin = span.end - MAX_KEY - (int64_t)sizeof mark; /* a key and a mark may be cut in two */
+        if (status == KM_OK) found = find_entry(&span, mark, size, after);
+        begin = span.end - MAX_KEY - (int64_t)size; /* a key and a mark may be cut in two */
     } while (status == KM_OK && found < 0 && span.end < file->size);
     km_scratch_free(&s.block);
     if (status == KM_OK) index->entry = found < 0 ? file->size : found;

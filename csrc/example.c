@@ -2,98 +2,29 @@
 
 #include <inttypes.h>
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
-enum { MAX_IOS = 1000000, MAX_NAME = 200, ONE_BYTE_LIMIT = 125 };
-
-/* The next `size` bytes; the cursor stays. NULL if there are fewer. */
-static const unsigned char *peek(km_cursor *cursor, int64_t size, km_error *error) {
-    if (size <= cursor->end - cursor->at) return km_cursor_bytes(cursor, cursor->at);
-    cursor->wanted = cursor->at + size;
-    (void)km_fail(error, cursor->at,
-                  "truncated: %" PRId64 " bytes are needed here, and the file ends after %" PRId64, size,
-                  cursor->size - cursor->at);
-    return NULL;
-}
-
-/* Writes what stands there up to the next space in printable form, for messages. */
-static void printable(const km_cursor *cursor, char out[24]) {
-    const unsigned char *bytes = km_cursor_bytes(cursor, cursor->at);
-    size_t at = 0;
-    for (int64_t i = 0; i < cursor->end - cursor->at && at < 19; i++) {
-        if (i > 0 && bytes[i] == ' ') break;
-        if (bytes[i] > 32 && bytes[i] < 127)
-            out[at++] = (char)bytes[i];
-        else
-            at += (size_t)snprintf(out + at, 24 - at, "\\x%02x", bytes[i]);
-    }
-    out[at] = '\0';
-}
-
-/* Goes over a token, given with its space. */
-static int expect(km_cursor *cursor, const char *token, km_error *error) {
-    const size_t length = strlen(token);
-    const unsigned char *bytes = peek(cursor, (int64_t)length, error);
-    if (bytes == NULL) return KM_FAILED;
-    if (memcmp(bytes, token, length) != 0) {
-        char shown[24];
-        printable(cursor, shown);
-        return km_fail(error, cursor->at, "'%s' is expected here, not '%s'", token, shown);
-    }
-    cursor->at += (int64_t)length;
-    return KM_OK;
-}
-
-/* Goes over size byte and int32, which must be low or more; `what` is for messages. */
-static int take_int32(km_cursor *cursor, const char *what, int32_t low, int32_t *value, km_error *error) {
-    const unsigned char *bytes = peek(cursor, 5, error);
-    if (bytes == NULL) return KM_FAILED;
-    if (bytes[0] != 4) return km_fail(error, cursor->at, "size byte of %s is %d, not 4", what, bytes[0]);
-    *value = km_int32_at(bytes + 1);
-    if (*value < low)
-        return km_fail(error, cursor->at + 1, "%s is %" PRId32 ", and must be at least %" PRId32, what,
-                       *value, low);
-    cursor->at += 5;
-    return KM_OK;
-}
+enum { ONE_BYTE_LIMIT = 125 };
 
 int km_example_open(km_cursor *cursor, int32_t *num_ios, km_error *error) {
-    const unsigned char *bytes = peek(cursor, 2, error);
+    const unsigned char *bytes = km_cursor_peek(cursor, 2, error);
     if (bytes == NULL) return KM_FAILED;
     if (bytes[0] != '\0' || bytes[1] != 'B')
         return km_fail(error, cursor->at, "no binary example here (\\0B is expected)");
     cursor->at += 2;
-    static const char chain[] = "<Nnet3ChainEg>";
-    if (cursor->end - cursor->at >= (int64_t)sizeof chain - 1 &&
-        memcmp(km_cursor_bytes(cursor, cursor->at), chain, sizeof chain - 1) == 0)
-        return km_fail(error, cursor->at, "a chain example, which cannot be trained on here");
-    if (expect(cursor, "<Nnet3Eg> ", error) != KM_OK || expect(cursor, "<NumIo> ", error) != KM_OK ||
-        take_int32(cursor, "the number of inputs and outputs", 1, num_ios, error) != KM_OK)
+    if (km_cursor_is_at(cursor, "<Nnet3ChainEg>"))
+        return km_fail(error, cursor->at, "a chain example, where one with labels is expected");
+    if (km_cursor_expect(cursor, "<Nnet3Eg> ", error) != KM_OK ||
+        km_cursor_expect(cursor, "<NumIo> ", error) != KM_OK ||
+        km_cursor_int32(cursor, "the number of inputs and outputs", 1, num_ios, error) != KM_OK)
         return KM_FAILED;
-    if (*num_ios > MAX_IOS)
+    if (*num_ios > KM_MAX_IOS)
         return km_fail(error, cursor->at - 4, "%" PRId32 " inputs and outputs are not possible", *num_ios);
     return KM_OK;
 }
 
 int km_example_close(km_cursor *cursor, km_error *error) {
-    return expect(cursor, "</Nnet3Eg> ", error);
-}
-
-static int take_name(km_cursor *cursor, km_nnet_io *io, km_error *error) {
-    const int64_t left = cursor->end - cursor->at;
-    const unsigned char *bytes = km_cursor_bytes(cursor, cursor->at);
-    int32_t length = 0;
-    while (length < left && length < MAX_NAME && bytes[length] > ' ' && bytes[length] != 127)
-        length++;
-    if (length == left) return peek(cursor, length + 1, error) == NULL ? KM_FAILED : KM_OK;
-    if (length == 0 || bytes[length] != ' ')
-        return km_fail(error, cursor->at,
-                       "the name of an input or output is expected here, and a space after it");
-    io->name = cursor->at;
-    io->name_length = length;
-    cursor->at += length + 1;
-    return KM_OK;
+    return km_cursor_expect(cursor, "</Nnet3Eg> ", error);
 }
 
 /* Goes over an Index that is not one byte. */
@@ -103,18 +34,18 @@ static int take_full_index(km_cursor *cursor, int32_t i, int64_t *t, km_error *e
     if (first != KM_FULL_INDEX)
         return km_fail(error, cursor->at, "byte %d cannot begin index %" PRId32, first, i);
     cursor->at += 1;
-    if (take_int32(cursor, "an index's n", INT32_MIN, &n, error) != KM_OK ||
-        take_int32(cursor, "an index's t", INT32_MIN, &full_t, error) != KM_OK ||
-        take_int32(cursor, "an index's x", INT32_MIN, &x, error) != KM_OK)
+    if (km_cursor_int32(cursor, "an index's n", INT32_MIN, &n, error) != KM_OK ||
+        km_cursor_int32(cursor, "an index's t", INT32_MIN, &full_t, error) != KM_OK ||
+        km_cursor_int32(cursor, "an index's x", INT32_MIN, &x, error) != KM_OK)
         return KM_FAILED;
     *t = full_t;
     return KM_OK;
 }
 
-static int take_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error) {
-    if (expect(cursor, "<I1V> ", error) != KM_OK ||
-        take_int32(cursor, "the number of indexes", 1, &io->rows, error) != KM_OK ||
-        peek(cursor, io->rows, error) == NULL) /* each takes at least a byte */
+int km_example_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error) {
+    if (km_cursor_expect(cursor, "<I1V> ", error) != KM_OK ||
+        km_cursor_int32(cursor, "the number of indexes", 1, &io->rows, error) != KM_OK ||
+        km_cursor_peek(cursor, io->rows, error) == NULL) /* each takes at least a byte */
         return KM_FAILED;
     io->indexes = cursor->at;
     int64_t t = 0;
@@ -135,7 +66,7 @@ static int take_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error) {
         cursor->at += run;
         i += run;
         if (i == io->rows) break;
-        if (peek(cursor, 1, error) == NULL || take_full_index(cursor, i, &t, error) != KM_OK)
+        if (km_cursor_peek(cursor, 1, error) == NULL || take_full_index(cursor, i, &t, error) != KM_OK)
             return KM_FAILED;
         i++;
     }
@@ -167,9 +98,9 @@ static int take_usual_row(km_cursor *cursor, km_nnet_io *io) {
 /* Goes over a sparse row; its dimension must be io->cols, which the first row sets. */
 static int take_sparse_row(km_cursor *cursor, int32_t row, km_nnet_io *io, km_error *error) {
     int32_t dim, count, column = 0;
-    if (expect(cursor, "SV ", error) != KM_OK ||
-        take_int32(cursor, "a sparse row's dimension", 1, &dim, error) != KM_OK ||
-        take_int32(cursor, "the number of pairs of a sparse row", 0, &count, error) != KM_OK)
+    if (km_cursor_expect(cursor, "SV ", error) != KM_OK ||
+        km_cursor_int32(cursor, "a sparse row's dimension", 1, &dim, error) != KM_OK ||
+        km_cursor_int32(cursor, "the number of pairs of a sparse row", 0, &count, error) != KM_OK)
         return KM_FAILED;
     if (row == 0) io->cols = dim;
     if (dim != io->cols)
@@ -178,17 +109,18 @@ static int take_sparse_row(km_cursor *cursor, int32_t row, km_nnet_io *io, km_er
     if (count > dim)
         return km_fail(error, cursor->at - 4,
                        "a sparse row of dimension %" PRId32 " cannot have %" PRId32 " pairs", dim, count);
-    if (peek(cursor, (int64_t)count * 10, error) == NULL) return KM_FAILED; /* each takes at least this */
+    if (km_cursor_peek(cursor, (int64_t)count * 10, error) == NULL)
+        return KM_FAILED; /* each takes at least this */
     for (int32_t i = 0; i < count; i++) {
-        if (take_int32(cursor, "a sparse row's column", 0, &column, error) != KM_OK) return KM_FAILED;
+        if (km_cursor_int32(cursor, "a sparse row's column", 0, &column, error) != KM_OK) return KM_FAILED;
         if (column >= dim)
             return km_fail(error, cursor->at - 4, "column %" PRId32 " of a sparse row of dimension %" PRId32,
                            column, dim);
-        const unsigned char *bytes = peek(cursor, 5, error);
+        const unsigned char *bytes = km_cursor_peek(cursor, 5, error);
         if (bytes == NULL) return KM_FAILED;
         if (bytes[0] != 4 && bytes[0] != 8)
             return km_fail(error, cursor->at, "size byte of a sparse row's value is %d, not 4", bytes[0]);
-        if (peek(cursor, 1 + bytes[0], error) == NULL) return KM_FAILED;
+        if (km_cursor_peek(cursor, 1 + bytes[0], error) == NULL) return KM_FAILED;
         float value;
         const unsigned char *next = km_sparse_pair(bytes - 5, &column, &value);
         if (!isfinite(value))
@@ -202,12 +134,13 @@ static int take_sparse_row(km_cursor *cursor, int32_t row, km_nnet_io *io, km_er
 
 static int take_sparse(km_cursor *cursor, km_nnet_io *io, km_error *error) {
     int32_t rows;
-    if (expect(cursor, "SM ", error) != KM_OK ||
-        take_int32(cursor, "the number of sparse rows", 0, &rows, error) != KM_OK)
+    if (km_cursor_expect(cursor, "SM ", error) != KM_OK ||
+        km_cursor_int32(cursor, "the number of sparse rows", 0, &rows, error) != KM_OK)
         return KM_FAILED;
     if (rows != io->rows)
         return km_fail(error, cursor->at - 4, "%" PRId32 " rows for %" PRId32 " indexes", rows, io->rows);
-    if (peek(cursor, (int64_t)rows * 13, error) == NULL) return KM_FAILED; /* each takes at least this */
+    if (km_cursor_peek(cursor, (int64_t)rows * 13, error) == NULL)
+        return KM_FAILED; /* each takes at least this */
     io->sparse = 1;
     io->sparse_rows = cursor->at;
     io->pairs = 0;
@@ -224,7 +157,7 @@ static int take_header(km_cursor *cursor, km_matrix *matrix, km_error *error) {
         int32_t kind;
     } kinds[] = {
         {"FM ", KM_FLOAT}, {"DM ", KM_DOUBLE}, {"CM ", KM_COLUMNS8}, {"CM2 ", KM_ROWS16}, {"CM3 ", KM_ROWS8}};
-    const unsigned char *bytes = peek(cursor, 4, error);
+    const unsigned char *bytes = km_cursor_peek(cursor, 4, error);
     if (bytes == NULL) return KM_FAILED;
     matrix->kind = 0;
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0] && matrix->kind == 0; i++) {
@@ -235,15 +168,15 @@ static int take_header(km_cursor *cursor, km_matrix *matrix, km_error *error) {
     }
     if (matrix->kind == 0) {
         char shown[24];
-        printable(cursor, shown);
+        km_cursor_printable(cursor, shown);
         return km_fail(error, cursor->at, "unknown token '%s': FM, DM, CM, CM2, CM3 or SM expected", shown);
     }
     matrix->min = matrix->range = 0.0F;
     if (matrix->kind == KM_FLOAT || matrix->kind == KM_DOUBLE) {
-        if (take_int32(cursor, "the number of rows", 0, &matrix->rows, error) != KM_OK) return KM_FAILED;
-        return take_int32(cursor, "the number of columns", 1, &matrix->cols, error);
+        if (km_cursor_int32(cursor, "the number of rows", 0, &matrix->rows, error) != KM_OK) return KM_FAILED;
+        return km_cursor_int32(cursor, "the number of columns", 1, &matrix->cols, error);
     }
-    bytes = peek(cursor, 16, error);
+    bytes = km_cursor_peek(cursor, 16, error);
     if (bytes == NULL) return KM_FAILED;
     memcpy(&matrix->min, bytes, 4);
     memcpy(&matrix->range, bytes + 4, 4);
@@ -276,7 +209,7 @@ static int take_matrix(km_cursor *cursor, km_nnet_io *io, km_error *error) {
         return km_fail(error, start, "a matrix of %" PRId32 " rows x %" PRId32 " columns is not possible",
                        matrix->rows, matrix->cols);
     const int64_t size = columns + row_bytes * matrix->rows;
-    if (size > INT64_MAX - cursor->at || peek(cursor, size, error) == NULL) {
+    if (size > INT64_MAX - cursor->at || km_cursor_peek(cursor, size, error) == NULL) {
         const int64_t needed = cursor->wanted;
         (void)km_fail(error, start,
                       "truncated archive or wrong size: the header says %" PRId32 " rows x %" PRId32
@@ -294,13 +227,14 @@ static int take_matrix(km_cursor *cursor, km_nnet_io *io, km_error *error) {
 }
 
 int km_example_io(km_cursor *cursor, km_nnet_io *io, km_error *error) {
-    if (expect(cursor, "<NnetIo> ", error) != KM_OK || take_name(cursor, io, error) != KM_OK ||
-        take_indexes(cursor, io, error) != KM_OK)
+    if (km_cursor_expect(cursor, "<NnetIo> ", error) != KM_OK ||
+        km_cursor_name(cursor, &io->name, &io->name_length, error) != KM_OK ||
+        km_example_indexes(cursor, io, error) != KM_OK)
         return KM_FAILED;
-    const unsigned char *bytes = peek(cursor, 1, error);
+    const unsigned char *bytes = km_cursor_peek(cursor, 1, error);
     if (bytes == NULL) return KM_FAILED;
     const int status = bytes[0] == 'S' ? take_sparse(cursor, io, error) : take_matrix(cursor, io, error);
-    return status != KM_OK ? status : expect(cursor, "</NnetIo> ", error);
+    return status != KM_OK ? status : km_cursor_expect(cursor, "</NnetIo> ", error);
 }
 
 int km_io_is(const km_cursor *cursor, const km_nnet_io *io, const char *name) {

@@ -15,22 +15,13 @@
 #ifndef KALDI_MPI_EXAMPLE_H
 #define KALDI_MPI_EXAMPLE_H
 
+#include "cursor.h"
 #include "matrix.h"
-
-#include <string.h>
 
 /* An Index that is not one byte begins with this one. */
 enum { KM_FULL_INDEX = 127 };
 
 /* python: begin */
-typedef struct {
-    const unsigned char *data; /* the bytes begin .. end-1 of a file */
-    int64_t begin, end;
-    int64_t size;   /* of the file, >= end */
-    int64_t at;     /* the next byte to be read, as an offset in the file; begin <= at <= end */
-    int64_t wanted; /* after a failure: the offset up to which bytes were needed, if that is beyond the end */
-} km_cursor;
-
 typedef struct {
     int64_t name;        /* offset in the file */
     int32_t name_length; /* > 0 */
@@ -68,21 +59,16 @@ void km_io_pairs(const km_cursor *cursor, const km_nnet_io *io, int64_t *first, 
                  float *values);
 /* python: end */
 
-/* Byte of a cursor's span. */
-static inline const unsigned char *km_cursor_bytes(const km_cursor *cursor, int64_t offset) {
-    return cursor->data + (offset - cursor->begin);
-}
+/* So many inputs or outputs may an example have. */
+enum { KM_MAX_IOS = 1000000 };
+
+/* Goes over a list of Index: sets io->rows and io->indexes. */
+int km_example_indexes(km_cursor *cursor, km_nnet_io *io, km_error *error);
 
 /* Whether the name of an input or output is this one. */
 int km_io_is(const km_cursor *cursor, const km_nnet_io *io, const char *name);
 
 /* The readers below take bytes that have been checked. They return where the next thing stands. */
-
-static inline int32_t km_int32_at(const unsigned char *bytes) {
-    int32_t value;
-    memcpy(&value, bytes, sizeof value);
-    return value;
-}
 
 /* Reads an Index, given the one before it (zeros at first). */
 static inline const unsigned char *km_index_next(const unsigned char *bytes, km_index *index) {

@@ -234,7 +234,7 @@ static int decode_ivector(const decoding *d, const km_nnet_io *ivector, km_error
 
 static int decode(const decoding *d, const km_roles *roles, int32_t frame, km_error *error) {
     const km_examples *examples = d->examples;
-    span rows = {d->shape->left + d->shape->width + d->shape->right, frame != KM_WHOLE, 0};
+    span rows = {(int32_t)km_shape_rows(d->shape), frame != KM_WHOLE, 0};
     if ((roles->ivector.name_length != 0) != (examples->ivector_dim > 0))
         return changed(&roles->input, error);
     if (frame != KM_WHOLE) {

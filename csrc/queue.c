@@ -66,11 +66,20 @@ static int tolerate(km_queue *queue, int32_t unit, const km_error *error) {
     return good;
 }
 
-/* Where chunk `i` of a minibatch goes. */
-static km_out place_of(const km_queue *queue, const km_buffer *buffer, const km_shape *shape, int64_t i) {
+/* What is in a minibatch. */
+typedef struct {
+    int64_t chunks;
+    int64_t frames; /* labelled ones, without those of bad units */
+    km_graphs graphs;
+    float weight;
+} contents;
+
+/* Where the next chunk of a minibatch goes. */
+static km_out place_of(const km_queue *queue, const km_buffer *buffer, const km_shape *shape,
+                       int64_t chunks) {
     const km_queue_config *config = &queue->config;
-    const size_t rows = (size_t)shape->left + (size_t)shape->width + (size_t)shape->right, at = (size_t)i;
-    const size_t feats = rows * (size_t)config->dim, labels = (size_t)shape->width * (size_t)config->targets;
+    const size_t at = (size_t)chunks, feats = km_shape_rows(shape) * (size_t)config->dim;
+    const size_t labels = (size_t)shape->width * (size_t)config->targets;
     return (km_out){
         buffer->feats + at * feats,
         buffer->labels + at * labels,
@@ -80,9 +89,8 @@ static km_out place_of(const km_queue *queue, const km_buffer *buffer, const km_
 }
 
 static void clear(const km_queue *queue, const km_shape *shape, const km_out *out) {
-    const size_t rows = (size_t)shape->left + (size_t)shape->width + (size_t)shape->right;
     const size_t labels = (size_t)shape->width * (size_t)queue->config.targets;
-    memset(out->feats, 0, rows * (size_t)queue->config.dim * sizeof(float));
+    memset(out->feats, 0, km_shape_rows(shape) * (size_t)queue->config.dim * sizeof(float));
     for (size_t i = 0; i < labels; i++)
         out->labels[i] = -1;
     if (out->weights != NULL) memset(out->weights, 0, labels * sizeof(float));
@@ -111,7 +119,7 @@ static task find_chunk(const km_queue *queue, const km_step *step, int64_t i, co
     return found;
 }
 
-/* Decodes one chunk into its place. */
+/* Decodes one chunk, with labels, into its place. */
 static int fill_chunk(const km_queue *queue, const km_shape *shape, const task *what, const km_out *out,
                       km_scratch *scratch, km_error *error) {
     const km_queue_config *config = &queue->config;
@@ -123,10 +131,44 @@ static int fill_chunk(const km_queue *queue, const km_shape *shape, const task *
                            error);
 }
 
-/* Decodes this rank's chunks of a step into the slot; sets how many labelled frames these have, but for bad
- * units. */
+/* Adds a chunk to a minibatch, or where it cannot be read a chunk without labels. */
+static int add_labelled(km_queue *queue, const km_shape *shape, const task *what, slot *into, contents *in,
+                        km_scratch *scratch) {
+    const km_out out = place_of(queue, &into->buffer, shape, in->chunks);
+    if (fill_chunk(queue, shape, what, &out, scratch, &into->error) == KM_OK)
+        in->frames += what->chunk.end_label - what->chunk.first_label;
+    else if (tolerate(queue, what->chunk.utterance, &into->error))
+        clear(queue, shape, &out);
+    else
+        return KM_FAILED;
+    in->chunks++;
+    return KM_OK;
+}
+
+/* Adds the sequences of a unit of chain training, unless it cannot be read. */
+static int add_chain(km_queue *queue, const km_shape *shape, const task *what, slot *into, contents *in,
+                     km_scratch *scratch) {
+    const km_queue_config *config = &queue->config;
+    const size_t at = (size_t)in->chunks, rows = km_shape_rows(shape), width = (size_t)shape->width;
+    const km_buffer *buffer = &into->buffer;
+    const int32_t unit = what->chunk.utterance;
+    const km_chain_out out = {
+        buffer->feats + at * rows * (size_t)config->dim,
+        buffer->ivectors != NULL ? buffer->ivectors + at * (size_t)config->ivector_dim : NULL,
+        buffer->weights != NULL ? buffer->weights + at * width : NULL,
+    };
+    if (km_chain_examples_chunk(config->chain, shape, unit, &what->view, &out, &in->graphs, scratch,
+                                &into->error) != KM_OK)
+        return tolerate(queue, unit, &into->error) ? KM_OK : KM_FAILED;
+    in->chunks += shape->sequences;
+    in->frames += what->chunk.end_label - what->chunk.first_label;
+    in->weight = config->chain->weights[unit];
+    return KM_OK;
+}
+
+/* Decodes this rank's chunks of a step into the slot. */
 static int fill_chunks(km_queue *queue, const km_step *step, km_span share, const pool_bytes *resident,
-                       slot *into, km_scratch *scratch, int64_t *frames) {
+                       slot *into, contents *in, km_scratch *scratch) {
     const km_shape *shape = queue->shapes + step->shape;
     task next;
     if (share.count > 0) next = find_chunk(queue, step, share.first, resident);
@@ -135,13 +177,9 @@ static int fill_chunks(km_queue *queue, const km_step *step, km_span share, cons
         const task now = next;
         /* One ahead, so that its bytes come while this one is decoded. */
         if (i + 1 < share.count) next = find_chunk(queue, step, share.first + i + 1, resident);
-        const km_out out = place_of(queue, &into->buffer, shape, i);
-        if (fill_chunk(queue, shape, &now, &out, scratch, &into->error) == KM_OK) {
-            *frames += now.chunk.end_label - now.chunk.first_label;
-            continue;
-        }
-        if (!tolerate(queue, now.chunk.utterance, &into->error)) return KM_FAILED;
-        clear(queue, shape, &out);
+        const int status = queue->config.chain != NULL ? add_chain(queue, shape, &now, into, in, scratch)
+                                                       : add_labelled(queue, shape, &now, into, in, scratch);
+        if (status != KM_OK) return KM_FAILED;
     }
     return KM_OK;
 }
@@ -156,16 +194,19 @@ static int fill(km_queue *queue, int64_t step, int64_t number, slot *into, km_sc
     if (queue->ivectors != NULL)
         resident.ivectors = km_cache_acquire(queue->ivectors, found.pool, disk_waited);
     const km_span share = km_plan_share(plan, &found, queue->config.rank);
-    int64_t frames = 0;
-    const int status = fill_chunks(queue, &found, share, &resident, into, scratch, &frames);
+    contents in = {.graphs = into->buffer.graphs};
+    if (queue->config.chain != NULL) km_graphs_begin(&in.graphs);
+    const int status = fill_chunks(queue, &found, share, &resident, into, &in, scratch);
     into->minibatch = (km_minibatch){
         .step = step,
         .buffer = (int32_t)(number % queue->config.depth),
         .shape = found.shape,
-        .num_chunks = (int32_t)share.count,
+        .num_chunks = (int32_t)in.chunks,
         .epoch = found.epoch,
-        .frames = frames,
+        .frames = in.frames,
         .global_frames = found.frames,
+        .graphs = in.graphs,
+        .weight = in.weight,
     };
     km_cache_release(queue->cache, resident.units);
     if (queue->ivectors != NULL) km_cache_release(queue->ivectors, resident.ivectors);

@@ -13,6 +13,7 @@
 #define KALDI_MPI_QUEUE_H
 
 #include "cache.h"
+#include "chain_examples.h"
 #include "examples.h"
 
 /* python: begin */
@@ -22,13 +23,16 @@ enum { KM_ON_REQUEST = -1 };
 typedef struct km_queue km_queue;
 
 typedef struct {
-    int64_t step;       /* over all epochs */
-    int32_t buffer;     /* which of the buffers holds it */
-    int32_t shape;      /* an index into the shapes */
-    int32_t num_chunks; /* of this rank; may be 0 in an epoch's last steps */
+    int64_t step;   /* over all epochs */
+    int32_t buffer; /* which of the buffers holds it */
+    int32_t shape;  /* an index into the shapes */
+    int32_t
+        num_chunks; /* of this rank; may be 0 in an epoch's last steps. Of chain training: its sequences */
     int64_t epoch;
     int64_t frames;        /* labelled frames of this rank, without those of bad units */
     int64_t global_frames; /* and of all ranks, with those */
+    km_graphs graphs;      /* of chain training: what the buffer's have in them */
+    float weight;          /* of chain training: of each sequence's supervision */
 } km_minibatch;
 
 typedef struct {
@@ -44,16 +48,18 @@ typedef struct {
 
 /* Memory for one minibatch: of each shape, B chunks must fit. */
 typedef struct {
-    float *feats;    /* B * rows * dim */
-    int64_t *labels; /* B * width * targets */
-    float *weights;  /* the same; NULL where every weight is 1 */
-    float *ivectors; /* B * ivector_dim; NULL where there are none */
+    float *feats;     /* B * rows * dim */
+    int64_t *labels;  /* B * width * targets */
+    float *weights;   /* the same, or of chain training B * width; NULL where every weight is 1 */
+    float *ivectors;  /* B * ivector_dim; NULL where there are none */
+    km_graphs graphs; /* of chain training: with nothing in them, and room for the largest minibatch */
 } km_buffer;
 
 typedef struct {
-    const km_corpus *corpus;     /* one of these two, */
-    const km_examples *examples; /* the other is NULL */
-    int32_t single_frames;       /* a chunk is one labelled frame of an example, not all of it */
+    const km_corpus *corpus;        /* one of these three, */
+    const km_examples *examples;    /* the others */
+    const km_chain_examples *chain; /* are NULL */
+    int32_t single_frames;          /* a chunk is one labelled frame of an example, not all of it */
     km_units units;
     km_plan *plan;
     int32_t num_shapes;
@@ -94,7 +100,8 @@ int km_queue_next(km_queue *queue, int32_t milliseconds, km_minibatch *minibatch
 void km_queue_counters(km_queue *queue, km_counters *counters);
 
 /* Why the bad unit `number` (from 0, in the order in which they were met) could not be read; KM_END: there
- * are not so many. A chunk of a bad unit is delivered with features 0 and without labels. */
+ * are not so many. A chunk of a bad unit is delivered with features 0 and without labels; of chain training
+ * its minibatch is without it. */
 int km_queue_bad(km_queue *queue, int32_t number, km_error *error);
 /* python: end */
 

@@ -12,18 +12,22 @@ readers take minibatches from it::
 
 from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.loader.alignments import PdfAlignments, read_alignments, to_pdfs
+from kaldi_mpi.loader.chain_examples import ChainExamples
 from kaldi_mpi.loader.chunks import Chunking, ChunkShape, MinibatchRule
 from kaldi_mpi.loader.corpus import Corpus
 from kaldi_mpi.loader.examples import Examples
 from kaldi_mpi.loader.labels import Labels
+from kaldi_mpi.loader.minibatch import Buffer, ChainSupervision, Minibatch, NumpyMinibatch, new_buffers
 from kaldi_mpi.loader.plan import ChunkPlan, Position, Source
 from kaldi_mpi.loader.posteriors import Posterior, read_posteriors, to_pdf_posteriors
-from kaldi_mpi.loader.reader import Buffer, Counters, Minibatch, MinibatchReader, NumpyMinibatch, new_buffers
+from kaldi_mpi.loader.reader import Counters, MinibatchReader
 from kaldi_mpi.loader.targets import Targets
 from kaldi_mpi.loader.transforms import DeltaOptions, SpliceOptions, parse_delta_opts, parse_splice_opts
 
 __all__ = [
     "Buffer",
+    "ChainExamples",
+    "ChainSupervision",
     "ChunkPlan",
     "ChunkShape",
     "Chunking",

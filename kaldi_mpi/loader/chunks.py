@@ -16,13 +16,17 @@ class ChunkShape:
     """The shape of a chunk.
 
     With labels at t = s .. s+width-1 it has the input rows s-left+label_delay .. s+width-1+right+label_delay;
-    rows before the first and after the last frame repeat that frame, as nnet3-get-egs does.
+    rows before the first and after the last frame repeat that frame, as nnet3-get-egs does. Where the output has fewer
+    frames than the input, as in chain training, its labels are at t = s, s+subsampling, ..., and the rows around them
+    the same.
 
     Attributes:
         width: labelled frames.
-        left: context rows before.
-        right: context rows after.
+        left: context rows before the first label's.
+        right: context rows after the last label's.
         label_delay: frames by which the input runs ahead of the labels.
+        subsampling: frames from one label to the next (``frame_subsampling_factor``).
+        sequences: of merged chain examples: how many chunks of this shape one has, and which come together.
 
     Raises:
         ConfigError: one of them is out of its range.
@@ -32,16 +36,23 @@ class ChunkShape:
     left: int
     right: int
     label_delay: int = 0
+    subsampling: int = 1
+    sequences: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("left", 0), ("right", 0), ("label_delay", 0)):
+        least_of = {"width": 1, "left": 0, "right": 0, "label_delay": 0, "subsampling": 1, "sequences": 1}
+        for name, least in least_of.items():
             if not least <= getattr(self, name) < _LIMIT:
                 raise ConfigError(f"chunk {name} is {getattr(self, name)}, and must be at least {least}")
 
     @property
     def rows(self) -> int:
         """Input rows of a chunk; nnet3 calls it the size of an example."""
-        return self.left + self.width + self.right
+        return self.left + (self.width - 1) * self.subsampling + 1 + self.right
+
+    def fields(self) -> tuple[int, ...]:
+        """Those of a ``km_shape``."""
+        return dataclasses.astuple(self)
 
 
 @dataclasses.dataclass(frozen=True)

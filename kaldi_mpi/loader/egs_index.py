@@ -18,22 +18,35 @@ from kaldi_mpi.loader.native import ffi, lib, new_error, raise_data_error
 from kaldi_mpi.log import logger
 
 MAX_KEY = 4096  # bytes of an example's key
-_VERSION = 2
+_VERSION = 3
 # A km_unit of csrc/egs_scan.h.
 _UNIT = np.dtype([("begin", "i8"), ("size", "i4"), ("n", "i4"), ("frames", "i4"), ("shape", "i4")])
+# A km_unit_graphs.
+_GRAPHS = np.dtype([("states", "i4"), ("arcs", "i4"), ("weight", "f4")])
 _COLUMNS = {"file_of": "i4", "begin": "i8", "end": "i8", "n": "i4", "frames": "i4", "shape_of": "i4"}
-_TOTALS = ("feat_dim", "ivector_dim", "num_pdfs", "num_targets", "has_weights", "num_without_labels", "num_bad")
+_CHAIN_COLUMNS = {**_COLUMNS, "states": "i4", "arcs": "i4", "weight": "f4"}
+# Of a km_shape: width, left, right, subsampling, sequences.
+_SHAPE = 5
+_TOTALS = ("feat_dim", "ivector_dim", "num_pdfs", "num_targets", "has_weights", "end2end", "num_without_labels",
+           "num_bad")  # fmt: skip
+
+Shape = tuple[int, int, int, int, int]
 
 
 @dataclass
 class EgsIndex:
-    """What one pass over the archives has found; see `Examples` for the columns, of one element a unit.
+    """What one pass over the archives has found; see `Examples` and `ChainExamples` for the columns, of one element a
+    unit.
 
     Attributes:
-        shapes: int32 (shapes, 3): width, left and right.
+        shapes: int32 (shapes, 5): width, left, right, subsampling and sequences.
         num_pdfs: columns of the output.
+        has_weights: whether a weight, or a derivative weight, other than 1 occurs.
+        end2end: of chain examples, whether their FSTs are of a sequence each.
         num_without_labels: chunks without any label, which are left out.
         num_bad: examples that were left out because they are malformed.
+        states, arcs: int32, of chain examples: of the FSTs of each unit.
+        weight: float32, of chain examples: of the supervision of each unit.
     """
 
     file_of: NDArray[np.int32]
@@ -48,8 +61,12 @@ class EgsIndex:
     num_pdfs: int
     num_targets: int
     has_weights: bool
+    end2end: bool
     num_without_labels: int
     num_bad: int
+    states: NDArray[np.int32] | None = None
+    arcs: NDArray[np.int32] | None = None
+    weight: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -57,14 +74,18 @@ class _Scanned:
     """The index of one archive; empty: there is no example in it."""
 
     units: NDArray[np.void]
-    shapes: list[tuple[int, int, int]]
+    graphs: NDArray[np.void] | None
+    shapes: list[Shape]
     dims: dict[str, int]
+    end2end: bool
     num_targets: int
     has_weights: bool
     bad: list[DataError]
 
 
-def make_index(paths: Sequence[str], files: Any, output: str, threads: int, skip_bad: int) -> EgsIndex:
+def make_index(
+    paths: Sequence[str], files: Any, output: str, threads: int, skip_bad: int, chain: bool = False
+) -> EgsIndex:
     """Go through all archives, once, one after the other or several at a time.
 
     Args:
@@ -73,6 +94,7 @@ def make_index(paths: Sequence[str], files: Any, output: str, threads: int, skip
         output: name of the output whose rows are the labels.
         threads: how many archives to read at a time.
         skip_bad: so many malformed examples may be left out, with a warning each.
+        chain: the examples are those of chain training.
 
     Raises:
         DataError: an archive cannot be read, is malformed or empty, or does not fit the others; names archive,
@@ -80,7 +102,7 @@ def make_index(paths: Sequence[str], files: Any, output: str, threads: int, skip
     """
 
     def scan(i: int) -> _Scanned:
-        return _scan(files + i, paths[i], output, skip_bad)
+        return _scan(files + i, paths[i], output, skip_bad, chain)
 
     with ThreadPoolExecutor(max_workers=max(1, min(threads, len(paths)))) as pool:
         try:
@@ -102,8 +124,8 @@ def _too_many(error: DataError, allowed: int) -> DataError:
     return DataError(cause, file=error.file, key=error.key, offset=error.offset)
 
 
-def _scan(file: Any, path: str, output: str, skip_bad: int) -> _Scanned:
-    index, error = ffi.gc(ffi.new("km_egs_index *"), lib.km_egs_index_free), new_error()
+def _scan(file: Any, path: str, output: str, skip_bad: int, chain: bool) -> _Scanned:
+    index, error = ffi.gc(ffi.new("km_egs_index *", {"chain": chain}), lib.km_egs_index_free), new_error()
     bad: list[DataError] = []
     while lib.km_egs_scan(file, output.encode(), index, error) != lib.KM_OK:
         try:
@@ -116,13 +138,23 @@ def _scan(file: Any, path: str, output: str, skip_bad: int) -> _Scanned:
         if lib.km_egs_skip(file, index, error) != lib.KM_OK:
             raise_data_error(error, file=path)
     try:
-        size = index.num_units * _UNIT.itemsize
-        units = np.frombuffer(bytearray(ffi.buffer(index.units, size)) if size else b"", dtype=_UNIT)
-        shapes = [(s.width, s.left, s.right) for s in ffi.unpack(index.shapes, index.num_shapes)] if size else []
+        units = _copy_of(index.units, index.num_units, _UNIT)
+        graphs = _copy_of(index.graphs, index.num_units, _GRAPHS) if chain else None
+        shapes = [
+            (s.width, s.left, s.right, s.subsampling, s.sequences)
+            for s in (ffi.unpack(index.shapes, index.num_shapes) if len(units) else [])
+        ]
         dims = {"input": index.feat_dim, "ivector": index.ivector_dim, output: index.num_pdfs}
-        return _Scanned(units, shapes, dims, index.num_targets, bool(index.has_weights), bad)
+        totals = index.num_targets, bool(index.has_weights)
+        return _Scanned(units, graphs, shapes, dims, bool(index.end2end), *totals, bad)
     finally:
         lib.km_egs_index_free(index)
+
+
+def _copy_of(elements: Any, count: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """An array of its own of what C has allocated."""
+    data = bytearray(ffi.buffer(elements, count * dtype.itemsize)) if count else b""
+    return np.frombuffer(data, dtype=dtype)
 
 
 def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
@@ -136,19 +168,25 @@ def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
         for name, dim in part.dims.items():
             if dims[name] != dim:
                 raise DataError(f"'{name}' has dimension {dim}, and {dims[name]} in {of}", file=path)
+        if part.end2end != parts[0].end2end:
+            kinds = ("of one FST", "End2End")
+            cause = f"supervision is {kinds[part.end2end]}, and {kinds[parts[0].end2end]} in {paths[0]}"
+            raise DataError(cause, file=path)
     labelled = [part.units["frames"] > 0 for part in parts]
     count = sum(int(mask.sum()) for mask in labelled)
     total = sum(len(part.units) for part in parts)
     if not count:
         raise DataError(f"no row of '{output}' has a label", file=paths[0])
-    columns: dict[str, NDArray[Any]] = {name: np.empty(count, dtype) for name, dtype in _COLUMNS.items()}
-    shapes: dict[tuple[int, int, int], int] = {}
+    chain, end2end = parts[0].graphs is not None, parts[0].end2end
+    wanted = _CHAIN_COLUMNS if chain else _COLUMNS
+    columns: dict[str, NDArray[Any]] = {name: np.empty(count, dtype) for name, dtype in wanted.items()}
+    shapes: dict[Shape, int] = {}
     most = max(part.num_targets for part in parts)
     has_weights = any(part.has_weights for part in parts)
     num_bad = sum(len(part.bad) for part in parts)
     at = 0
     for number, mask in enumerate(labelled):
-        part, parts[number] = parts[number], _Scanned(np.empty(0, _UNIT), [], {}, 0, False, [])
+        part, parts[number] = parts[number], _Scanned(np.empty(0, _UNIT), None, [], {}, False, 0, False, [])
         ids = np.array([shapes.setdefault(shape, len(shapes)) for shape in part.shapes], dtype=np.int32)
         units = part.units if mask.all() else part.units[mask]
         rows = slice(at, at + len(units))
@@ -159,6 +197,9 @@ def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
         columns["n"][rows] = units["n"]
         columns["frames"][rows] = units["frames"]
         columns["shape_of"][rows] = ids[units["shape"]]
+        if part.graphs is not None:
+            for name in _GRAPHS.names or ():
+                columns[name][rows] = part.graphs[name][mask]
     return EgsIndex(
         **columns,
         shapes=np.array(list(shapes), dtype=np.int32),
@@ -167,6 +208,7 @@ def _join(parts: list[_Scanned], paths: Sequence[str], output: str) -> EgsIndex:
         num_pdfs=dims[output],
         num_targets=most,
         has_weights=has_weights,
+        end2end=end2end,
         num_without_labels=total - count,
         num_bad=num_bad,
     )
@@ -176,7 +218,7 @@ class EgsIdentity(NamedTuple):
     """What an index is of.
 
     Attributes:
-        names: the output's name, then the full names of the archives.
+        names: what kind of examples they are and the output's name, then the full names of the archives.
         status: int64 (archives, 2), the size and the time of modification (ns) of each.
     """
 
@@ -184,7 +226,7 @@ class EgsIdentity(NamedTuple):
     status: NDArray[np.int64]
 
 
-def identity_of(paths: Sequence[str], output: str) -> EgsIdentity:
+def identity_of(paths: Sequence[str], output: str, *, chain: bool = False) -> EgsIdentity:
     """The archives as they are now.
 
     Raises:
@@ -197,7 +239,8 @@ def identity_of(paths: Sequence[str], output: str) -> EgsIdentity:
         except OSError as error:
             raise DataError(f"cannot read: {error.strerror or error}", file=path) from error
         status.append((found.st_size, found.st_mtime_ns))
-    return EgsIdentity(np.array([output, *map(os.path.abspath, paths)]), np.array(status, dtype=np.int64))
+    kind = f"chain {output}" if chain else output
+    return EgsIdentity(np.array([kind, *map(os.path.abspath, paths)]), np.array(status, dtype=np.int64))
 
 
 def save_index(index: EgsIndex, cache: str | os.PathLike[str], identity: EgsIdentity) -> None:
@@ -211,13 +254,16 @@ def save_index(index: EgsIndex, cache: str | os.PathLike[str], identity: EgsIden
     Raises:
         DataError: it cannot be written.
     """
-    arrays: dict[str, Any] = {name: getattr(index, name) for name in (*_COLUMNS, "shapes")}
+    columns = _COLUMNS if index.states is None else _CHAIN_COLUMNS
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in (*columns, "shapes")}
     totals = np.array([_VERSION, *(int(getattr(index, name)) for name in _TOTALS)], dtype=np.int64)
     with atomic_write(cache) as stream:
         np.savez(stream, names=identity.names, status=identity.status, totals=totals, **arrays)
 
 
-def load_index(cache: str | os.PathLike[str], identity: EgsIdentity, skip_bad: int) -> EgsIndex | None:
+def load_index(
+    cache: str | os.PathLike[str], identity: EgsIdentity, skip_bad: int, *, chain: bool = False
+) -> EgsIndex | None:
     """Read what `save_index` wrote; None, with a line in the log, if it is of other archives or damaged.
 
     It is checked in full, and so is each example when it is decoded. None as well if it leaves out more than
@@ -232,7 +278,7 @@ def load_index(cache: str | os.PathLike[str], identity: EgsIdentity, skip_bad: i
             if not all(same):
                 logger.info("the index %s is of other archives, or they have changed: it is made anew", file)
                 return None
-            index = _checked(stored, identity.status[:, 0])
+            index = _checked(stored, identity.status[:, 0], _CHAIN_COLUMNS if chain else _COLUMNS)
     except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, MemoryError) as error:
         logger.warning("the index %s cannot be used (%s): it is made anew", file, str(error) or type(error).__name__)
         return None
@@ -243,33 +289,38 @@ def load_index(cache: str | os.PathLike[str], identity: EgsIdentity, skip_bad: i
     return index
 
 
-def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
-    """The index in an npz file; ValueError if it contradicts itself or the archives' sizes."""
+def _checked(stored: Any, sizes: NDArray[np.int64], types: dict[str, str]) -> EgsIndex:
+    """The index in an npz file, with columns of these types; ValueError if it contradicts itself or the archives'
+    sizes."""
     totals, shapes = stored["totals"], stored["shapes"]
     if totals.dtype != np.int64 or totals.shape != (1 + len(_TOTALS),) or totals[0] != _VERSION:
         raise ValueError("it was written by another version")
     values = dict(zip(_TOTALS, map(int, totals[1:]), strict=True))
-    columns = {name: stored[name] for name in _COLUMNS}
+    columns = {name: stored[name] for name in types}
     count = len(columns["begin"])
     right_types = all(
-        array.dtype == np.dtype(_COLUMNS[name]) and array.shape == (count,) for name, array in columns.items()
+        array.dtype == np.dtype(types[name]) and array.shape == (count,) for name, array in columns.items()
     )
-    if not right_types or shapes.dtype != np.int32 or shapes.ndim != 2 or shapes.shape[1] != 3 or not count:
+    if not right_types or shapes.dtype != np.int32 or shapes.ndim != 2 or shapes.shape[1] != _SHAPE or not count:
         raise ValueError("its arrays do not fit together")
     file_of, begin, end = columns["file_of"], columns["begin"], columns["end"]
+    chain = "states" in types
+    frames_of = shapes[:, 0].astype(np.int64) * shapes[:, 4]
     fits = (
         _within(file_of, 0, len(sizes))
         and _within(columns["shape_of"], 0, len(shapes))
         and _within(columns["n"], 0, 2**31)
         and _within(columns["frames"], 1, 2**31)
-        and bool((columns["frames"] <= shapes[columns["shape_of"], 0]).all())
+        and bool((columns["frames"] <= frames_of[columns["shape_of"]]).all())
         and bool(((begin >= 0) & (begin < end) & (end <= sizes[file_of]) & (end - begin <= 2**30)).all())
         and _within(shapes[:, 0], 1, 2**24)
-        and _within(shapes[:, 1:], 0, 2**24)
+        and _within(shapes[:, 1:3], 0, 2**24)
+        and _within(shapes[:, 3:], 1, 2**24)
         and all(1 <= values[name] < 2**31 for name in ("feat_dim", "num_pdfs"))
         and all(0 <= values[name] < 2**31 for name in ("ivector_dim", "num_without_labels", "num_bad"))
-        and 1 <= values["num_targets"] <= lib.KM_MAX_TARGETS
-        and values["has_weights"] in (0, 1)
+        and (values["num_targets"] == 0 if chain else 1 <= values["num_targets"] <= lib.KM_MAX_TARGETS)
+        and all(values[name] in (0, 1) for name in ("has_weights", "end2end"))
+        and (not chain or _fit(columns, frames_of))
     )
     if not fits:
         raise ValueError("it holds values that are not possible")
@@ -281,9 +332,18 @@ def _checked(stored: Any, sizes: NDArray[np.int64]) -> EgsIndex:
         num_pdfs=values["num_pdfs"],
         num_targets=values["num_targets"],
         has_weights=bool(values["has_weights"]),
+        end2end=bool(values["end2end"]),
         num_without_labels=values["num_without_labels"],
         num_bad=values["num_bad"],
     )
+
+
+def _fit(columns: dict[str, NDArray[Any]], frames_of: NDArray[np.int64]) -> bool:
+    """Whether what is known of supervision is possible: an element of an FST takes 12 bytes, a state 4."""
+    states, arcs, size = columns["states"].astype(np.int64), columns["arcs"], columns["end"] - columns["begin"]
+    whole = np.array_equal(columns["frames"], frames_of[columns["shape_of"]])
+    within = bool(((states >= 1) & (arcs >= 0) & (4 * states + 12 * arcs.astype(np.int64) <= size)).all())
+    return whole and within and bool(np.isfinite(columns["weight"]).all())
 
 
 def _within(array: NDArray[Any], least: int, limit: int) -> bool:

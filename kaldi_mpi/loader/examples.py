@@ -20,10 +20,10 @@ from kaldi_mpi.loader.native import Archives, borrow, ffi, lib, new_error, raise
 from kaldi_mpi.log import logger
 
 # Archives that are read at a time when the index is made.
-_THREADS = 2
+THREADS = 2
 
-_ARCHIVE = re.compile(r"egs\.([0-9]+)\.ark")
-_CHAIN = re.compile(r"cegs\.[0-9]+\.ark")
+_ARCHIVE = re.compile(r"(c?egs)\.([0-9]+)\.ark")
+_MULTITASK = re.compile(r"(cegs\.[0-9]+|valid_diagnostic)\.scp")
 _INFO = (
     "feat_dim",
     "ivector_dim",
@@ -32,7 +32,11 @@ _INFO = (
     "left_context_initial",
     "right_context_final",
     "num_archives",
+    "num_pdfs",
 )
+
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass
@@ -60,7 +64,8 @@ class EgsInfo:
         """
         for name, edge, found in (
             ("left_context", "left_context_initial", shape.left),
-            ("right_context", "right_context_final", shape.right),
+            # Kaldi counts it from the end of the chunk, in which the last label stands for several frames.
+            ("right_context", "right_context_final", shape.right - (shape.subsampling - 1)),
         ):
             allowed = {self.values[key] for key in (name, edge) if self.values.get(key, -1) >= 0}
             if name in self.values and found not in allowed:
@@ -70,17 +75,17 @@ class EgsInfo:
                 )
 
 
-def find_archives(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> tuple[list[str], EgsInfo | None]:
+def find_archives(source: Paths, *, chain: bool = False) -> tuple[list[str], EgsInfo | None]:
     """The archives that `source` means, and the directory's ``info`` where it means a directory that has one.
 
     Args:
         source: a directory with ``egs.1.ark``, ``egs.2.ark``, ...; one archive (``combine.egs``); or a list of
             archives.
+        chain: of chain examples: ``cegs.1.ark``, ...
 
     Raises:
-        DataError: there is no archive, one is missing, or ``info/num_archives`` says another number.
+        DataError: there is no archive, one is missing, or ``info/num_archives`` says another number; or the
+            examples are of several tasks, with tables in place of archives.
     """
     if not isinstance(source, str | os.PathLike):
         paths = [os.fspath(path) for path in source]
@@ -91,29 +96,46 @@ def find_archives(
     if not path.is_dir():
         return [os.fspath(source)], None
     info = _read_info(path / "info")
+    stem = "cegs" if chain else "egs"
     numbers: dict[int, str] = {}
-    others = False
-    try:
-        for entry in sorted(os.listdir(path)):
-            match = _ARCHIVE.fullmatch(entry)
-            others = others or _CHAIN.fullmatch(entry) is not None
-            if match is not None:
-                if (number := int(match.group(1))) in numbers:
-                    raise DataError(f"there is {numbers[number]} beside it", file=str(path / entry))
-                numbers[number] = entry
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", file=str(path)) from error
+    others, names = False, _names_in(path)
+    for entry in names:
+        match = _ARCHIVE.fullmatch(entry)
+        if match is None:
+            continue
+        if match.group(1) != stem:
+            others = True
+        elif (number := int(match.group(2))) in numbers:
+            raise DataError(f"there is {numbers[number]} beside it", file=str(path / entry))
+        else:
+            numbers[number] = entry
+    tables = [entry for entry in names if _MULTITASK.fullmatch(entry)]
+    if chain and tables and (not numbers or "valid_diagnostic.cegs" not in names):
+        cause = "examples of several tasks: a table (.scp) in place of an archive cannot be trained on here"
+        raise DataError(cause, file=str(path / tables[-1]))
     if not numbers:
-        cause = "it has chain examples (cegs.*.ark), which cannot be trained on here" if others else None
-        raise DataError(cause or "no egs.*.ark in this directory", file=str(path))
+        kinds = ("examples with labels (egs.*.ark)", "chain examples (cegs.*.ark)")
+        cause = (
+            f"it has {kinds[not chain]}, and {kinds[chain]} are expected"
+            if others
+            else f"no {stem}.*.ark in this directory"
+        )
+        raise DataError(cause, file=str(path))
     last = max(numbers)
     count = info.values.get("num_archives", last) if info is not None else last
     for number in range(1, max(count, last) + 1):
         if number not in numbers:
-            raise DataError(f"missing: there must be {max(count, last)} archives", file=f"{path}/egs.{number}.ark")
+            raise DataError(f"missing: there must be {max(count, last)} archives", file=f"{path}/{stem}.{number}.ark")
         if number > count:
             raise DataError(f"info/num_archives says {count}", file=str(path / numbers[number]))
     return [str(path / numbers[number]) for number in sorted(numbers) if number > 0], info
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", file=str(directory)) from error
 
 
 def _read_info(directory: Path) -> EgsInfo | None:
@@ -124,6 +146,60 @@ def _read_info(directory: Path) -> EgsInfo | None:
         if (directory / name).exists():
             info.values[name] = read_number(directory / name)
     return info
+
+
+@dataclass
+class OpenedEgs:
+    """Archives of examples, opened, with their index.
+
+    Attributes:
+        archives: keeps them open.
+        index: of all of them.
+        paths: theirs.
+        files: C array of ``km_file``, one for each.
+        info: of the directory, where there is one.
+        named_in: what named them; for messages.
+    """
+
+    archives: Archives
+    index: EgsIndex
+    paths: list[str]
+    files: Any
+    info: EgsInfo | None
+    named_in: str
+
+    @classmethod
+    def open(
+        cls,
+        source: Paths,
+        output: str,
+        index_cache: str | os.PathLike[str] | None,
+        threads: int,
+        skip_bad: int,
+        *,
+        chain: bool = False,
+    ) -> OpenedEgs:
+        """Open archives, and find what is in them by one pass over them, or from a file; see `Examples.open`."""
+        if not output or any(c <= " " for c in output) or output in ("input", "ivector"):
+            raise ConfigError(f"'{output}' cannot be the name of an output")
+        if threads < 1:
+            raise ConfigError(f"number of threads is {threads}, and must be at least 1")
+        if skip_bad < 0:
+            raise ConfigError(f"number of bad examples to skip is {skip_bad}, and must be at least 0")
+        paths, info = find_archives(source, chain=chain)
+        archives = Archives()
+        named_in = os.fspath(source) if isinstance(source, str | os.PathLike) else "the list of archives"
+        for number, path in enumerate(paths):
+            if archives.open(path, named_in=named_in, key=os.path.basename(path)) != number:
+                raise ConfigError(f"{path} is named twice")
+        files = archives.table()
+        identity = identity_of(paths, output, chain=chain)
+        index = None if index_cache is None else load_index(index_cache, identity, skip_bad, chain=chain)
+        if index is None:
+            index = make_index(paths, files, output, threads, skip_bad, chain)
+            if index_cache is not None:
+                save_index(index, index_cache, identity)
+        return cls(archives, index, paths, files, info, named_in)
 
 
 @dataclass
@@ -177,11 +253,11 @@ class Examples:
     @classmethod
     def open(
         cls,
-        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        source: Paths,
         *,
         output: str = "output",
         index_cache: str | os.PathLike[str] | None = None,
-        threads: int = _THREADS,
+        threads: int = THREADS,
         skip_bad: int = 0,
     ) -> Examples:
         """Open archives of examples, and find all chunks by one pass over them, or from a file with the index.
@@ -202,39 +278,22 @@ class Examples:
                 key and byte offset.
             ConfigError: `output` is no possible name, or `threads` or `skip_bad` no possible number.
         """
-        if not output or any(c <= " " for c in output) or output in ("input", "ivector"):
-            raise ConfigError(f"'{output}' cannot be the name of an output")
-        if threads < 1:
-            raise ConfigError(f"number of threads is {threads}, and must be at least 1")
-        if skip_bad < 0:
-            raise ConfigError(f"number of bad examples to skip is {skip_bad}, and must be at least 0")
-        paths, info = find_archives(source)
-        archives = Archives()
-        named_in = os.fspath(source) if isinstance(source, str | os.PathLike) else "the list of archives"
-        for number, path in enumerate(paths):
-            if archives.open(path, named_in=named_in, key=os.path.basename(path)) != number:
-                raise ConfigError(f"{path} is named twice")
-        files = archives.table()
-        identity = identity_of(paths, output)
-        index = None if index_cache is None else load_index(index_cache, identity, skip_bad)
-        if index is None:
-            index = make_index(paths, files, output, threads, skip_bad)
-            if index_cache is not None:
-                save_index(index, index_cache, identity)
+        opened = OpenedEgs.open(source, output, index_cache, threads, skip_bad)
         examples = cls()
-        examples._archives = archives
-        examples._use(index, paths, files, output)
-        if info is not None:
-            examples._check_info(info)
-        if index.num_without_labels:
-            logger.warning("%d chunks of %s have no label and are left out", index.num_without_labels, named_in)
+        examples._archives = opened.archives
+        examples._use(opened.index, opened.paths, opened.files, output)
+        if opened.info is not None:
+            examples._check_info(opened.info)
+        if examples.num_without_labels:
+            count, named_in = examples.num_without_labels, opened.named_in
+            logger.warning("%d chunks of %s have no label and are left out", count, named_in)
         return examples
 
     def _use(self, index: EgsIndex, paths: list[str], files: Any, output: str) -> None:
         """Keep the index, and build the C view of it."""
         self.paths = paths
         self.num_units = len(index.begin)
-        self.shapes = [ChunkShape(*map(int, shape)) for shape in index.shapes]
+        self.shapes = [ChunkShape(*map(int, shape[:3])) for shape in index.shapes]
         self.file_of, self.begin, self.end, self.n = index.file_of, index.begin, index.end, index.n
         self.num_frames, self.shape_of = index.frames, index.shape_of
         self.unit_bytes = self.end - self.begin
@@ -296,7 +355,7 @@ class Examples:
         if chunk.ivector is not None:
             lent.append(borrow(chunk.ivector, "float", np.float32))
             out.ivector = lent[-1]
-        c_shape, error = ffi.new("km_shape *", (shape.width, shape.left, shape.right, 0)), new_error()
+        c_shape, error = ffi.new("km_shape *", shape.fields()), new_error()
         if lib.km_examples_read(self.c_examples, c_shape, unit, out, error) != lib.KM_OK:
             file, key = self.location_of(unit)
             raise_data_error(error, file=file, key=key)

@@ -25,18 +25,19 @@ Size = int | MinibatchRule
 
 
 class Source(Protocol):
-    """Utterances of a corpus (`Corpus`) or examples of a directory (`Examples`).
+    """Utterances of a corpus (`Corpus`) or examples of a directory (`Examples`, `ChainExamples`).
 
-    A unit is one run of bytes of one archive. The arrays have one element a unit, and are read-only.
+    A unit is one run of bytes of one archive. The arrays have one element a unit, and are read-only. A source may have
+    an attribute `passes`: so many times an epoch goes through it (`ChainExamples`); without it, once.
 
     Attributes:
         num_units: how many there are, at least 1.
         feat_dim: columns of the features.
         ivector_dim: elements of the i-vector of each chunk; 0 where there is none.
-        num_targets: most labels of a frame.
+        num_targets: most labels of a frame; 0: there is supervision in their place.
         has_weights: whether labels have weights other than 1.
         num_frames: labelled frames of each unit, at least 1.
-        total_frames: their sum.
+        total_frames: those of an epoch: their sum, times `passes`.
         paths: the archives.
         file_of: the archive of each unit, an index into `paths`.
         begin: byte offset of each unit in its archive.
@@ -89,7 +90,8 @@ class Position:
 
     Attributes:
         epoch: from 0.
-        taken: of each shape of chunks, how many of the epoch have been delivered, over all ranks.
+        taken: of each shape of chunks, how many of the epoch have been delivered, over all ranks (of all its passes
+            together).
         order: a digest of what decides the epoch's order: data, chunking, seed and memory. A position has a meaning
             in this order only.
     """
@@ -110,6 +112,8 @@ def shapes_of(source: Source, chunking: Cut) -> list[ChunkShape]:
     if own is not None:
         if chunking is None:
             return own
+        if source.num_targets == 0:
+            raise ConfigError("chain examples are cut already: they have their own shapes, and take no chunking")
         if not isinstance(chunking, ChunkShape) or chunking.width != 1 or chunking.label_delay:
             raise ConfigError(
                 "examples are cut already: they have their own shapes, and take no chunking but one of single frames"
@@ -128,9 +132,9 @@ def shapes_of(source: Source, chunking: Cut) -> list[ChunkShape]:
 
 
 def sizes_of(shapes: list[ChunkShape], minibatch: Size) -> list[int]:
-    """Chunks of a minibatch of each shape."""
+    """Chunks of a minibatch of each shape; of merged chain examples, which are minibatches already, one."""
     rule = MinibatchRule.of(minibatch) if isinstance(minibatch, int) else minibatch
-    return [rule.largest(shape.rows) for shape in shapes]
+    return [rule.largest(shape.rows) if shape.sequences == 1 else 1 for shape in shapes]
 
 
 def _chunking(chunking: ChunkShape | Chunking) -> Chunking:
@@ -143,7 +147,8 @@ class ChunkPlan:
     The order of epoch e is drawn by (seed, e). Units (utterances, or runs of examples of up to 1 MiB) are permuted and
     taken in pools, of as many as have `memory` / 2 bytes on disk; the chunks of a pool are permuted. Walking through
     them, `size` times the minibatch of chunks of one shape make a global step, and what is left at the end makes
-    smaller ones. A source that fits into one pool is so permuted as a whole.
+    smaller ones. A source that fits into one pool is so permuted as a whole. Where an epoch has several passes, each
+    is in an order of its own.
 
     Args:
         source: a `Corpus` or `Examples`.
@@ -159,10 +164,11 @@ class ChunkPlan:
 
     Raises:
         ConfigError: an argument out of its range, or a `start` in another order.
-        DataError: memory cannot be had.
+        DataError: memory cannot be had, or examples of different weight would come into one minibatch.
 
     Attributes:
-        shapes: of the chunks.
+        shapes: of the chunks, without the frame shifts that `shape_of` adds.
+        passes: how many times an epoch goes through the source.
         steps_per_epoch: global steps of a whole epoch.
         steps_of_first_epoch: of the one in which the plan starts.
         num_chunks: chunks of an epoch.
@@ -184,12 +190,17 @@ class ChunkPlan:
         start: Position | None = None,
     ) -> None:
         self._made_of = (chunking, minibatch, size, seed, shuffle, memory, start)
+        self._source = source  # whose arrays the plan uses for as long as it lives
         self.shapes = shapes_of(source, chunking)
         chunks = np.array(sizes_of(self.shapes, minibatch), dtype=np.int32)
         check_range("seed", seed, 0, 2**64)
         check_range("number of ranks", size, 1, 2**24)
         check_range("memory for data, in bytes,", memory, 1, 2**62)
         self.order = _digest(source, self.shapes, seed, shuffle, memory)
+        self.passes = int(getattr(source, "passes", 1))
+        check_minibatches = getattr(source, "check_minibatches", None)
+        if check_minibatches is not None:
+            check_minibatches(chunks)
         config = ffi.new("km_plan_config *")
         config.num_units = source.num_units
         config.num_frames = borrow(source.num_frames, "int32_t", np.int32)
@@ -204,20 +215,21 @@ class ChunkPlan:
             config.shape_of = borrow(source.shape_of, "int32_t", np.int32)  # type: ignore[attr-defined]
         else:
             _chunking(chunking).fill(config)
-        self.first_epoch = self._start_at(config, start)
+        self.first_epoch, done = self._start_at(config, start)
         error = new_error()
         plan = lib.km_plan_new(config, error)
         if plan == ffi.NULL:
             raise_data_error(error)
-        self._source = source  # whose arrays the plan uses for as long as it lives
         self.c_plan = ffi.gc(plan, lib.km_plan_free)
-        self.steps_per_epoch = int(lib.km_plan_steps_per_epoch(plan))
-        self.steps_of_first_epoch = int(lib.km_plan_steps_of_first_epoch(plan))
-        self.num_chunks = int(lib.km_plan_num_chunks(plan))
+        steps = int(lib.km_plan_steps_per_epoch(plan))
+        self.steps_per_epoch = self.passes * steps
+        self.steps_of_first_epoch = int(lib.km_plan_steps_of_first_epoch(plan)) + (self.passes - 1 - done) * steps
+        self.num_chunks = self.passes * int(lib.km_plan_num_chunks(plan))
 
-    def _start_at(self, config: Any, start: Position | None) -> int:
+    def _start_at(self, config: Any, start: Position | None) -> tuple[int, int]:
+        """The epoch to start in, and how many passes of it are over."""
         if start is None:
-            return 0
+            return 0, 0
         if start.order != self.order or len(start.taken) != len(self.shapes):
             raise ConfigError(
                 "the position to go on from is in another order of the data: data, chunk widths and contexts, seed and "
@@ -225,8 +237,31 @@ class ChunkPlan:
             )
         check_range("epoch", start.epoch, 0, 2**31)
         self._taken = np.array(start.taken, dtype=np.int64)
-        config.epoch, config.taken = start.epoch, borrow(self._taken, "int64_t", np.int64)
-        return start.epoch
+        done = 0
+        if self.passes > 1:
+            # A pass is over when all of its shapes are: the slowest one says how many are.
+            a_pass = self._chunks_of_pass()
+            done = min(int((self._taken // a_pass).min()), self.passes - 1)
+            self._taken -= done * a_pass
+        config.epoch = start.epoch * self.passes + done
+        config.taken = borrow(self._taken, "int64_t", np.int64)
+        return start.epoch, done
+
+    def _chunks_of_pass(self) -> NDArray[np.int64]:
+        """Of each shape, where units are whole examples."""
+        shape_of: NDArray[np.int32] = self._source.shape_of  # type: ignore[attr-defined]
+        return np.bincount(shape_of, minlength=len(self.shapes))
+
+    def shape_of(self, shape: int, number: int) -> ChunkShape:
+        """The shape of chunks as they are delivered.
+
+        Args:
+            shape: an index into `shapes`.
+            number: of the pass, counted from the very first.
+        """
+        of_pass = getattr(self._source, "shape_of_pass", None)
+        found: ChunkShape = self.shapes[shape] if of_pass is None else of_pass(shape, number)
+        return found
 
     def is_of(
         self,
@@ -272,12 +307,18 @@ class ChunkPlan:
         epoch, taken, error = ffi.new("int64_t *"), ffi.new("int64_t[]", len(self.shapes)), new_error()
         if lib.km_plan_position(self.c_plan, step, epoch, taken, error) != lib.KM_OK:
             raise_data_error(error)
-        return Position(int(epoch[0]), tuple(int(count) for count in taken), self.order)
+        whole, done = divmod(int(epoch[0]), self.passes)
+        counts = [int(count) for count in taken]
+        if done:
+            counts = [count + done * int(a_pass) for count, a_pass in zip(counts, self._chunks_of_pass(), strict=True)]
+        return Position(whole, tuple(counts), self.order)
 
 
 def _digest(source: Source, shapes: list[ChunkShape], seed: int, shuffle: bool, memory: int) -> str:
     is_one_pool = int(source.unit_bytes.sum(dtype=np.int64)) <= memory // 2
-    digest = hashlib.sha256(repr((shapes, seed, shuffle, None if is_one_pool else memory // 2)).encode())
+    passes = getattr(source, "passes", 1)
+    order = (shapes, seed, shuffle, None if is_one_pool else memory // 2, *((passes,) if passes > 1 else ()))
+    digest = hashlib.sha256(repr(order).encode())
     digest.update(np.ascontiguousarray(source.num_frames).data)
     shape_of = getattr(source, "shape_of", None)
     if shape_of is not None:

@@ -7,16 +7,27 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kaldi_mpi.errors import ConfigError, DataError
-from kaldi_mpi.loader.chunks import ChunkShape
+from kaldi_mpi.loader.minibatch import (
+    Buffer,
+    ChainSupervision,
+    Minibatch,
+    NumpyMinibatch,
+    flat,
+    largest,
+    lend,
+    new_buffers,
+    supervision_of,
+    view,
+)
 from kaldi_mpi.loader.native import borrow, ffi, lib, new_error, raise_data_error
 from kaldi_mpi.loader.plan import (
     DEFAULT_MEMORY,
@@ -27,119 +38,11 @@ from kaldi_mpi.loader.plan import (
     Size,
     Source,
     check_range,
-    shapes_of,
-    sizes_of,
 )
 from kaldi_mpi.log import logger
 
 # How long one wait in C lasts before Python may look at its signals (Ctrl-C), in milliseconds.
 _POLL_MS = 200
-
-
-class Buffer(NamedTuple):
-    """Memory for one minibatch: C-contiguous, writeable arrays, at least as large as the largest minibatch.
-
-    Attributes:
-        feats: float32, B * rows * feat_dim elements.
-        labels: int64, B * width * num_targets elements.
-        weights: float32, as many as labels; None where all weights are 1.
-        ivectors: float32, B * ivector_dim elements; None where there are none.
-    """
-
-    feats: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32] | None = None
-    ivectors: NDArray[np.float32] | None = None
-
-
-Array = TypeVar("Array")
-Other = TypeVar("Other")
-Allocate = Callable[[int, type[np.generic]], NDArray[Any]]
-
-
-def new_buffers(
-    source: Source, chunking: Cut, minibatch: Size, depth: int, allocate: Allocate = np.empty
-) -> list[Buffer]:
-    """Buffers for a reader of `source`.
-
-    Args:
-        source, chunking, minibatch: as for the reader.
-        depth: how many.
-        allocate: makes an array of (size, dtype); by default ordinary memory.
-    """
-    sizes = _largest(source, chunking, minibatch)
-
-    def one(size: int | None, dtype: type[np.generic]) -> Any:
-        return None if size is None else allocate(size, dtype)
-
-    dtypes: list[type[np.generic]] = [np.float32, np.int64, np.float32, np.float32]
-    return [Buffer(*(one(size, dtype) for size, dtype in zip(sizes, dtypes, strict=True))) for _ in range(depth)]
-
-
-def _largest(source: Source, chunking: Cut, minibatch: Size) -> tuple[int, int, int | None, int | None]:
-    """Elements that a buffer's arrays need; None: there is no such array."""
-    shapes = shapes_of(source, chunking)
-    pairs = list(zip(sizes_of(shapes, minibatch), shapes, strict=True))
-    feats = max(chunks * shape.rows for chunks, shape in pairs) * source.feat_dim
-    labels = max(chunks * shape.width for chunks, shape in pairs) * source.num_targets
-    ivectors = max(chunks for chunks, _ in pairs) * source.ivector_dim
-    return feats, labels, labels if source.has_weights else None, ivectors or None
-
-
-@dataclass(frozen=True)
-class Minibatch(Generic[Array]):
-    """What one rank gets at one step.
-
-    A reader's has NumPy arrays, which are valid until its next ``__next__``; `map` puts those of another library in
-    their place.
-
-    Attributes:
-        feats: float32 (B, rows, feat_dim); B is smaller in an epoch's last steps, maybe 0.
-        labels: int64 (B, W), or (B, W, K) where frames have up to K > 1 labels; -1 where there is no label: no
-            frame, or a frame that belongs to another chunk.
-        frames: labelled frames here.
-        global_frames: labelled frames of this step over all ranks.
-        weight: the sum of the weights of all labels here; `frames` where all are 1.
-        epoch: from 0.
-        step: global step, counted from where the reader's plan starts.
-        shape: of the chunks.
-        weights: float32 of the labels' shape; None: all are 1.
-        ivectors: float32 (B, ivector_dim), or None.
-    """
-
-    feats: Array
-    labels: Array
-    frames: int
-    global_frames: int
-    weight: float
-    epoch: int
-    step: int
-    shape: ChunkShape
-    weights: Array | None = None
-    ivectors: Array | None = None
-
-    @property
-    def first(self) -> int:
-        """The time of a chunk's first row, when its first label has time 0."""
-        return self.shape.label_delay - self.shape.left
-
-    def map(self, convert: Callable[[str, Array], Other]) -> Minibatch[Other]:
-        """The same minibatch with other arrays: `convert` makes each of its name and the array there is."""
-        return Minibatch(
-            feats=convert("feats", self.feats),
-            labels=convert("labels", self.labels),
-            frames=self.frames,
-            global_frames=self.global_frames,
-            weight=self.weight,
-            epoch=self.epoch,
-            step=self.step,
-            shape=self.shape,
-            weights=None if self.weights is None else convert("weights", self.weights),
-            ivectors=None if self.ivectors is None else convert("ivectors", self.ivectors),
-        )
-
-
-NumpyMinibatch = Minibatch[NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -256,10 +159,10 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
         if on_request and (first_step or num_epochs is not None):
             raise ConfigError("a reader on request has neither a first step nor a number of epochs")
         self._source, self._is_cut = source, chunking is not None
-        needed = _largest(source, chunking, minibatch)
+        needed = largest(source, chunking, minibatch)
         if buffers is None:
             buffers = new_buffers(source, chunking, minibatch, depth)
-        self._buffers = [_flat(buffer, needed) for buffer in buffers]
+        self._buffers = [flat(buffer, needed) for buffer in buffers]
         check_range("number of buffers", len(self._buffers), 1, 2**16)
         self._memory = sum(array.nbytes for buffer in self._buffers for array in buffer if array is not None)
         self._made = time.monotonic()
@@ -289,36 +192,25 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
     def _lend_source(self, config: Any) -> object:
         """Write the source into the configuration; what is returned must live as long as the queue."""
         source, shapes = self._source, self.plan.shapes
-        corpus = getattr(source, "c_corpus", None)
-        examples = getattr(source, "c_examples", None)
-        config.corpus = corpus if corpus is not None else ffi.NULL
-        config.examples = examples if examples is not None else ffi.NULL
-        config.single_frames = examples is not None and self._is_cut
+        views = {name: getattr(source, f"c_{name}", None) for name in ("corpus", "examples", "chain")}
+        for name, c_view in views.items():
+            setattr(config, name, ffi.NULL if c_view is None else c_view)
+        (lent,) = (c_view for c_view in views.values() if c_view is not None)
+        config.single_frames = views["examples"] is not None and self._is_cut
         units = config.units
         units.num_units = source.num_units
-        units.files = corpus.files if corpus is not None else examples.files  # type: ignore[union-attr]
+        units.files = lent.files
         units.file_of = borrow(source.file_of, "int32_t", np.int32)
         units.begin = borrow(source.begin, "int64_t", np.int64)
         units.end = borrow(source.end, "int64_t", np.int64)
         config.dim, config.ivector_dim, config.targets = source.feat_dim, source.ivector_dim, source.num_targets
-        c_shapes = ffi.new("km_shape[]", [(s.width, s.left, s.right, s.label_delay) for s in shapes])
+        c_shapes = ffi.new("km_shape[]", [shape.fields() for shape in shapes])
         config.num_shapes, config.shapes = len(shapes), c_shapes
-        return corpus, examples, c_shapes
+        return lent, c_shapes
 
     def _lend_buffers(self, config: Any) -> object:
-        def pointer(array: NDArray[Any] | None, ctype: str, dtype: type[np.generic]) -> Any:
-            return ffi.NULL if array is None else borrow(array, ctype, dtype)
-
-        lent = [
-            (
-                pointer(buffer.feats, "float", np.float32),
-                pointer(buffer.labels, "int64_t", np.int64),
-                pointer(buffer.weights, "float", np.float32),
-                pointer(buffer.ivectors, "float", np.float32),
-            )
-            for buffer in self._buffers
-        ]
-        c_buffers = ffi.new("km_buffer[]", lent)
+        lent = [lend(buffer) for buffer in self._buffers]
+        c_buffers = ffi.new("km_buffer[]", [one[0] for one in lent])
         config.depth, config.buffers = len(lent), c_buffers
         return lent, c_buffers
 
@@ -399,24 +291,33 @@ class MinibatchReader(Iterator[NumpyMinibatch]):
 
     def _delivered(self) -> NumpyMinibatch:
         got: Any = self._minibatch
-        buffer, chunks = self._buffers[got.buffer], int(got.num_chunks)
-        shape, source = self.plan.shapes[got.shape], self._source
-        targets = (source.num_targets,) if source.num_targets > 1 else ()
-        by_label = (chunks, shape.width, *targets)
-        labels = _view(buffer.labels, by_label)
-        weights = None if buffer.weights is None else _view(buffer.weights, by_label)
-        return Minibatch(
-            feats=_view(buffer.feats, (chunks, shape.rows, source.feat_dim)),
-            labels=labels,
-            frames=int(got.frames),
-            global_frames=int(got.global_frames),
-            weight=float(got.frames if weights is None else weights.sum(dtype=np.float64, where=labels >= 0)),
-            epoch=int(got.epoch),
-            step=int(got.step),
-            shape=shape,
-            weights=weights,
-            ivectors=None if buffer.ivectors is None else _view(buffer.ivectors, (chunks, source.ivector_dim)),
-        )
+        buffer, chunks, frames = self._buffers[got.buffer], int(got.num_chunks), int(got.frames)
+        shape, source = self.plan.shape_of(got.shape, got.epoch), self._source
+        epoch, step, global_frames = int(got.epoch) // self.plan.passes, int(got.step), int(got.global_frames)
+        feats = view(buffer.feats, (chunks, shape.rows, source.feat_dim))
+        ivectors = None if buffer.ivectors is None else view(buffer.ivectors, (chunks, source.ivector_dim))
+        supervision = self._supervision(buffer, shape.width)
+        if supervision is not None:
+            weight, none = supervision.weight * frames, view(buffer.labels, (chunks, 0))
+            return Minibatch(
+                feats, none, frames, global_frames, weight, epoch, step, shape, None, ivectors, supervision
+            )
+        labels_of = (shape.width,) if source.num_targets == 1 else (shape.width, source.num_targets)
+        labels = view(buffer.labels, (chunks, *labels_of))
+        weights = None if buffer.weights is None else view(buffer.weights, (chunks, *labels_of))
+        weight = float(frames if weights is None else weights.sum(dtype=np.float64, where=labels >= 0))
+        return Minibatch(feats, labels, frames, global_frames, weight, epoch, step, shape, weights, ivectors)
+
+    def _supervision(self, buffer: Buffer, frames: int) -> ChainSupervision[NDArray[Any]] | None:
+        """Of the minibatch that was delivered; None: it has labels."""
+        if buffer.first_state is None:
+            return None
+        got: Any = self._minibatch
+        source: Any = self._source  # of chain examples
+        return supervision_of(
+            buffer, got.graphs, weight=float(got.weight), frames=frames, num_pdfs=source.num_pdfs,
+            end2end=source.end2end,
+        )  # fmt: skip
 
     def counters(self) -> Counters:
         """What the reader has done since it was made; after `close`, until it was closed."""
@@ -465,29 +366,3 @@ def _stop(queue: Any, locks: tuple[threading.Lock, threading.Lock], pid: int, le
     lib.km_queue_stop(queue)  # so that a __next__ that waits lets go
     with locks[0], locks[1]:
         lib.km_queue_free(queue)
-
-
-def _flat(buffer: Buffer, needed: tuple[int, int, int | None, int | None]) -> Buffer:
-    """The buffer's arrays as vectors of their first elements, so many as are needed."""
-    dtypes = (np.float32, np.int64, np.float32, np.float32)
-    flat: list[Any] = []
-    for name, array, size, dtype in zip(Buffer._fields, Buffer(*buffer), needed, dtypes, strict=True):
-        if size is None or array is None:
-            if size is not None:
-                raise ConfigError(f"a minibatch buffer has no {name}, and the data have")
-            flat.append(None)
-            continue
-        if array.dtype != dtype or array.size < size or not (array.flags.c_contiguous and array.flags.writeable):
-            raise ConfigError(
-                f"a minibatch buffer's {name} are {array.dtype} with {array.size} elements, and must be a writeable, "
-                f"contiguous {np.dtype(dtype)} array with at least {size}"
-            )
-        flat.append(array.reshape(-1)[:size])
-    return Buffer(*flat)
-
-
-def _view(flat: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    count = 1
-    for length in shape:
-        count *= length
-    return flat[:count].reshape(shape)

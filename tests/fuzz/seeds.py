@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.cegs_data import loops, random_chain
 from tests.egs_data import encode_indexes, example, int32, nnet_io, sparse_matrix
 from tests.loader_data import KINDS, full_matrix, int_vector, percentiles, random_matrix
 
@@ -108,6 +109,22 @@ def egs() -> Inputs:
     return {"archive": archive, "merged": merged, **one}
 
 
+def cegs() -> Inputs:
+    """Archives of chain examples: constrained, end-to-end, merged, of all kinds of matrices."""
+    rng = np.random.default_rng(3)
+    of_kinds = [random_chain(rng, kind=kind, frames=2 + i, dim=4) for i, kind in enumerate(KINDS)]
+    of_kinds[1].deriv_weights, of_kinds[2].alignment = np.array([[0.5, 1.0, 0.25]], np.float32), True
+    merged = random_chain(rng, sequences=2, ivector=2, frames=3, deriv_weights=np.full((2, 3), 0.2, np.float32))
+    merged.old_weights, merged.more = True, [merged.output("output-2")]
+    ends = [loops(rng, frames=2), loops(rng, frames=2, sequences=3)]
+    archives = {"kinds": of_kinds, "merged": [merged], "end2end": ends}
+    archives |= {f"one_{kind}": [one] for kind, one in zip(KINDS, of_kinds, strict=True)}
+    return {
+        name: b"".join(b"u-%d " % i + one.encoded() for i, one in enumerate(examples))
+        for name, examples in archives.items()
+    }
+
+
 # Of each target: its inputs, and the words that are worth inserting.
 TARGETS = {
     "matrix": (matrices, [b"\0BFM ", b"\0BDM ", b"\0BCM ", b"\0BCM2 ", b"\0BCM3 ", b"\4"]),
@@ -142,6 +159,25 @@ TARGETS = {
     "egs": (
         egs,
         [b" \0B<Nnet3Eg> ", b"<NnetIo> ", b"</NnetIo> ", b"</Nnet3Eg> ", b"<I1V> ", b"SM ", b"SV ", b"CM ", b"\x7f\4"],
+    ),
+    "cegs": (
+        cegs,
+        [
+            b" \0B<Nnet3ChainEg> ",
+            b"</Nnet3ChainEg> ",
+            b"<NnetChainSup> ",
+            b"</NnetChainSup> ",
+            b"<Supervision> ",
+            b"</Supervision> ",
+            b"<End2End> T<Fsts> ",
+            b"</Fsts> ",
+            b"<AlignmentPdfs> \4",
+            b"<DW> \1",
+            b"<DW2> FV \4",
+            b"\xff\xff\xff\xff",
+            b"\1\0\0\0\0\0\0\0",
+            b"\x7f\4",
+        ],
     ),
 }
 

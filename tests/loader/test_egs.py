@@ -216,7 +216,7 @@ def field(name: bytes, add: int = 0, nth: int = 0) -> int:
         (0, b"\1", r"no binary example here \(\\0B is expected\)"),
         (1, b"C", r"no binary example here"),
         (field(b"<Nnet3Eg>"), b"x", "'<Nnet3Eg> ' is expected here, not 'xNnet3Eg>'"),
-        (field(b"<Nnet3Eg> <", 5), b"3ChainEg>", "a chain example, which cannot be trained on here"),
+        (field(b"<Nnet3Eg> <", 5), b"3ChainEg>", "a chain example, where one with labels is expected"),
         (field(b"<NumIo>"), b"\0", r"'<NumIo> ' is expected here, not '\\x00NumIo>'"),
         (field(b"<NumIo> ", 8), b"\3", "size byte of the number of inputs and outputs is 3, not 4"),
         (field(b"<NumIo> ", 9), struct.pack("<i", 0), "the number of inputs and outputs is 0, and must be at least 1"),

@@ -328,7 +328,7 @@ def test_directories_that_are_not_complete(tmp_path: Path) -> None:
         file.unlink()
     assert message() == "egs: no egs.*.ark in this directory"
     (egs / "cegs.1.ark").write_bytes(b"")
-    assert message() == "egs: it has chain examples (cegs.*.ark), which cannot be trained on here"
+    assert message() == "egs: it has chain examples (cegs.*.ark), and examples with labels (egs.*.ark) are expected"
     with pytest.raises(DataError, match="no archive of examples is named"):
         Examples.open([])
     with pytest.raises(DataError, match="a text archive, which cannot be trained on"):
