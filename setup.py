@@ -2,4 +2,4 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["csrc/build_csrc.py:loader", "csrc/build_csrc.py:models"])
+setup(cffi_modules=[f"csrc/build_csrc.py:{name}" for name in ("loader", "models", "chain")])

@@ -19,9 +19,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaldi_mpi.embedded.fst import FstHeader, read_header
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.fst import FstHeader, read_header
+from kaldi_mpi.formats.lattice import COMPACT_TYPE, parse_compact_lattice
 
+_RAW_TYPE = "lattice4"
 _RAW_ARC = np.dtype([("ilabel", "<i4"), ("olabel", "<i4"), ("graph", "<f4"), ("acoustic", "<f4"), ("target", "<i4")])
 _RAW_STATE = struct.Struct("<ffq")  # final costs, number of arcs
 
@@ -128,13 +130,15 @@ def read_lattices(path: str | Path) -> Iterator[tuple[str, Lattice]]:
             raise DataError("no key of a lattice here", file=file, offset=at)
         key = data[at:space].decode("utf-8", "replace")
         header = read_header(data, space + 1, file=file, key=key)
-        parse = {"lattice4": _parse_raw, "compactlattice44": _parse_compact}.get(header.arc_type)
-        if parse is None or header.fst_type != "vector":
+        if header.fst_type != "vector" or header.arc_type not in (_RAW_TYPE, COMPACT_TYPE):
             raise DataError(f"not a lattice but {header.fst_type}, {header.arc_type}", file=file, key=key, offset=at)
-        try:
-            lattice, at = parse(data, header)
-        except (struct.error, ValueError) as error:
-            raise DataError("the lattice is truncated or damaged", file=file, key=key, offset=at) from error
+        if header.arc_type == COMPACT_TYPE:
+            lattice, at = _parse_compact(data, space + 1, file, key)
+        else:
+            try:
+                lattice, at = _parse_raw(data, header)
+            except (struct.error, ValueError) as error:
+                raise DataError("the lattice is truncated or damaged", file=file, key=key, offset=at) from error
         yield key, lattice
 
 
@@ -164,24 +168,11 @@ def _parse_raw(data: bytes, header: FstHeader) -> tuple[Lattice, int]:
     ), at
 
 
-def _parse_compact(data: bytes, header: FstHeader) -> tuple[Lattice, int]:
-    at = header.end
-    rows: list[tuple[int, int, int, float, float]] = []
-    for state in range(header.num_states):
-        graph, acoustic, length = struct.unpack_from("<ffi", data, at)
-        at += 12 + 4 * length
-        if graph != np.inf:
-            rows.append((state, header.num_states, 0, graph, acoustic))
-        (count,) = struct.unpack_from("<q", data, at)
-        at += 8
-        for _ in range(count):
-            _, word, graph, acoustic, length = struct.unpack_from("<iiffi", data, at)
-            at += 20 + 4 * length
-            (target,) = struct.unpack_from("<i", data, at)
-            at += 4
-            rows.append((state, target, word, graph, acoustic))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
-    return _lattice(header, *(table[:, column] for column in range(5))), at
+def _parse_compact(data: bytes, offset: int, file: str, key: str) -> tuple[Lattice, int]:
+    found, end = parse_compact_lattice(data, offset, file=file, key=key)
+    return Lattice(
+        found.start, found.num_states, found.sources, found.nexts, found.labels, found.graph, found.acoustic
+    ), end
 
 
 def _lattice(header: FstHeader, *columns: NDArray[Any]) -> Lattice:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.fst import const_to_vector, read_fst, read_header, write_fst
+from kaldi_mpi.embedded.fst import const_to_vector, read_fst, write_fst
 from kaldi_mpi.embedded.gmm_model import read_hmm
 from kaldi_mpi.embedded.graph import make_graph
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.fst import read_header
 from kaldi_mpi.formats.symbols import SymbolTable
 from tests.paths import golden, kaldi_root
 from tests.toy_hmm import toy_system

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from kaldi_mpi.embedded import wheels
-from kaldi_mpi.embedded.fst import read_fst, read_header
+from kaldi_mpi.embedded.fst import read_fst
 from kaldi_mpi.embedded.lang import main, make_grammar, prepare_lang, topology
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.formats.fst import read_header
 from kaldi_mpi.formats.symbols import SymbolTable
 from tests.paths import kaldi_root
 from tests.toy_hmm import WORDS, write_arpa, write_dict

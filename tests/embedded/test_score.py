@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaldi_mpi.embedded.best_path import best_paths
-from kaldi_mpi.embedded.fst import vector_header
 from kaldi_mpi.embedded.lattice import Lattice, read_lattices
 from kaldi_mpi.embedded.score import ErrorCounter, ErrorCounts, ScoreOptions, best_wer, best_wer_main, score
 from kaldi_mpi.errors import ConfigError, DataError
+from kaldi_mpi.formats.fst import vector_header
 from tests.paths import golden, kaldi_root
 
 SCALES = np.array([0.1, 1 / 7, 1.0])
