@@ -1,6 +1,6 @@
 # Two commands do everything: `make digits` (the main job) and `make test`. Both set up .venv first.
 #   make digits [ARGS="--num-learners 4"]   egs/digits/s5/run.sh with these options
-#   make test   [PYTEST="-k loader"]        the tests
+#   make test   [PYTEST="-k loader"]        the tests; PYTEST=--thorough for all variants
 #   make strategies                         a table of all strategies on the digits (an hour on 2 cores)
 #   make soak   [SOAK="--starts 30"]        200 short random trainings: does each of them end, and end well?
 #   make fuzz   [FUZZ_SECONDS=60]           arbitrary bytes for the parsers in C, under sanitizers

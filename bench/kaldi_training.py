@@ -130,6 +130,8 @@ class Bench:
         options: of the command line.
     """
 
+    egs_opts = "--num-utts-subset 60 --nj 2"
+
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self.work, self.options = work, options
         self.recipe = work / "egs" / "digits" / "s5"
@@ -177,12 +179,16 @@ class Bench:
     def configs(self, net: str, folder: Path) -> None:
         """The network's configs, as Kaldi's xconfig_to_configs.py makes them."""
         (folder / "configs").mkdir(parents=True, exist_ok=True)
-        pdfs = self.run("tree-info exp/tri1_ali/tree | awk '/num-pdfs/ {print $2}'").split()[-1]
+        pdfs = self.pdfs()
         relative = folder.relative_to(self.recipe)
         text = "input dim=40 name=input\n" + NETS[net].xconfig.replace("PDFS", pdfs).replace("DIR", str(relative))
         (folder / "configs/network.xconfig").write_text(text)
         xconfig = f"--xconfig-file {relative}/configs/network.xconfig --config-dir {relative}/configs"
         self.run(f"steps/nnet3/xconfig_to_configs.py {xconfig}")
+
+    def pdfs(self) -> str:
+        """How many the tree has."""
+        return self.run("tree-info exp/tri1_ali/tree | awk '/num-pdfs/ {print $2}'").split()[-1]
 
     def call(self, net: str, folder: Path, seed: int, more: str) -> str:
         """The words of the program's call that both trainings share; `more` stand behind them."""
@@ -200,7 +206,7 @@ class Bench:
         folder = self.recipe / "exp" / f"{net}_examples"
         if not (folder / "egs/info/num_archives").exists():
             self.configs(net, folder)
-            more = f"{jobs(1)} --exit-stage=0 --egs.opts='--num-utts-subset 60 --nj 2' --cleanup=false"
+            more = f"{jobs(1)} --exit-stage=0 --egs.opts='{self.egs_opts}' --cleanup=false"
             self.run(f"steps/nnet3/{self.call(net, folder, 0, more)}", folder / "examples.out")
         return folder / "egs"
 

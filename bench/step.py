@@ -36,11 +36,12 @@ import kaldi_training
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import DerivativeTimes
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.run import settle_process
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.state import TrainingState
-from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.loader import ChunkShape, Minibatch
 from kaldi_mpi.models import build_model
 from kaldi_mpi.models.chance import Chance

@@ -24,6 +24,7 @@ VERBS = {
     "train-dnn": ("kaldi_mpi.programs.start", "dnn_main", "the same with train_dnn.py's options"),
     "train-raw-rnn": ("kaldi_mpi.programs.start", "raw_rnn_main", "the same with train_raw_rnn.py's options"),
     "train-raw-dnn": ("kaldi_mpi.programs.start", "raw_dnn_main", "the same with train_raw_dnn.py's options"),
+    "train-chain": ("kaldi_mpi.programs.start", "chain_main", "the same with chain/train.py's options"),
     "link": ("kaldi_mpi.programs.link", "main", "put steps_mpi into a recipe's directory"),
     "train": ("kaldi_mpi.learner.run", "main", "be one learner of a training (inside mpiexec)"),
     "progress": ("kaldi_mpi.learner.progress", "main", "run a command that trains and show its progress"),

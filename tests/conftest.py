@@ -42,9 +42,16 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(_number, _usual)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of a real Kaldi where there is none, with the reason; give slow tests more time."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the tests that repeat others in more variants, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests of a real Kaldi where there is none, and thorough ones, with the reason; give slow tests more time."""
+    thorough = config.getoption("--thorough") or REPORT_DIR_ENV in os.environ
     for item in items:
+        if item.get_closest_marker("thorough") and not thorough:
+            item.add_marker(pytest.mark.skip(reason="a variant of another test, which runs; this one with --thorough"))
         if item.get_closest_marker("kaldi") and not os.environ.get("KALDI_ROOT"):
             item.add_marker(pytest.mark.skip(reason="needs a real Kaldi: KALDI_ROOT is not set"))
         slow = item.get_closest_marker("slow") or "digits" in getattr(item, "fixturenames", ())

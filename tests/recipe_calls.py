@@ -1,4 +1,4 @@
-"""All calls of Kaldi's four training programs in the recipes of a real Kaldi, as the recipes' shell would make them.
+"""All calls of Kaldi's five training programs in the recipes of a real Kaldi, as the recipes' shell would make them.
 
 The shell that knows a script's assignments takes the call apart. Variables that nothing is put into get a value that
 suits the option.
@@ -18,9 +18,11 @@ from typing import Any
 from tests.paths import kaldi_root
 from tests.recipe_scripts import evaluated, scripts
 
-_CALL = re.compile(r"steps/nnet3/train_(raw_)?(rnn|dnn)\.py\s")
+_CALL = re.compile(r"steps/nnet3/(?:train_(raw_)?(rnn|dnn)|chain/train)\.py\s")
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")
 _STUBS = "tree-info() { echo num-pdfs 120; }"
+# What a script's defaults give where its branches, of which all are gone through here, exclude each other.
+_OWN = {"cl_english/v1/local/chain/run_lwf_clean_1a.sh": ['lwf_opts="--lwf-scale=0.0 --lwf-den-scale=0.6"']}
 _WORDS = ("dir", "scp", "cmd", "opts", "email", "lang", "model", "schedule")  # options whose values are no numbers
 
 
@@ -43,8 +45,9 @@ def recipe_calls() -> list[RecipeCall]:
             line = source[source.rfind("\n", 0, match.start()) + 1 : match.start()]
             if line.lstrip().startswith(("#", "echo")):
                 continue
-            program = ("raw-" if match[1] else "") + match[2]
-            found.append(RecipeCall(script, program, _arguments(source[: match.start()], source[match.end() :])))
+            program = "chain" if match[2] is None else ("raw-" if match[1] else "") + match[2]
+            words = _arguments(source[: match.start()], source[match.end() :], _OWN.get(script, ()))
+            found.append(RecipeCall(script, program, words))
     return sorted(found, key=lambda call: (call.script, call.arguments))
 
 
@@ -61,11 +64,11 @@ def _command(rest: str) -> str:
     return rest
 
 
-def _arguments(before: str, rest: str) -> tuple[str, ...]:
-    """The words of the call that `rest` begins with."""
+def _arguments(before: str, rest: str, own: Sequence[str]) -> tuple[str, ...]:
+    """The words of the call that `rest` begins with; `own`: assignments after the script's."""
     text = _command(rest)
     # What the shell would find empty takes the next option for its value, or is no number.
-    more = [f': "${{{name}:={value}}}"' for name, value in _plausible(text)]
+    more = [*own, *(f': "${{{name}:={value}}}"' for name, value in _plausible(text))]
     return tuple(evaluated(before, f"printf '%s\\0' {text}", [_STUBS, "dir=exp/x"], more).split("\0")[:-1])
 
 
@@ -127,7 +130,7 @@ sys.__stdout__.write(json.dumps(answers))
 def kaldi_parses(program: str, calls: Sequence[Sequence[str]]) -> list[dict[str, Any] | str]:
     """What Kaldi's own program makes of each call: its options by their names in its source, or why it refuses."""
     s5 = kaldi_root() / "egs" / "wsj" / "s5"
-    path = s5 / "steps" / "nnet3" / f"train_{program.replace('-', '_')}.py"
+    path = s5 / "steps/nnet3" / ("chain/train.py" if program == "chain" else f"train_{program.replace('-', '_')}.py")
     done = subprocess.run(
         [sys.executable, "-c", _THEIRS.replace("PROGRAM", repr(str(path)))],
         input=json.dumps([list(call) for call in calls]), cwd=s5,

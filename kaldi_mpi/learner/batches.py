@@ -117,6 +117,12 @@ def page_locked(streams: Streams) -> Callable[[int, type[np.generic]], NDArray[A
     return lambda size, dtype: streams.pinned(size, torch.from_numpy(np.empty(0, dtype)).dtype).numpy()
 
 
+# The graphs of a `ChainSupervision`: the numerator is prepared on the CPU.
+SUPERVISION_GRAPHS = frozenset(
+    ("first_state", "first_sequence", "first_arc", "finals", "times", "pdfs", "costs", "nexts")
+)
+
+
 class _DeviceBuffers:
     """Room on the device for one minibatch."""
 
@@ -125,7 +131,9 @@ class _DeviceBuffers:
         self.used: StreamEvent | None = None  # the point after the step that computed on it last
 
     def copy_in(self, streams: Streams, name: str, source: Tensor) -> Tensor:
-        """Queue the copy of `source` to here."""
+        """Queue the copy of `source` to here; what the CPU will look at is copied there, at once."""
+        if name in SUPERVISION_GRAPHS:
+            return source.clone()
         if name not in self.tensors or self.tensors[name].numel() < source.numel():
             self.tensors[name] = streams.empty(source.numel(), source.dtype)
         here = self.tensors[name][: source.numel()].view(source.shape)

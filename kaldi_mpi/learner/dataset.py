@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kaldi_mpi.formats.scp import read_table
 from kaldi_mpi.learner.batches import DeviceBatches, page_locked, streams_of
 from kaldi_mpi.learner.options import DataOptions
 from kaldi_mpi.loader import (
+    ChainExamples,
     Chunking,
     ChunkPlan,
     ChunkShape,
@@ -35,13 +36,28 @@ from kaldi_mpi.transport.world import World
 # Of the utterances, at most this share is held out, whatever --num-utts-subset says.
 _LARGEST_HELD_OUT_SHARE = 0.1
 
+# Why chain training does not begin.
+NO_CHAIN_EGS = (
+    "--egs.dir is needed: chain examples are not made here; steps/nnet3/chain/get_egs.sh makes them, as Kaldi's "
+    "chain/train.py with --exit-stage 0 does"
+)
+
 # A pass in the data's own order gains nothing from more memory than reading ahead needs.
 _UNSHUFFLED_MEMORY = 16 * 2**20
 
 
-# What get_egs.sh sets aside for nnet3-compute-prob: of held-out utterances, and of the training's.
-DIAGNOSTIC_EGS = ("valid_diagnostic.egs", "train_diagnostic.egs")
-COMBINE_EGS = "combine.egs"  # and for nnet3-combine
+# What get_egs.sh sets aside for nnet3-compute-prob: of held-out utterances, and of the training's; with .egs or .cegs.
+_DIAGNOSTIC = ("valid_diagnostic", "train_diagnostic")
+_COMBINE = "combine"  # and for nnet3-combine
+
+
+def diagnostic_egs(options: DataOptions) -> list[str]:
+    """Names of the archives with examples for validations: of held-out utterances, and of the training's."""
+    return [f"{name}.{_suffix(options)}" for name in _DIAGNOSTIC]
+
+
+def _suffix(options: DataOptions) -> str:
+    return "egs" if options.frame_subsampling_factor is None else "cegs"
 
 
 class Context(NamedTuple):
@@ -98,7 +114,10 @@ class Dataset:
         """
         single = ChunkShape(1, *extra_context(options, context)) if options.single_frames else None
         if options.egs_dir is not None:
-            return cls(*_open_egs(options, options.egs_dir, folder, world), None, options, single)
+            train, valid, diagnostic, combination = _open_egs(options, options.egs_dir, folder, world)
+            return cls(train, valid, diagnostic, combination, None, options, single)
+        if options.frame_subsampling_factor is not None:
+            raise ConfigError(NO_CHAIN_EGS)
         if options.targets_scp is not None:
             targets = Targets(options.targets_scp, options.use_dense_targets, num_outputs)
             parts = _open_corpora(options, targets, folder, world)
@@ -132,9 +151,17 @@ class Dataset:
 
         Frames, where they are single.
         """
+        shape = self._usual_shape(plan)  # of examples that have been merged already, one is a minibatch
+        return self.options.minibatch.largest(shape.rows) if shape.sequences == 1 else 1
+
+    def usual_frames(self, plan: ChunkPlan) -> int:
+        """Labelled (or output) frames of such a minibatch."""
+        shape = self._usual_shape(plan)
+        return self.usual_minibatch(plan) * shape.sequences * shape.width
+
+    def _usual_shape(self, plan: ChunkPlan) -> ChunkShape:
         shape_of = getattr(self.train, "shape_of", None) if self.train_chunking is None else None
-        usual = 0 if shape_of is None else int(np.bincount(shape_of).argmax())
-        return self.options.minibatch.largest(plan.shapes[usual].rows)
+        return plan.shapes[0 if shape_of is None else int(np.bincount(shape_of).argmax())]
 
     def batches(
         self,
@@ -190,16 +217,18 @@ class Dataset:
 
 
 def extra_context(options: DataOptions, context: Context) -> tuple[int, int]:
-    """Rows before and after a chunk: what was asked for and what the network itself needs."""
-    return options.chunk_left_context + context.left, options.chunk_right_context + context.right
+    """Rows before and after a chunk: what was asked for, what the network itself needs, and what frame shifts need."""
+    shift = (options.frame_subsampling_factor or 1) // 2
+    return options.chunk_left_context + context.left + shift, options.chunk_right_context + context.right + shift
 
 
 def outer_context(options: DataOptions, context: Context) -> tuple[int | None, int | None]:
     """The same before an utterance's first chunk and after its last; None: as elsewhere."""
     initial, final = options.chunk_left_context_initial, options.chunk_right_context_final
+    shift = (options.frame_subsampling_factor or 1) // 2
     return (
-        None if initial < 0 else initial + context.left,
-        None if final < 0 else final + context.right,
+        None if initial < 0 else initial + context.left + shift,
+        None if final < 0 else final + context.right + shift,
     )
 
 
@@ -267,28 +296,35 @@ def _open_corpora(
     return (*parts, parts[2])
 
 
-def _open_egs(
-    options: DataOptions, egs_dir: str, folder: Path, world: World
-) -> tuple[Examples, Examples, Examples, Examples]:
+def _open_egs(options: DataOptions, egs_dir: str, folder: Path, world: World) -> tuple[Examples | ChainExamples, ...]:
     """Rank 0 makes the index of the examples, by one pass over them, for all ranks and for later runs."""
-    index, skip_bad = folder / "egs.index", options.skip_bad_utterances
+    index, place, factor = folder / "egs.index", Path(egs_dir), options.frame_subsampling_factor
+
+    def opened(source: Path, threads: int = 1, **trains: Any) -> Examples | ChainExamples:
+        skip_bad = options.skip_bad_utterances
+        if factor is None:
+            return Examples.open(source, threads=threads, skip_bad=skip_bad, **trains)
+        return ChainExamples.open(
+            source, threads=threads, skip_bad=skip_bad, frame_subsampling_factor=factor, shifts=bool(trains), **trains
+        )
+
     if world.rank == 0:
-        train = Examples.open(egs_dir, index_cache=index, threads=options.loader_threads + 1, skip_bad=skip_bad)
+        train = opened(place, options.loader_threads + 1, index_cache=index)
     world.barrier()
     if world.rank != 0:
-        train = Examples.open(egs_dir, index_cache=index, skip_bad=skip_bad)
-    valid, diagnostic = (Examples.open(Path(egs_dir) / name, skip_bad=skip_bad) for name in DIAGNOSTIC_EGS)
-    combining = Path(egs_dir) / COMBINE_EGS
-    combination = Examples.open(combining, skip_bad=skip_bad) if combining.is_file() else diagnostic
+        train = opened(place, index_cache=index)
+    names = diagnostic_egs(options)
+    valid, diagnostic = (opened(place / name) for name in names)
+    combining = place / f"{_COMBINE}.{_suffix(options)}"
+    combination = opened(combining) if combining.is_file() else diagnostic
     if world.size > train.num_units:
         raise ConfigError(f"{world.size} learners, but only {train.num_units} examples in {egs_dir}")
-    parts = (valid, DIAGNOSTIC_EGS[0]), (diagnostic, DIAGNOSTIC_EGS[1]), (combination, COMBINE_EGS)
-    for part, name in parts:
+    for part, name in ((valid, names[0]), (diagnostic, names[1]), (combination, combining.name)):
         ours, theirs = (part.feat_dim, part.ivector_dim), (train.feat_dim, train.ivector_dim)
         if ours != theirs:
             raise DataError(
                 f"features and i-vectors have dimensions {ours}, and in the other archives {theirs}",
-                file=str(Path(egs_dir) / name),
+                file=str(place / name),
             )
     if world.rank == 0:
         logger.info(

@@ -24,6 +24,18 @@ def write_cmvn_opts(folder: Path, cmvn: CmvnOptions) -> None:
         stream.write(f"{format_cmvn_opts(cmvn)}\n")
 
 
+def write_subsampling(folder: Path, factor: int) -> None:
+    """DIR/frame_subsampling_factor: decoding computes outputs at so many frames from each other."""
+    with atomic_write(folder / "frame_subsampling_factor", "w") as stream:
+        stream.write(f"{factor}\n")
+
+
+def write_num_iterations(folder: Path, number: int) -> None:
+    """DIR/num_iters, which chain/train.py leaves."""
+    with atomic_write(folder / "num_iters", "w") as stream:
+        stream.write(f"{number}\n")
+
+
 def copy_alignment_files(folder: Path, ali_dir: Path) -> None:
     """The files of the alignment directory that a model directory needs too: tree, phones.txt, num_jobs."""
     for name in ("tree", "phones.txt", "num_jobs"):

@@ -48,8 +48,10 @@ def finish(
         combine_models(models.kept[::-1], options.max_objective_evaluations, validation, models, log, combining)
     if not stages.combined_before:
         recompute_batch_norm(model, dataset.combination, combining)
-    if writes and (stages.combine or models.acoustic is None):
+    if writes and (stages.combine or models.combined == "final"):
         models.write(models.combined, model)
+        if models.combined == "final":
+            logger.info("wrote %s", models.path("final"))
     validation.score("final", model, how, None)
     if stages.priors:
         averaging = dataclasses.replace(how, minibatch=MinibatchRule.of(_CHUNKS_FOR_PRIORS))
@@ -81,7 +83,7 @@ def combine_models(
     def score(candidate: AcousticModel) -> float:
         candidate.to(how.device).eval()
         with candidate.mode.evaluating(dropout=False):
-            return compute_prob(candidate, how.dataset.combination, how).log_likelihood
+            return compute_prob(candidate, how.dataset.combination, how).total
 
     def reader(number: int) -> AcousticModel:
         return models.read(number, "the final combination takes it").to(how.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.files import read_number, read_text
-from kaldi_mpi.learner.dataset import DIAGNOSTIC_EGS, Context, extra_context, outer_context
+from kaldi_mpi.learner.dataset import NO_CHAIN_EGS, Context, diagnostic_egs, extra_context, outer_context
 from kaldi_mpi.learner.network import Network
 from kaldi_mpi.learner.options import DataOptions
 from kaldi_mpi.loader.tables import peek_columns
@@ -25,7 +25,9 @@ def check_files(options: DataOptions, xconfig: str, input_model: str | None = No
     needed = {}
     if options.egs_dir is not None:
         info = [f"info/{name}" for name in ("feat_dim", "num_archives", "left_context", "right_context")]
-        needed["--egs.dir"] = (options.egs_dir, [*info, *DIAGNOSTIC_EGS])
+        needed["--egs.dir"] = (options.egs_dir, [*info, *diagnostic_egs(options)])
+    elif options.frame_subsampling_factor is not None:
+        raise ConfigError(NO_CHAIN_EGS)
     elif options.feat_dir is not None:
         cmvn = ["cmvn.scp", "utt2spk"] if options.cmvn.norm_means or options.cmvn.norm_vars else []
         needed["--feat-dir"] = (options.feat_dir, ["feats.scp", *cmvn])
@@ -33,7 +35,8 @@ def check_files(options: DataOptions, xconfig: str, input_model: str | None = No
             names = ["ivector_online.scp", "ivector_period"]
             needed["--feat.online-ivector-dir"] = (options.online_ivector_dir, names)
     if options.ali_dir:  # raw networks have none
-        needed["--ali-dir"] = (options.ali_dir, ["final.mdl", "tree", "num_jobs"])
+        option = "--ali-dir" if options.frame_subsampling_factor is None else "--tree-dir"
+        needed[option] = (options.ali_dir, ["final.mdl", "tree", "num_jobs"])
     if options.egs_dir is None and options.targets_scp is not None and not Path(options.targets_scp).is_file():
         raise DataError("no such file (--targets-scp)", file=options.targets_scp)
     for option, (folder, names) in needed.items():

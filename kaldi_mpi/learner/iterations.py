@@ -40,9 +40,10 @@ class IterationModels:
     """DIR/ITERATION.mdl, or .raw: written by rank 0, read by whoever asks.
 
     Attributes:
-        acoustic: transition model of all models, and their first priors, (K,) float32; None: they are raw networks.
+        acoustic: transition model of all models, and their first priors, (K,) float32, or (0,) of chain models; None:
+            they are raw networks.
         kept: iterations whose models are kept while the training goes on: those that will be combined, ascending.
-        combined: the name of the model that the combination makes, Kaldi's.
+        combined: the name of the model that the combination makes, Kaldi's; ``final`` where nothing comes after it.
 
     Args:
         folder: DIR.
@@ -62,7 +63,7 @@ class IterationModels:
         binary: bool,
     ) -> None:
         self._folder, self.acoustic, self.kept = folder, acoustic, list(kept)
-        self.combined = "final" if acoustic is None else "combined"
+        self.combined = "final" if acoustic is None or not len(acoustic[1]) else "combined"
         self._last, self._interval, self._binary = num_iterations, interval, binary
 
     def path(self, name: int | str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import time
@@ -23,40 +24,9 @@ from kaldi_mpi.files import atomic_write
 from kaldi_mpi.learner.batches import DeviceBatches
 from kaldi_mpi.learner.progress import Progress
 from kaldi_mpi.learner.schedule import ExponentialRate, Phase
+from kaldi_mpi.learner.scores import ChainScore, Score, Term, mean_and_l2
 from kaldi_mpi.log import logger
 from kaldi_mpi.transport.world import World
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What Kaldi's ``nnet3-compute-prob`` reports of one set.
-
-    Attributes:
-        log_likelihood: mean log-probability of the right pdf-id per frame, natural logarithm.
-        accuracy: share of frames whose most probable pdf-id is the right one; None where the objective is not linear,
-            and `log_likelihood` is its mean.
-        frames: how many, by the weights of their labels.
-        by_class: the accuracy of each pdf-id, -1 where it does not occur; None: not asked for.
-    """
-
-    log_likelihood: float
-    accuracy: float | None
-    frames: int
-    by_class: tuple[float, ...] | None = None
-
-    def lines(self) -> list[str]:
-        """The lines of ``nnet3-compute-prob``, which Kaldi's scripts parse."""
-        over = f"per frame, over {self.frames} frames."
-        if self.accuracy is None:
-            return [f"Overall objective for 'output' is {self.log_likelihood:.6g} {over}"]
-        lines = [
-            f"Overall log-likelihood for 'output' is {self.log_likelihood:.6g} {over}",
-            f"Overall accuracy for 'output' is {self.accuracy:.6g} {over}",
-        ]
-        if self.by_class is not None:
-            vector = " ".join(f"{accuracy:.6g}" for accuracy in self.by_class)
-            lines.append(f"Overall per-dim accuracy vector for 'output' is  [ {vector} ] {over}")
-        return lines
 
 
 class IterationLogs:
@@ -65,21 +35,26 @@ class IterationLogs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def train(self, iteration: int, rank: int, objective: float, frames: int) -> None:
+    def train(self, iteration: int, rank: int, sums: Mapping[str, Sequence[float]]) -> None:
         """What ``nnet3-train`` says at its end, for this learner's share of one iteration.
 
         Args:
             iteration: from 0.
             rank: of the learner; Kaldi's jobs count from 1.
-            objective: log-probability summed over `frames`.
-            frames: labelled frames.
+            sums: of each output: its objective, the weight of the frames that it is of, and l2.
         """
-        mean = objective / frames if frames else 0.0
-        line = f"Overall average objective function for 'output' is {mean:.6g} over {frames} frames."
-        parsed = f"[this line is to be parsed by a script:] log-prob-per-frame={mean:.6g}"
-        self._write(f"train.{iteration}.{rank + 1}.log", "nnet3-train", [line, parsed])
+        lines = []
+        for name, (objective, weight, l2) in (sums or {"output": (0.0, 0.0, 0.0)}).items():
+            frames = round(weight)
+            mean, mean_l2 = (objective / frames, l2 / frames) if frames else (0.0, 0.0)
+            lines += [
+                f"Overall average objective function for '{name}' is {mean_and_l2(mean, mean_l2)} "
+                f"over {frames} frames.",
+                f"[this line is to be parsed by a script:] log-prob-per-frame={mean:.6g}",
+            ]
+        self._write(f"train.{iteration}.{rank + 1}.log", "nnet3-train", lines)
 
-    def compute_prob(self, which: str, iteration: int | str, score: Score) -> None:
+    def compute_prob(self, which: str, iteration: int | str, score: Score | ChainScore) -> None:
         """What ``nnet3-compute-prob`` says of the ``valid`` or ``train`` set; also goes to the main log."""
         for line in score.lines()[:2]:
             logger.info("%s, iteration %s: %s", which, iteration, line)
@@ -106,6 +81,27 @@ class Summary:
     def __init__(self) -> None:
         self._validations: list[dict[str, Any]] = []
         self._end: dict[str, Any] = {}
+        # For accuracy.report: of each iteration, its seconds and what was reported of the training's and held-out set.
+        self._report: dict[str, list[float]] = {}
+        self._began = time.monotonic()
+
+    def report(self, name: int | str, train: float, valid: float) -> None:
+        """Take down a line of ``accuracy.report``: what was reached by iteration `name`."""
+        now = time.monotonic()
+        if isinstance(name, int):
+            self._report[str(name)] = [now - self._began, train, valid]
+            self._began = now
+
+    def write_report(self, path: Path) -> None:
+        """``accuracy.report``, as Kaldi's programs leave it."""
+        lines = ["%Iter\tduration\ttrain_objective\tvalid_objective\tdifference"]
+        total = 0.0
+        for name, (seconds, train, valid) in sorted(self._report.items(), key=lambda row: int(row[0])):
+            total += seconds
+            lines.append(f"{name}\t{seconds:.1f}\t{train:g}\t{valid:g}\t{valid - train:g}")
+        lines.append(f"Total training time is {datetime.timedelta(seconds=round(total))}\n")
+        with atomic_write(path, "w") as stream:
+            stream.write("\n".join(lines))
 
     def validation(self, name: int | str, valid: float, train: float, spread: float | None) -> None:
         """Take down one validation."""
@@ -125,12 +121,16 @@ class Summary:
             json.dump(more | self._end | {"validations": self._validations}, stream, indent=1)
             stream.write("\n")
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """The validations so far."""
-        return list(self._validations)
+        return {
+            "validations": list(self._validations),
+            "report": {name: list(row) for name, row in self._report.items()},
+        }
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        self._validations = list(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._validations = list(state["validations"])
+        self._report = {name: list(row) for name, row in state["report"].items()}
 
 
 @dataclasses.dataclass
@@ -231,14 +231,15 @@ class TrainingLog:
         self.loader, self.summary = LoaderReport(rank), Summary()
         self.own_frames = 0  # trained on by this learner, in this run
         self.learning_rate: float | None = None  # of the iteration; None: as the frames say
-        # Own sum of log-probabilities in this iteration, on the learner's device.
-        self._objective: torch.Tensor = torch.zeros((), dtype=torch.float64)
-        self._objective_weight: torch.Tensor | float = 0.0  # and of what its mean is taken over
+        # Own sums of each output in this iteration, on the learner's device: objective, weight, l2.
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]] = {}
 
-    def add_objective(self, objective: torch.Tensor, weight: torch.Tensor | float, frames: int) -> None:
-        """A minibatch's sum of log-probabilities, 0-dim, of its labels' weights, and its labelled frames."""
-        self._objective = self._objective.to(objective.device, non_blocking=True) + objective
-        self._objective_weight = self._objective_weight + weight
+    def add_objective(self, terms: Mapping[str, Term], frames: int) -> None:
+        """What a minibatch's outputs came to, and its labelled frames."""
+        for name, term in terms.items():
+            objective, weight, l2 = self._sums.get(name, (torch.zeros((), dtype=torch.float64), 0.0, 0.0))
+            objective = objective.to(term.objective.device, non_blocking=True) + term.objective.detach()
+            self._sums[name] = objective, weight + term.weight, l2 + term.l2
         self.own_frames += frames
 
     def show_progress(self, frames: int, last: bool = False) -> None:
@@ -255,33 +256,42 @@ class TrainingLog:
             )
 
     def _mean_objective(self) -> float:
-        return float(self._objective) / max(1.0, float(self._objective_weight))
+        objective, weight, _ = self._numbers().get("output", (0.0, 0.0, 0.0))
+        return objective / max(1.0, weight)
+
+    def _numbers(self) -> dict[str, tuple[float, float, float]]:
+        return {name: (float(one[0]), float(one[1]), float(one[2])) for name, one in self._sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added up since the last iteration, for a checkpoint in the middle of one."""
         return {
-            "objective": float(self._objective), "weight": float(self._objective_weight),
+            "sums": {name: list(numbers) for name, numbers in self._numbers().items()},
             "summary": self.summary.state_dict(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._objective = torch.tensor(state["objective"], dtype=torch.float64)
-        self._objective_weight = state["weight"]
+        self._sums = {
+            name: (torch.tensor(objective, dtype=torch.float64), weight, l2)
+            for name, (objective, weight, l2) in state["sums"].items()
+        }
         self.summary.load_state_dict(state["summary"])
 
     def end_iteration(self, iteration: int) -> None:
         """Write what this learner's objective was since the last call, as that of `iteration` (from 0)."""
-        self._logs.train(iteration, self._rank, float(self._objective), round(float(self._objective_weight)))
-        self._objective, self._objective_weight = torch.zeros((), dtype=torch.float64), 0.0
+        self._logs.train(iteration, self._rank, self._numbers())
+        self._sums = {}
         self.loader.log(iteration)
 
     def combination(self, lines: Sequence[str]) -> None:
         """Write what the final combination found, in nnet3-combine's words."""
         self._logs.combine(lines)
 
-    def validation(self, name: int | str, valid: Score, diagnostic: Score, spread: float | None) -> None:
+    def validation(
+        self, name: int | str, valid: Score | ChainScore, diagnostic: Score | ChainScore, spread: float | None
+    ) -> None:
         """Keep and log the scores of a validation; `spread` is the models' mean squared distance from their mean."""
         self.summary.validation(name, valid.log_likelihood, diagnostic.log_likelihood, spread)
+        self.summary.report(name, diagnostic.reported, valid.reported)
         if not math.isfinite(valid.log_likelihood):
             logger.warning("validation %s: the log-likelihood is not finite", name)
         if self._rank == 0:

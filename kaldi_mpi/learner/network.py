@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kaldi_mpi.errors import ConfigError, DataError
 from kaldi_mpi.formats.tokens import read_matrix, read_vector, write_matrix
 from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE
+from kaldi_mpi.learner.chain_objective import XENT
 from kaldi_mpi.learner.dataset import Context, Dataset
 from kaldi_mpi.learner.validate import Pass, lda_statistics
 from kaldi_mpi.loader import Examples
@@ -77,9 +78,19 @@ class Network:
         """Rows that the network needs beside a labelled frame."""
         return Context(self.model.left_context, self.model.right_context)
 
-    def check_output(self, num_pdfs: int | None) -> None:
-        """Raises ConfigError if the output has not the tree's pdf-ids, or is not linear; None: there is no tree."""
+    def check_output(self, num_pdfs: int | None, xent: bool = False) -> None:
+        """Raises ConfigError if the output has not the tree's pdf-ids, or is not linear; None: there is no tree.
+
+        Args:
+            xent: whether ``output-xent`` is to be there, too, of the same size.
+        """
         model = self.model
+        if xent and XENT not in model.outputs:
+            raise ConfigError(f"{self._source}: it has no {XENT}, which --chain.xent-regularize trains (0 does not)")
+        if xent and model.graph.dim(XENT) != num_pdfs:
+            raise ConfigError(
+                f"{self._source}: {XENT} has dim={model.graph.dim(XENT)}, but the tree has {num_pdfs} pdf-ids"
+            )
         node = next(n for n in model.config.nodes if n.name == model.main_output)
         if num_pdfs is not None and isinstance(node, OutputNode) and node.objective != "linear":
             raise ConfigError(

@@ -15,20 +15,23 @@ from typing import Any
 from kaldi_mpi.averaging import NAMES, Settings, check_settings
 from kaldi_mpi.averaging.sequence import PhaseSpec, parse_sequence
 from kaldi_mpi.averaging.settings import add_options, settings_of
+from kaldi_mpi.chain.objective import ChainOptions
+from kaldi_mpi.chain.phone_lm import PhoneLmOptions
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.formats.cmvn_options import CmvnOptions, parse_cmvn_opts
 from kaldi_mpi.learner import recipe_options
 from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Fault, parse_faults
 from kaldi_mpi.learner.images import ImageAugmentation
-from kaldi_mpi.learner.passed_on import Notes, egs_options, train_options
-from kaldi_mpi.learner.recipe_options import DNN, IGNORED, PROGRAMS, RAW_DNN, RAW_RNN, RNN, options_of
+from kaldi_mpi.learner.passed_on import Notes, egs_options, phone_lm_options, train_options
+from kaldi_mpi.learner.recipe_options import CHAIN, DNN, IGNORED, PROGRAMS, RAW_DNN, RAW_RNN, RNN, WHOLE, options_of
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
 from kaldi_mpi.options import Parser, Words, at_least, boolean, optional
 
-_EPOCHS = 8.0  # where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py
+# Where neither --trainer.num-epochs nor --strategy says it, as in train_rnn.py and chain/train.py.
+_EPOCHS, _CHAIN_EPOCHS = 8.0, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class DataOptions:
         chunk_widths: labelled frames of chunks, the usual width first.
         chunk_left_context_initial, chunk_right_context_final: of an utterance's first and last chunk; -1: as others.
         minibatch: chunks of a learner and step; frames, where they are single.
+        frame_subsampling_factor: frames of an output frame of chain examples; None: others.
         single_frames: whether each labelled frame is drawn alone for training, as in train_dnn.py; passes that only
             evaluate take chunks of `chunk_widths` all the same.
         seed: of the order, of what is held out, and of the parameters at the start.
@@ -67,6 +71,7 @@ class DataOptions:
     chunk_left_context_initial: int
     chunk_right_context_final: int
     minibatch: MinibatchRule
+    frame_subsampling_factor: int | None
     single_frames: bool
     seed: int
     loader_threads: int
@@ -75,17 +80,39 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChainSettings:
+    """What chain training has beside; `recipe_options` has the options' names and meanings.
+
+    Attributes:
+        objective: of the network's outputs.
+        lm_opts: options of chain-est-phone-lm.
+        frames_per_iter: input frames of a learner between two validations.
+        left_tolerance, right_tolerance: in frames of the alignment.
+        alignment_subsampling_factor: frames of the alignment of an output frame.
+    """
+
+    objective: ChainOptions
+    lm_opts: PhoneLmOptions
+    frames_per_iter: int
+    left_tolerance: int
+    right_tolerance: int
+    alignment_subsampling_factor: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """One training, as asked for; `recipe_options` and `_add_own` have the options' names and meanings.
 
     Attributes:
-        program: that of Kaldi's whose defaults hold: rnn, dnn, raw-rnn or raw-dnn.
+        program: that of Kaldi's whose defaults hold: rnn, dnn, raw-rnn, raw-dnn or chain.
         dir: where the model goes.
         xconfig: the network; need not be there with `input_model`.
-        data: what is read.
+        data: what is read; of chain training its alignment directory is the tree's.
+        chain: of chain training; None: cross-entropy (or a raw network's objective).
         phases: strategies in turn, and how long each lasts.
         settings: of the strategies.
         samples_per_iter: in chunks; in frames, where they are single.
+        deriv_truncate_margin: None: derivatives go everywhere.
         shrink_value: scales the parameters where the saturation is above its threshold; 1: never (train_dnn.py).
         proportional_shrink: the parameters' scale is 1 - this times the learning rate; 0: none.
         stage, exit_stage: see `stages.stages_to_do`.
@@ -98,6 +125,7 @@ class TrainOptions:
     dir: str
     xconfig: str
     data: DataOptions
+    chain: ChainSettings | None
     phases: tuple[PhaseSpec, ...]
     settings: Settings
     num_epochs: float
@@ -113,7 +141,7 @@ class TrainOptions:
     proportional_shrink: float
     initial_rate: float
     final_rate: float
-    deriv_truncate_margin: int
+    deriv_truncate_margin: int | None
     input_model: str | None
     presoftmax_prior_scale_power: float
     prior_subset_size: int
@@ -145,6 +173,16 @@ class TrainOptions:
     def raw(self) -> bool:
         """Whether the model is a network alone, without a transition model and priors."""
         return self.program in (RAW_RNN, RAW_DNN)
+
+    @property
+    def trains_xent(self) -> bool:
+        """Whether a second output is trained by cross-entropy with the chain objective's numerator."""
+        return self.chain is not None and self.chain.objective.xent_regularize > 0
+
+    @property
+    def has_priors(self) -> bool:
+        """Whether its outputs are posteriors, which decoding divides by priors."""
+        return self.program in (RNN, DNN)
 
 
 def _faults(text: str) -> tuple[Fault, ...]:
@@ -181,8 +219,8 @@ def _add_own(parser: Parser) -> None:
     add = group.add_argument
     add("--xconfig", type=optional, help="the network: an xconfig, or Kaldi's final.config (default: final.config "
         "or network.xconfig in DIR/configs)")  # fmt: skip
-    add("--strategy", default="allreduce",
-        help=f"{', '.join(NAMES)}; or several in turn, as in 'allreduce:1ep,expair:14ep,periodic:1ep'")  # fmt: skip
+    add("--strategy", help=f"{', '.join(NAMES)} (default: allreduce; expair with backstitch); or several in turn, as "
+        "in 'allreduce:1ep,expair:14ep,periodic:1ep'")  # fmt: skip
     add_options(parser)
     add("--natural-gradient", dest="natural_gradient", type=boolean, default=True,
         help="false: plain gradients, for which Kaldi's learning rates do not hold")  # fmt: skip
@@ -282,14 +320,31 @@ def _settle(
     checked(lambda: _apply_defaults(given, decided))
     if complaints:
         return None
-    given.update(checked(lambda: train_options(given.pop("train_opts") or (), notes)) or {})
+    in_chain = decided == CHAIN
+    given.update(checked(lambda: train_options(given.pop("train_opts") or (), notes, in_chain)) or {})
+    if in_chain:
+        # The same program's, and behind the others on its command line.
+        chain_opts = [given.pop("chain_opts") or ""]
+        given.update(checked(lambda: train_options(chain_opts, notes, True, "--chain-opts")) or {})
     given["num_utts_subset"] = checked(
-        lambda: egs_options(given.pop("egs_opts") or "", given["egs_dir"] is not None, notes)
+        lambda: egs_options(given.pop("egs_opts") or "", given["egs_dir"] is not None, notes, in_chain)
     )
     # nnet3's get_egs.sh hands cmvn_opts to apply-cmvn, whose own default is to normalise means.
-    given["cmvn"] = checked(lambda: parse_cmvn_opts(given.pop("cmvn_opts") or "", where="--feat.cmvn-opts"))
+    cmvn_opts = given.pop("cmvn_opts") or ""
+    if in_chain and given["egs_dir"] is not None and cmvn_opts:
+        notes.lines.append("--feat.cmvn-opts is ignored: the examples of --egs.dir are there already")
+        cmvn_opts = ""
+    given["cmvn"] = checked(lambda: parse_cmvn_opts(cmvn_opts, where="--feat.cmvn-opts"))
     given["settings"] = checked(lambda: settings_of(given, given["seed"]))
-    phases = checked(lambda: parse_sequence(given.pop("strategy"), given["num_epochs"], _EPOCHS, NAMES))
+    usual = _CHAIN_EPOCHS if in_chain else _EPOCHS
+    strategy = given.pop("strategy")
+    if strategy is None:
+        strategy = "expair" if given["backstitch_scale"] else "allreduce"
+        if given["backstitch_scale"]:
+            notes.lines.append("--strategy is expair: under allreduce there is no backstitch")
+    phases = checked(lambda: parse_sequence(strategy, given["num_epochs"], usual, NAMES))
+    given.setdefault("frame_subsampling_factor", None)
+    given["chain"] = checked(lambda: _chain_options(given)) if in_chain else None
     if complaints:
         return None
     given["phases"], given["num_epochs"] = tuple(phases), sum(phase.epochs for phase in phases)
@@ -304,6 +359,28 @@ def _settle(
     return TrainOptions(data=data, program=decided, **{name: given[name] for name in names})
 
 
+def _chain_options(given: dict[str, Any]) -> ChainSettings:
+    """Those of chain training; raises ConfigError with all that is wrong with them."""
+    complaints: list[str] = []
+    if given["chain_leaky"] >= 1:
+        complaints.append(f"--chain.leaky-hmm-coefficient {given['chain_leaky']}: must be below 1")
+    try:
+        lm_opts = phone_lm_options(given["lm_opts"] or "")
+    except ConfigError as error:
+        complaints += str(error).splitlines()
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    objective = ChainOptions(
+        l2_regularize=given["chain_l2"],
+        xent_regularize=given["chain_xent"],
+        leaky_hmm_coefficient=given["chain_leaky"],
+        apply_deriv_weights=given["apply_deriv_weights"],
+        out_of_range_regularize=given.get("out_of_range_regularize", ChainOptions.out_of_range_regularize),
+    )
+    fields = [field.name for field in dataclasses.fields(ChainSettings)[2:]]
+    return ChainSettings(objective, lm_opts, **{name: given[name] for name in fields})
+
+
 def _note_options(given: dict[str, Any], program: str, words: dict[str, str], notes: Notes) -> None:
     """A line for each option that does nothing, and one for a number of jobs."""
     for option in options_of(None if program in (RNN, DNN) else program):
@@ -312,6 +389,8 @@ def _note_options(given: dict[str, Any], program: str, words: dict[str, str], no
             continue
         if option.use == IGNORED and given[option.name] != option.default_of(program):
             notes.lines.append(f"option --{option.name} {word} is ignored: {option.note}")
+        if program in option.ignored_by and given[option.dest] != option.default_of(program):
+            notes.lines.append(f"option --{option.name} {word} is ignored: it does nothing in Kaldi's program either")
     jobs = [given[f"num_jobs_{end}"] for end in ("initial", "final")]
     if any(jobs):
         first, last = (recipe_options.BY_NAME[f"trainer.optimization.num-jobs-{end}"].default if n is None else n
@@ -328,6 +407,9 @@ def _apply_defaults(given: dict[str, Any], program: str) -> None:
     train_dnn.py counts minibatches and iterations in frames.
     """
     complaints = []
+    margin = given.get("left_deriv_truncate")
+    if program == CHAIN and margin is not None:
+        given["deriv_truncate_margin"] = -margin
     if program in (RNN, RAW_RNN) and given.get("minibatch_size") is not None:
         complaints.append(
             "--trainer.optimization.minibatch-size counts frames, of feed-forward networks: it needs "
@@ -347,10 +429,17 @@ def _apply_defaults(given: dict[str, Any], program: str) -> None:
         complaints.append("--feat-dir is needed (or --egs.dir, to train on existing examples)")
     if program == RAW_DNN and given["targets_scp"] is None and given["egs_dir"] is None:
         complaints.append("--targets-scp is needed (or --egs.dir, to train on existing examples)")
+    if program == CHAIN:
+        given["ali_dir"] = given["tree_dir"]
+        # Of chunks that are whole utterances, more than there will be.
+        given["samples_per_iter"] = max(1, given["frames_per_iter"] // max(1, given["chunk_widths"][0]))
+    elif given["chunk_widths"] == WHOLE:
+        complaints.append("--egs.chunk-width -1: chunks are whole utterances in chain training alone")
     if complaints:
         raise ConfigError("\n".join(complaints))
-    defaults = {"ali_dir": "", "use_dense_targets": True, "compute_average_posteriors": False,
-        "shrink_value": 1.0, "shrink_saturation_threshold": 0.4, "deriv_truncate_margin": 8,
+    margin = None if program == CHAIN else 8
+    defaults = {"ali_dir": "", "use_dense_targets": True, "compute_average_posteriors": False, "prior_subset_size": 0,
+        "shrink_value": 1.0, "shrink_saturation_threshold": 0.4, "deriv_truncate_margin": margin,
         "chunk_right_context": 0, "chunk_left_context": 0, "chunk_left_context_initial": -1,
         "chunk_right_context_final": -1}  # fmt: skip
     for name, value in defaults.items():

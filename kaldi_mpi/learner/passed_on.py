@@ -1,4 +1,4 @@
-"""Options inside options: what ``--egs.opts`` hands to get_egs.sh, and ``--trainer.add-option`` to nnet3-train.
+"""Options inside options: ``--egs.opts`` is for get_egs.sh, ``--trainer.add-option`` for nnet3-train, and so on.
 
 Neither program runs here. Each of their options has an effect or a line in the log that says why it has none.
 """
@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kaldi_mpi.chain.phone_lm import PhoneLmOptions
 from kaldi_mpi.errors import ConfigError
-from kaldi_mpi.options import at_least
+from kaldi_mpi.options import at_least, boolean, number
 
 _NO_EGS = "no examples are made, features are read as they are needed"
 _GIVEN_OTHERWISE = "an option of the training itself says it"
 _ALL_HELD_OUT = "validations are of all held-out utterances"
-_NO_OVERLAP = "chunks do not overlap"
 # Options of steps/nnet3/get_egs.sh and get_egs_targets.sh, by what the log says of them; those that older recipes
 # still pass are among them.
 _EGS: dict[str, str] = {
@@ -29,16 +29,33 @@ _EGS: dict[str, str] = {
         ("num-valid-frames-combine", "num-train-frames-combine", "num-valid-egs-combine", "num-train-egs-combine"),
         "no examples are set apart for the combination of models",
     ),
-    **dict.fromkeys(("frames-overlap-per-eg", "constrained"), _NO_OVERLAP),
+    "frames-overlap-per-eg": "chunks do not overlap",
     "length-tolerance": "features and labels must be of the same length",
     **dict.fromkeys(("num-utts-subset-valid", "num-utts-subset-train"), "--num-utts-subset says how many are held out"),
 }  # fmt: skip
-# Those that would change the training: their harmless value needs no line, any other one gets a warning.
-_EGS_HARMLESS = {"online-cmvn": "false", "frame-subsampling-factor": "1", "transform-dir": ""}
+# Those that would change the training: the harmless value, which needs no line, and what the warning of another says.
+_NO_ONLINE_CMVN = ("false", "online CMVN is not done, normalisation is by speaker")
 _EGS_CHANGES = {
-    "online-cmvn": "online CMVN is not done, normalisation is by speaker",
-    "frame-subsampling-factor": "every frame gets an output",
-    "transform-dir": "features are not transformed",
+    "online-cmvn": _NO_ONLINE_CMVN,
+    "frame-subsampling-factor": ("1", "every frame gets an output"),
+    "transform-dir": ("", "features are not transformed"),
+}
+# The same of steps/nnet3/chain/get_egs.sh.
+_CHAIN_EGS: dict[str, str] = {
+    **_EGS,
+    **dict.fromkeys(
+        ("frames-per-iter", "frame-subsampling-factor", "alignment-subsampling-factor", "left-tolerance",
+         "right-tolerance"), _GIVEN_OTHERWISE,
+    ),
+    **dict.fromkeys(("max-jobs-run", "max-shuffle-jobs-run"), _NO_EGS),
+    "acwt": "lattices are not pruned",
+}  # fmt: skip
+_CHAIN_EGS_CHANGES = {
+    "online-cmvn": _NO_ONLINE_CMVN,
+    "constrained": ("true", "phones are bound to their times in the lattices"),
+    "lattice-lm-scale": ("", "lattices' scores are not used"),
+    "lattice-prune-beam": ("", "lattices are not pruned"),
+    "deriv-weights-scp": ("", "all frames count alike"),
 }
 
 # nnet3-train's options that act here: name -> (field, type)
@@ -47,6 +64,15 @@ _ACTING: dict[str, tuple[str, Callable[[str], Any]]] = {
     "max-param-change": ("max_param_change", at_least(0, float)),
     "backstitch-training-scale": ("backstitch_scale", at_least(0, float)),
     "backstitch-training-interval": ("backstitch_interval", at_least(1)),
+}
+# The same of nnet3-chain-train.
+_CHAIN_ACTING: dict[str, tuple[str, Callable[[str], Any]]] = {
+    **_ACTING,
+    "l2-regularize": ("chain_l2", at_least(0, float)),
+    "xent-regularize": ("chain_xent", at_least(0, float)),
+    "leaky-hmm-coefficient": ("chain_leaky", at_least(0, float, True)),
+    "out-of-range-regularize": ("out_of_range_regularize", at_least(0, float)),
+    "apply-deriv-weights": ("apply_deriv_weights", boolean),
 }
 _COMPILER = "there is no computation to compile"
 _TRAIN: dict[str, str] = {
@@ -59,6 +85,9 @@ _TRAIN: dict[str, str] = {
     "batchnorm-stats-scale": "it is 0.8, as in Kaldi",
     "l2-regularize-factor": "it is 1 / the number of learners, as Kaldi's is 1 / the number of jobs",
 }  # fmt: skip
+_CHAIN_TRAIN = {**_TRAIN, "numerator-graph-threads": "the numerator takes the learner's threads"}
+# Learning without forgetting, by posteriors of another model that nnet3-chain-add-post-to-egs puts into examples.
+_LWF = ("lwf-scale", "lwf-den-scale")
 _TRAIN_PREFIXES = {
     "optimization.": _COMPILER,
     "compiler.": _COMPILER,
@@ -75,16 +104,18 @@ class Notes:
         self.warnings: list[str] = []
 
 
-def egs_options(words: str, egs_dir_given: bool, notes: Notes) -> int:
+def egs_options(words: str, egs_dir_given: bool, notes: Notes, chain: bool = False) -> int:
     """The held-out utterances that ``--egs.opts`` asks for; everything else in it goes to `notes`.
 
     Args:
         words: ``--a 1 --b 2``, as get_egs.sh takes them; _ and - are the same.
+        chain: whether that is steps/nnet3/chain/get_egs.sh.
 
     Raises:
         ConfigError: an option that get_egs.sh does not have, one without a value, or a number that is none.
     """
     where, subset, complaints = "--egs.opts", 300, []
+    ignored, changes = (_CHAIN_EGS, _CHAIN_EGS_CHANGES) if chain else (_EGS, _EGS_CHANGES)
     given, rest = {}, words.replace("=", " ").split()
     while rest:
         name = rest.pop(0)
@@ -97,45 +128,89 @@ def egs_options(words: str, egs_dir_given: bool, notes: Notes) -> int:
     for name, value in given.items():
         if name == "num-utts-subset":
             subset = _collected(at_least(1), value, f"{where}: --{name}", complaints)
-        elif name in _EGS_HARMLESS:
-            if value != _EGS_HARMLESS[name] and not egs_dir_given:
-                notes.warnings.append(f"{where} --{name} {value} does nothing: {_EGS_CHANGES[name]}")
-        elif name not in _EGS:
+        elif name in changes:
+            harmless, why = changes[name]
+            if value != harmless and not egs_dir_given:
+                notes.warnings.append(f"{where} --{name} {value} does nothing: {why}")
+        elif name not in ignored:
             complaints.append(f"{where}: get_egs.sh has no option --{name}")
         elif not egs_dir_given:
-            notes.lines.append(f"{where} --{name} {value} is ignored: {_EGS[name]}")
+            notes.lines.append(f"{where} --{name} {value} is ignored: {ignored[name]}")
     if complaints:
         raise ConfigError("\n".join(complaints))
     return subset
 
 
-def train_options(options: Sequence[str], notes: Notes) -> Mapping[str, Any]:
+def train_options(
+    options: Sequence[str], notes: Notes, chain: bool = False, where: str = "--trainer.add-option"
+) -> Mapping[str, Any]:
     """Fields that ``--trainer.add-option`` sets, by name; options without an effect go to `notes`.
 
     Args:
         options: each ``--name=value``, or several of them with spaces between.
+        chain: whether they are nnet3-chain-train's, and not nnet3-train's.
+        where: the option that they are given in.
 
     Raises:
-        ConfigError: an option that nnet3-train does not have, or a value that is none.
+        ConfigError: an option that the program does not have, one that is not done here, or a value that is none.
     """
-    where, complaints = "--trainer.add-option", []
+    program, acting, ignored = "nnet3-train", _ACTING, _TRAIN
+    if chain:
+        program, acting, ignored = "nnet3-chain-train", _CHAIN_ACTING, _CHAIN_TRAIN
+    complaints: list[str] = []
     fields: dict[str, Any] = {}
     for word in " ".join(options).split():
         name, _, value = word.removeprefix("--").replace("_", "-").partition("=")
         prefix = next((why for start, why in _TRAIN_PREFIXES.items() if name.startswith(start)), None)
-        why = _TRAIN.get(name, prefix)
+        why = ignored.get(name, prefix)
         if not word.startswith("--"):
-            complaints.append(f"{where}: {word!r} is no option of nnet3-train: they are --name=value")
-        elif name in _ACTING:
-            field, kind = _ACTING[name]
+            complaints.append(f"{where}: {word!r} is no option of {program}: they are --name=value")
+        elif name in acting:
+            field, kind = acting[name]
             fields[field] = _collected(kind, value, f"{where}: --{name}", complaints)
+        elif chain and name in _LWF:
+            if _collected(number(float), value, f"{where}: --{name}", complaints):
+                complaints.append(f"{where}: {word}: learning without forgetting is not done (0 is none)")
+            else:
+                notes.lines.append(f"{where} {word} is ignored: there is no learning without forgetting")
         elif why is None:
-            complaints.append(f"{where}: nnet3-train has no option --{name}")
+            complaints.append(f"{where}: {program} has no option --{name}")
         else:
             notes.lines.append(f"{where} {word} is ignored: {why}")
     if complaints:
         raise ConfigError("\n".join(complaints))
     return fields
+
+
+_PHONE_LM = {"ngram-order": at_least(2), "no-prune-ngram-order": at_least(1), "num-extra-lm-states": at_least(0)}
+
+
+def phone_lm_options(words: str) -> PhoneLmOptions:
+    """``--chain.lm-opts``: options of chain-est-phone-lm, ``--name=value`` each.
+
+    Raises:
+        ConfigError: all that is wrong with them, a line each.
+    """
+    where, program = "--chain.lm-opts", "chain-est-phone-lm"
+    fields: dict[str, Any] = {}
+    complaints: list[str] = []
+    for word in words.split():
+        name, _, value = word.removeprefix("--").replace("_", "-").partition("=")
+        if not word.startswith("--"):
+            complaints.append(f"{where}: {word!r} is no option of {program}: they are --name=value")
+        elif name in _PHONE_LM:
+            fields[name.replace("-", "_")] = _collected(_PHONE_LM[name], value, f"{where}: --{name}", complaints)
+        else:
+            complaints.append(f"{where}: {program} has no option --{name}")
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    options = PhoneLmOptions(**fields)
+    if options.no_prune_ngram_order > options.ngram_order:
+        raise ConfigError(
+            f"{where}: --no-prune-ngram-order={options.no_prune_ngram_order} is above "
+            f"--ngram-order={options.ngram_order}"
+        )
+    return options
 
 
 def _collected(kind: Callable[[str], Any], value: str, where: str, complaints: list[str]) -> Any:

@@ -23,6 +23,8 @@ from kaldi_mpi.formats.transition import TransitionModel, read_transition_model
 from kaldi_mpi.learner import export, faults
 from kaldi_mpi.learner.alignment_counts import PRIOR_SCALE_FILE, AlignmentCounts
 from kaldi_mpi.learner.asynchronous import AsynchronousPhase, Surroundings
+from kaldi_mpi.learner.chain_graphs import make_graphs, read_denominator
+from kaldi_mpi.learner.chain_objective import LfMmi
 from kaldi_mpi.learner.checkpoint import Checkpoints
 from kaldi_mpi.learner.combine import models_to_combine
 from kaldi_mpi.learner.dataset import Dataset
@@ -36,6 +38,7 @@ from kaldi_mpi.learner.lock import run_lock
 from kaldi_mpi.learner.logs import Traffic, TrainingLog
 from kaldi_mpi.learner.members import LeftBehindError
 from kaldi_mpi.learner.network import Network
+from kaldi_mpi.learner.objective import DerivativeTimes, FrameObjective, Objective
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.options import TrainOptions, parse
 from kaldi_mpi.learner.progress import Progress
@@ -50,7 +53,7 @@ from kaldi_mpi.learner.server import Server, command_server
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.stages import Stages, stages_to_do
 from kaldi_mpi.learner.state import TrainingState, copy_model
-from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.stopping import Stopping
 from kaldi_mpi.learner.synchronous import run_synchronous
 from kaldi_mpi.learner.validate import IterationEnd, Pass, Validation
@@ -141,7 +144,14 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
     device = choose_device(options.use_gpu, world)
     transitions = None if options.raw else read_transition_model(Path(options.data.ali_dir) / "final.mdl")
     network = Network(options.xconfig, options.data.seed, world, options.input_model)
-    network.check_output(None if transitions is None else transitions.num_pdfs)
+    network.check_output(None if transitions is None else transitions.num_pdfs, options.trains_xent)
+    objective: Objective = FrameObjective()
+    if options.chain is not None and transitions is not None:
+        if world.rank == 0:
+            make_graphs(options, transitions)
+        world.barrier()
+        denominator = read_denominator(options, transitions.num_pdfs, world.rank == 0)
+        objective = LfMmi(denominator, options.chain.objective)
     images = None
     if options.data.image_augmentation:
         images = ImageAugmentation.parse(options.data.image_augmentation)
@@ -159,6 +169,8 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
         export.write_cmvn_opts(folder, options.data.cmvn)
         if not options.raw:
             export.copy_alignment_files(folder, Path(options.data.ali_dir))
+        if options.data.frame_subsampling_factor is not None:
+            export.write_subsampling(folder, options.data.frame_subsampling_factor)
         export.copy_data_properties(folder, options.data)
     world.barrier()
 
@@ -169,6 +181,8 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
     chunks = dataset.plan(world.size)
     plan, total_frames = make_plan(options, dataset, chunks)
     stages = stages_to_do(options, plan.num_iterations)
+    if world.rank == 0 and options.chain is not None:
+        export.write_num_iterations(folder, plan.num_iterations)
     if stages.exits:
         plan = dataclasses.replace(plan, exit_step=plan.first_step(stages.end_iteration))
     if network.missing and not stages.lda:
@@ -208,11 +222,12 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
         shrinking=Shrinking(options.shrink_value, options.shrink_saturation_threshold, options.proportional_shrink),
         images=images,
         beat=beat,
+        objective=objective,
     )
+    how = Pass(dataset, world, device, beat=beat, objective=objective)
     validation = Validation(
-        model, flat, Pass(dataset, world, device, beat=beat), log, models if world.rank == 0 else None,
-        by_class=options.compute_per_dim_accuracy,
-    )  # fmt: skip
+        model, flat, how, log, models if world.rank == 0 else None, by_class=options.compute_per_dim_accuracy
+    )
 
     decides = facts(options, everyone.size, network.transforms) if world.rank == 0 else None
     checkpoints = Checkpoints(folder, everyone, decides, options.checkpoints_kept, _ends_run(everyone, status))
@@ -342,6 +357,7 @@ def _train(options: TrainOptions, everyone: World, status: Status | None, beat: 
         return ""
     finish(options, stages, validation, models, log)
     if world.rank == 0:
+        log.summary.write_report(folder / "accuracy.report")
         log.summary.write(folder / "log" / "summary.json", strategy=spelled, num_learners=world.size)
         checkpoints.remove()
     world.barrier()
@@ -384,13 +400,16 @@ def begin_models(
     interval = options.preserve_model_interval if options.cleanup else 1
     if transitions is None:
         return IterationModels(folder, None, plan.num_iterations, kept, interval, options.binary)
+    if options.chain is not None:
+        what = transitions, np.zeros(0, np.float32)
+        return IterationModels(folder, what, plan.num_iterations, kept, interval, options.binary)
     counts = AlignmentCounts.of_all_learners(options.data.ali_dir, transitions, dataset.transition_counts, world)
     if stages.prior_scale and world.rank == 0:
         counts.write_prior_scale(folder, options.presoftmax_prior_scale_power)
     world.barrier()
     network.scale_by_priors(folder / PRIOR_SCALE_FILE)
-    what = counts.trained_transitions(), counts.priors()
-    return IterationModels(folder, what, plan.num_iterations, kept, interval, options.binary)
+    trained = counts.trained_transitions(), counts.priors()
+    return IterationModels(folder, trained, plan.num_iterations, kept, interval, options.binary)
 
 
 def serve(options: TrainOptions, everyone: World, status: Status | None) -> str:
@@ -417,11 +436,20 @@ def make_plan(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> tup
     plan = Plan(
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        steps_per_iteration=max(1, options.samples_per_iter // dataset.usual_minibatch(chunks)),
+        steps_per_iteration=max(1, _per_iteration(options, dataset, chunks)),
         num_epochs=options.num_epochs,
         checkpoint_interval=options.checkpoint_interval,
     )
     return plan, frames_before(num_steps, dataset, chunks)
+
+
+def _per_iteration(options: TrainOptions, dataset: Dataset, chunks: ChunkPlan) -> int:
+    """A learner's minibatches between two validations."""
+    if options.chain is None:
+        return options.samples_per_iter // dataset.usual_minibatch(chunks)
+    # In input frames, as Kaldi has them.
+    frames = dataset.usual_frames(chunks) * (options.data.frame_subsampling_factor or 1)
+    return options.chain.frames_per_iter // frames
 
 
 def frames_before(step: int, dataset: Dataset, chunks: ChunkPlan) -> int:

@@ -2,15 +2,17 @@
 
 The numbers are Kaldi's (``steps/nnet3/train_*.py``); an iteration is the stretch between two validations.
 
-    stage           acoustic model              raw network
-    LDA             -3                          -2
-    prior scale     -2                          (none)
-    initial model   -1                          -1
-    iteration i      i                           i
-    combination     number of iterations        the same
-    priors          the same + 1                average output
+    stage           acoustic model              raw network         chain model
+    phone LM        (none)                      (none)              -6
+    denominator     (none)                      (none)              -5
+    LDA             -3                          -2                  -2
+    prior scale     -2                          (none)              (none)
+    initial model   -1                          -1                  -1
+    iteration i      i                           i                   i
+    combination     number of iterations        the same            the same
+    priors          the same + 1                average output      (none)
 
-The stages before these make examples and a network for LDA's statistics; here features are read as they are needed.
+The other stages make examples and a network for LDA's statistics; here features are read as they are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import dataclasses
 
 from kaldi_mpi.learner.options import TrainOptions
 
-_LDA, _LDA_RAW, _PRIOR_SCALE, _INITIAL = -3, -2, -2, -1
+_LDA, _PRIOR_SCALE, _INITIAL = -3, -2, -1
+_LDA_WITHOUT_PRIORS = -2  # of raw networks and chain models
+PHONE_LM, DENOMINATOR = -6, -5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Stages:
         first_iteration, end_iteration: those to train are first_iteration .. end_iteration - 1.
         combine: the last models, where --trainer.optimization.do-final-combination is on.
         combined_before: that is on, and an earlier run has done it.
-        priors: and final.mdl; of a raw network its average output, where that is asked for.
+        priors: and final.mdl; of a raw network its average output, where that is asked for; chain models have none.
         exits: whether the training ends before its last iteration, and nothing comes after.
     """
 
@@ -62,13 +66,15 @@ def stages_to_do(options: TrainOptions, num_iterations: int) -> Stages:
     exits = leave is not None and 0 <= leave < num_iterations
     end = leave if exits and leave is not None else num_iterations
     return Stages(
-        lda=fresh and stage <= (_LDA_RAW if options.raw else _LDA),
-        prior_scale=fresh and not options.raw and stage <= _PRIOR_SCALE,
+        lda=fresh and stage <= (_LDA if options.has_priors else _LDA_WITHOUT_PRIORS),
+        prior_scale=fresh and options.has_priors and stage <= _PRIOR_SCALE,
         initial=stage <= _INITIAL,
         first_iteration=min(max(0, stage), end),
         end_iteration=end,
         combine=not exits and options.do_final_combination and stage <= num_iterations,
         combined_before=options.do_final_combination and stage > num_iterations,
-        priors=not exits and stage <= num_iterations + 1 and (not options.raw or options.compute_average_posteriors),
+        priors=not exits
+        and stage <= num_iterations + 1
+        and (options.has_priors or (options.raw and options.compute_average_posteriors)),
         exits=exits,
     )

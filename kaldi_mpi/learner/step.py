@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,33 +14,12 @@ from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.logs import TrainingLog
-from kaldi_mpi.learner.objective import objective_of
+from kaldi_mpi.learner.objective import DerivativeTimes, FrameObjective, Objective
 from kaldi_mpi.learner.schedule import ExponentialRate, SuperLearner
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.log import logger
 from kaldi_mpi.transport.beat import Beat
-
-
-@dataclasses.dataclass(frozen=True)
-class DerivativeTimes:
-    """Times, relative to a chunk's first and last label, outside which there are no derivatives.
-
-    As ``train_rnn.py`` derives nnet3-train's ``--optimization.min-deriv-time`` and ``max-deriv-time-relative`` from
-    ``--trainer.deriv-truncate-margin``.
-    """
-
-    first: int | None = None
-    last_relative: int | None = None
-
-    @classmethod
-    def of_margin(cls, margin: int, left_context: int, right_context: int) -> DerivativeTimes:
-        """Those of a network with these contexts."""
-        return cls(-(margin + left_context), margin + right_context)
-
-    def last(self, width: int) -> int | None:
-        """The last time with derivatives in a chunk of `width` labelled frames."""
-        return None if self.last_relative is None else width - 1 + self.last_relative
 
 
 class LearnerStep:
@@ -61,6 +39,7 @@ class LearnerStep:
         shrinking: of parameters, as iterations begin.
         images: what happens to inputs that are images; None: nothing.
         beat: is told of each minibatch; None: nobody is.
+        objective: what the network is trained for; None: its labels.
     """
 
     def __init__(
@@ -78,7 +57,9 @@ class LearnerStep:
         shrinking: Shrinking | None = None,
         images: ImageAugmentation | None = None,
         beat: Beat | None = None,
+        objective: Objective | None = None,
     ) -> None:
+        self._objective: Objective = FrameObjective() if objective is None else objective
         self.state, self.rate, self._log = state, rate, log
         self._num_learners, self._derivatives, self._injector = num_learners, derivatives, injector
         self._l2_factor = l2_factor
@@ -161,21 +142,12 @@ class LearnerStep:
         flat = self.state.flat
         flat.gradients.zero_()
         if batch.frames:
-            width, feats = batch.shape.width, batch.feats
+            model, feats = self.state.model, batch.feats
             if self._images is not None:
-                feats = self._images(feats, self.state.model.mode.chance)
-            output = self.state.model(
-                feats,
-                batch.first,
-                width,
-                ivectors=batch.ivectors,
-                min_deriv_time=self._derivatives.first,
-                max_deriv_time=self._derivatives.last(width),
-            )
-            objective, weight = objective_of(self.state.model.objective, output, batch)
-            (-objective).backward()
+                feats = self._images(feats, model.mode.chance)
+            terms = self._objective.train(model, feats, batch, self._derivatives)
             if logged:
-                self._log.add_objective(objective.detach(), weight, batch.frames)
+                self._log.add_objective(terms, batch.frames)
             for c in flat.components:
                 if c.module is not None:
                     c.module.finish_gradient()

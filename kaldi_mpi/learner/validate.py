@@ -21,15 +21,9 @@ from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
-from kaldi_mpi.learner.logs import Score, TrainingLog
-from kaldi_mpi.learner.objective import (
-    label_scores,
-    label_weights,
-    labelled_rows,
-    objective_of,
-    right_weight,
-    right_weight_by_class,
-)
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import FrameObjective, Objective, labelled_rows
+from kaldi_mpi.learner.scores import ChainScore, Score
 from kaldi_mpi.loader import MinibatchRule, Source
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.models.components import BatchNorm
@@ -65,6 +59,7 @@ class Pass:
         minibatch: chunks of a minibatch, where that makes a difference, since batch-norm takes its means from it; None:
             as is convenient.
         beat: is told that the pass goes on; None: nobody is.
+        objective: what the network is trained for.
     """
 
     dataset: Dataset
@@ -72,6 +67,7 @@ class Pass:
     device: torch.device
     minibatch: MinibatchRule | None = None
     beat: Beat | None = None
+    objective: Objective = dataclasses.field(default_factory=FrameObjective)
 
     def batches(self, source: Source, seed: int | None = None, max_chunks: int | None = None) -> Iterator[Batch]:
         """This learner's minibatches of one epoch, but for those without frames.
@@ -114,35 +110,12 @@ def with_parameters(model: AcousticModel, flat: FlatParameters, values: NDArray[
         model.train()
 
 
-@torch.no_grad()
-def compute_prob(model: AcousticModel, source: Source, how: Pass, by_class: bool = False) -> Score:
-    """Objective and, where it is linear, accuracy of `model` on all of `source`, each learner taking its share.
+def compute_prob(model: AcousticModel, source: Source, how: Pass, by_class: bool = False) -> Score | ChainScore:
+    """What `model` makes of all of `source`, each learner taking its share; every rank gets the same score.
 
-    Every rank gets the same score. Labels count by their weights. With `by_class` the accuracy of each pdf-id, too.
+    With `by_class` the accuracy of each pdf-id, too.
     """
-    linear = model.objective == "linear"
-    classes = model.output_dim if by_class and linear else 0
-    sums = np.zeros(3 + 2 * classes)
-    for batch in how.batches(source):
-        output = model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
-        if not linear:
-            objective, count = objective_of(model.objective, output.double(), batch)
-            sums[0] += objective.item()
-            sums[2] += float(count)
-            continue
-        weights = label_weights(batch).double()
-        sums[0] += (label_scores(output, batch).double() * weights).sum().item()
-        sums[1] += right_weight(output, batch).item()
-        sums[2] += batch.weight
-        if classes:
-            sums[3:] += right_weight_by_class(output, batch).cpu().numpy().reshape(-1)
-    sums = how.world.sum_float64(sums)
-    mean, correct, total = sums[:3].tolist()
-    if not linear:
-        return Score(mean / max(total, 1e-20), None, round(total))
-    right, weight = sums[3:].reshape(2, classes)
-    by_pdf = tuple(float(r / w) if w else -1.0 for r, w in zip(right, weight, strict=True)) if by_class else None
-    return Score(mean / max(total, 1e-20), correct / max(total, 1e-20), round(total), by_pdf)
+    return how.objective.score(model, how.batches(source), how.world, by_class)
 
 
 @torch.no_grad()
@@ -159,7 +132,7 @@ def recompute_batch_norm(model: AcousticModel, source: Source, how: Pass) -> Non
         module.zero_statistics()
     with model.mode.evaluating(collect=True):
         for batch in how.batches(source):
-            model(batch.feats, batch.first, batch.shape.width, ivectors=batch.ivectors)
+            how.objective.forward(model, batch)
     for module in modules:
         sums = module.take_sums()
         module.set_sums(torch.from_numpy(how.world.sum_float64(sums.numpy())))

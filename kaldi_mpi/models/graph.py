@@ -209,6 +209,9 @@ class Graph:
         for unit in reversed(self.units):
             if not isinstance(unit, frozenset):
                 if unit.name in found:
+                    module = self.module_of(unit)
+                    if module is not None and module.fills_gaps:
+                        found[unit.name] |= _between(axis, found[unit.name]) & computable[unit.name]
                     self._demand(unit, axis, computable, found)
                 continue
             before = None
@@ -268,6 +271,14 @@ class Graph:
                 left = max(left, int(times[0]) - shift)
                 right = max(right, shift + window - 1 - int(times[-1]))
         return max(0, left), max(0, right)
+
+
+def _between(axis: Axis, mask: Mask) -> Mask:
+    """All times from the first of `mask` to its last, at the largest step that meets each of it."""
+    times = axis.of(mask)
+    if len(times) < 3:
+        return mask
+    return axis.mask(range(int(times[0]), int(times[-1]) + 1, int(np.gcd.reduce(np.diff(times)))))
 
 
 def _input_times(module: ComponentModule, times: Times) -> Iterator[tuple[Times, list[Times], list[Times]]]:

@@ -233,9 +233,10 @@ class AcousticModel(nn.Module):
         fixed.bias.copy_(bias)
 
     def use_natural_gradient(self) -> None:
-        """Precondition the gradients of all components that nnet3 trains so."""
+        """Precondition the gradients of all components that nnet3 trains so: not of those that are gradients."""
         for component in self.by_name.values():
-            component.use_natural_gradient()
+            if not component.attributes.get("IsGradient", False):
+                component.use_natural_gradient()
 
     def saturation(self) -> float:
         """The mean of all its sigmoids' and tanhs' `saturations`, from 0 to 1; 0 where nothing is stored.

@@ -23,7 +23,7 @@ import torch
 from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.hangs import ON_HANG
 from kaldi_mpi.learner.options import TrainOptions, kaldi_names, make_parser, option_names, read
-from kaldi_mpi.learner.recipe_options import DNN, RAW_DNN, RAW_RNN, RNN
+from kaldi_mpi.learner.recipe_options import CHAIN, DNN, RAW_DNN, RAW_RNN, RNN
 from kaldi_mpi.options import Words
 from kaldi_mpi.processes import STOPPED
 from kaldi_mpi.programs.job import lines_of, run_job
@@ -59,6 +59,11 @@ def raw_rnn_main(arguments: Sequence[str]) -> int:
 def raw_dnn_main(arguments: Sequence[str]) -> int:
     """``steps_mpi/nnet3/train_raw_dnn.py``."""
     return start("train_raw_dnn.py", RAW_DNN, arguments)
+
+
+def chain_main(arguments: Sequence[str]) -> int:
+    """``steps_mpi/nnet3/chain/train.py``."""
+    return start("chain/train.py", CHAIN, arguments)
 
 
 def general_main(arguments: Sequence[str]) -> int:

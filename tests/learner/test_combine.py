@@ -178,9 +178,10 @@ def test_shrinking_scales_what_nnet3_copy_scales(tmp_path: Path) -> None:
     from kaldi_mpi.learner.faults import Injector
     from kaldi_mpi.learner.flat import FlatParameters
     from kaldi_mpi.learner.logs import TrainingLog
+    from kaldi_mpi.learner.objective import DerivativeTimes
     from kaldi_mpi.learner.optimiser import KaldiSgd
     from kaldi_mpi.learner.state import TrainingState
-    from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+    from kaldi_mpi.learner.step import LearnerStep
     from tests.learner.golden_training import FixedRate
 
     case = cases()["shrunk"]

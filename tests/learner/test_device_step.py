@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import DerivativeTimes
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.schedule import ExponentialRate
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.learner.state import TrainingState
-from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.loader import ChunkShape, Minibatch
 from kaldi_mpi.models import AcousticModel, build_model, natural_gradient
 from kaldi_mpi.models.chance import Chance

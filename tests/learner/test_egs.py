@@ -23,6 +23,7 @@ from kaldi_mpi.learner.batches import Batch
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.options import parse
 from kaldi_mpi.learner.run import train
+from kaldi_mpi.learner.scores import Score
 from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.learner.validate import Pass, compute_prob, lda_statistics, mean_posterior
 from kaldi_mpi.loader import Chunking
@@ -138,7 +139,8 @@ def test_examples_score_as_the_features_that_they_were_cut_from(hard: Egs) -> No
     for name in ("train", "valid", "diagnostic"):
         one = compute_prob(model, getattr(data, name), of_features)
         two = compute_prob(model, getattr(examples, name), of_examples)
-        assert one.frames == two.frames and one.accuracy == pytest.approx(two.accuracy)
+        assert one.frames == two.frames
+        assert isinstance(one, Score) and isinstance(two, Score) and one.accuracy == pytest.approx(two.accuracy)
         assert one.log_likelihood == pytest.approx(two.log_likelihood, rel=1e-6)
     one_prior, other_prior = (
         mean_posterior(model, s.train, how, 10**6, 0) for s, how in ((data, of_features), (examples, of_examples))

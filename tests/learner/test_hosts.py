@@ -76,7 +76,9 @@ def daemons() -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "expair", "easgd"])
+@pytest.mark.parametrize(
+    "strategy", ["expair", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("allreduce", "easgd"))]
+)
 def test_a_host_is_gone(toy: Toy, ssh: Path, strategy: str) -> None:
     """The others go on from the last checkpoint, all of them with the models that they had."""
     folder = toy.experiment(f"gone-{strategy}")
@@ -101,6 +103,7 @@ def test_a_host_is_gone(toy: Toy, ssh: Path, strategy: str) -> None:
     assert re.search(r"going on at step \d+", log)
 
 
+@pytest.mark.thorough
 def test_a_learner_dies_on_a_host_that_is_there(toy: Toy, ssh: Path) -> None:
     """All start again."""
     folder = toy.experiment("there")

@@ -17,9 +17,10 @@ from kaldi_mpi.formats.tokens import write_matrix
 from kaldi_mpi.learner.faults import Injector
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import DerivativeTimes
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.state import TrainingState
-from kaldi_mpi.learner.step import DerivativeTimes, LearnerStep
+from kaldi_mpi.learner.step import LearnerStep
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.nnet3 import read_nnet, to_torch
 from tests.kaldi import nnet3

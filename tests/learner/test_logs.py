@@ -115,13 +115,18 @@ def test_log_lines_are_kaldis() -> None:
 
 def test_iteration_logs_have_the_lines_that_scripts_parse(tmp_path: Path) -> None:
     """The patterns are those of steps/libs/nnet3/report/log_parse.py and steps/libs/nnet3/train/common.py."""
-    IterationLogs(tmp_path).train(3, 1, -250.0, 200)
+    IterationLogs(tmp_path).train(3, 1, {"output": (-250.0, 200.0, 0.0)})
     text = (tmp_path / "train.3.2.log").read_text()
     found = re.search(
         r"Overall average objective function for 'output' is ([0-9.\-+e]+) over ([0-9.\-+e]+) frames", text
     )
     assert found is not None and found.groups() == ("-1.25", "200")
     assert re.search(r"log-prob-per-frame=\s*-1\.25", text)
+    IterationLogs(tmp_path).train(3, 1, {"output": (-25.0, 200.0, -5.0), "output-xent": (-250.0, 200.0, 0.0)})
+    text = (tmp_path / "train.3.2.log").read_text()
+    # As nnet3-chain-train prints an objective with l2, and the other output's.
+    assert "Overall average objective function for 'output' is -0.125 + -0.025 = -0.15 over 200 frames." in text
+    assert "Overall average objective function for 'output-xent' is -1.25 over 200 frames." in text
 
 
 def test_atomic_write_is_all_or_nothing(tmp_path: Path) -> None:

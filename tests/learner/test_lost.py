@@ -26,6 +26,10 @@ OPTIONS = (
 )
 
 
+def _more(*values: str | int) -> Any:
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("toy"))
@@ -48,7 +52,7 @@ def run(
     return folder, result.stderr, json.loads(summary.read_text()) if summary.exists() else {}
 
 
-@pytest.mark.parametrize("strategy", ["adpsgd-random", "easgd", "asgd"])
+@pytest.mark.parametrize("strategy", ["adpsgd-random", _more("easgd"), _more("asgd")])
 def test_a_stopped_learner_is_left_behind(toy: Toy, strategy: str) -> None:
     """Checkpoints, validations and the end do without it; all data are trained on."""
     folder, log, summary = run(toy, f"stop-{strategy}", 3, 1, "stop", f"--strategy={strategy}")
@@ -61,7 +65,7 @@ def test_a_stopped_learner_is_left_behind(toy: Toy, strategy: str) -> None:
     assert summary["validations"][-1]["iteration"] == "final"
 
 
-@pytest.mark.parametrize("strategy", ["expair", "asgd"])
+@pytest.mark.parametrize("strategy", ["asgd", _more("expair")])
 def test_a_stopped_learner_comes_back(toy: Toy, strategy: str) -> None:
     options = (f"--strategy={strategy}", "--trainer.num-epochs=20")
     _, log, summary = run(toy, f"back-{strategy}", 3, 1, "stop, continue after 3 s", *options)
@@ -100,7 +104,7 @@ def test_who_wakes_too_late_is_told_so(toy: Toy) -> None:
     assert (folder / "final.mdl").exists()
 
 
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("rank", [3, _more(2)])
 def test_a_super_learner_is_lost_as_a_whole(toy: Toy, rank: int) -> None:
     """Its leader, or another of its learners."""
     options = ("--strategy=expair", "--super-learner-size=2")
@@ -146,7 +150,7 @@ def ulfm(ranks: int, options: list[str]) -> list[str]:
     return [*command[: command.index("--")], "--mpiexec-opts=--with-ft ulfm", *command[command.index("--") :]]
 
 
-@pytest.mark.parametrize(("strategy", "failed"), [("expair", 1), ("asgd", 2)])
+@pytest.mark.parametrize(("strategy", "failed"), [("expair", 1), _more("asgd", 2)])
 def test_a_death_under_an_mpi_that_survives_it(toy: Toy, strategy: str, failed: int) -> None:
     if mpi_vendor(find_mpiexec()) != "openmpi":
         pytest.skip("Open MPI alone has --with-ft ulfm")

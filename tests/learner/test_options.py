@@ -64,7 +64,7 @@ def test_all_mistakes_at_once() -> None:
     ]
     inside = ["--egs.opts=--nosuch 1 --num-utts-subset x", "--trainer.add-option=--fly", "--feat.cmvn-opts=-x"]
     assert len(mistakes(*RNN, *inside)) == 4
-    assert mistakes("--program=tree") == ["--program=tree: must be one of rnn, dnn, raw-rnn, raw-dnn"]
+    assert mistakes("--program=tree") == ["--program=tree: must be one of rnn, dnn, raw-rnn, raw-dnn, chain"]
     assert mistakes("--program=raw-rnn", "--dir=d") == ["--feat-dir is needed", "--targets-scp is needed"]
     assert mistakes(*RNN, "--trainer.optimization.proportional-shrink=2000")[0].endswith("Kaldi wants more than 0.5")
 

@@ -49,7 +49,11 @@ def stopped_at(folder: Path, num_learners: int, options: list[str]) -> int:
 
 @pytest.mark.parametrize(
     ("num_learners", "strategy"),
-    [(1, ()), (2, ("--strategy=allreduce",)), (2, ("--strategy=bmuf", "--frames-per-average=300"))],
+    [
+        (1, ()),
+        (2, ("--strategy=allreduce",)),
+        pytest.param(2, ("--strategy=bmuf", "--frames-per-average=300"), marks=pytest.mark.thorough),
+    ],
 )
 def test_the_same_bytes(toy: Toy, num_learners: int, strategy: tuple[str, ...]) -> None:
     name = f"{num_learners}-{len(strategy)}"
@@ -70,7 +74,7 @@ def test_the_same_bytes(toy: Toy, num_learners: int, strategy: tuple[str, ...]) 
     [
         ("--strategy=expair",),
         ("--strategy=easgd", "--dedicated-server=true"),
-        ("--strategy=adpsgd-fixed", "--super-learner-size=2"),
+        pytest.param(("--strategy=adpsgd-fixed", "--super-learner-size=2"), marks=pytest.mark.thorough),
     ],
 )
 def test_strategies_that_wait_for_nobody(toy: Toy, strategy: tuple[str, ...]) -> None:

@@ -39,8 +39,14 @@ def leftovers_there(toy: Toy) -> set[Path]:
     [
         ("start", signal.SIGTERM, "asked to stop: signal SIGTERM to train.sh (process {pid}); learners write a"),
         ("start", signal.SIGKILL, "asked to stop: train.sh (process {pid}), by which it was started, is gone"),
-        ("cmd", signal.SIGKILL, " (process {pid})"),  # start, which lives, and the launcher both see it
-        ("shell", signal.SIGKILL, "asked to stop: bash (process {pid}), by which it was started, is gone"),
+        # start, which lives, and the launcher both see it
+        pytest.param("cmd", signal.SIGKILL, " (process {pid})", marks=pytest.mark.thorough),
+        pytest.param(
+            "shell",
+            signal.SIGKILL,
+            "asked to stop: bash (process {pid}), by which it was started, is gone",
+            marks=pytest.mark.thorough,
+        ),
         ("launch", signal.SIGHUP, "asked to stop: signal SIGHUP; learners write a checkpoint and end"),
         ("learner", signal.SIGUSR1, "stopped: signal SIGUSR1 to learner rank "),
     ],

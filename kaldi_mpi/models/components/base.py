@@ -72,6 +72,8 @@ class ComponentModule(nn.Module):
         kind: nnet3's type name.
         updatable: whether it has trained parameters.
         row_wise: see above.
+        fills_gaps: it computes the rows between those that are asked for, too, where these are at equal steps but for
+            some; their derivatives are 0, but a natural gradient has them among its rows.
         takes_nothing: its output does not depend on its input (masks, constants), which need not be computed.
         input_dim, output_dim: numbers of columns.
         name: in the model; set by the model.
@@ -83,6 +85,7 @@ class ComponentModule(nn.Module):
     kind: ClassVar[str]
     updatable: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
+    fills_gaps: ClassVar[bool] = False
     takes_nothing: ClassVar[bool] = False
 
     def __init__(self, input_dim: int, output_dim: int) -> None:

@@ -37,6 +37,7 @@ class Tdnn(RowTrained):
     kind = "TdnnComponent"
     updatable = True
     row_wise = False
+    fills_gaps = True
 
     def __init__(self, time_offsets: Sequence[int], linear: Tensor, bias: Tensor | None) -> None:
         self.time_offsets = tuple(time_offsets)
