@@ -258,7 +258,7 @@ class Bench:
 
     def frames(self, folder: Path) -> float:
         """Labelled frames that the training's logs say were trained on."""
-        pattern = re.compile(r"Overall average objective function for 'output' is \S+ over (\S+) frames")
+        pattern = re.compile(r"Overall average objective function for 'output' is [^,\n]* over (\S+) frames")
         found = (pattern.findall(path.read_text(errors="replace")) for path in folder.glob("log/train.*.*.log"))
         return float(sum(float(words[-1]) for words in found if words))
 

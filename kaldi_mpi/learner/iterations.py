@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kaldi_mpi.errors import DataError
+from kaldi_mpi.files import atomic_write
 from kaldi_mpi.formats.tokens import FloatArray
 from kaldi_mpi.formats.transition import TransitionModel
 from kaldi_mpi.models import AcousticModel
@@ -81,7 +82,19 @@ class IterationModels:
         else:
             write_am(make_am(model, *self.acoustic), self.path(name), binary=self._binary)
         if isinstance(name, int):
+            self._describe(name, model)
             self._remove(name - 2, self.kept)
+
+    def _describe(self, number: int, model: AcousticModel) -> None:
+        """What the scripts in ``steps/info`` look for in ``log/progress.ITER.log``: sizes."""
+        inputs = [(model.input_name, model.input_dim), ("ivector", model.ivector_dim)]
+        lines = [
+            f"num-parameters: {sum(p.numel() for c in model.updatable_components() for p in c.parameters)}",
+            *(f"input-node name={node} dim={dim}" for node, dim in inputs if dim),
+            *(f"output-node name={node} dim={model.graph.dim(node)}" for node in model.outputs),
+        ]
+        with atomic_write(self._folder / "log" / f"progress.{number}.log", "w", sync=False) as stream:
+            stream.writelines(f"{line}\n" for line in lines)
 
     def clean(self) -> None:
         """At the end: remove those before the last, but for each `interval`-th (``clean_nnet_dir``)."""
