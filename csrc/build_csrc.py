@@ -19,7 +19,7 @@ MODEL_HEADERS = ["passes.h"]
 MODEL_SOURCES = ["passes.c"]
 # The objective of chain training; of the loader it has the errors and the graphs of a supervision, which stand in a
 # header that says nothing else to Python.
-CHAIN_HEADERS = ["error.h", "supervision.h", "denominator.h", "numerator.h"]
+CHAIN_HEADERS = ["error.h", "supervision.h", "lanes.h", "denominator.h", "numerator.h"]
 CHAIN_SOURCES = ["denominator.c", "numerator.c"]
 # In order of dependence: a header may use what the ones before it declare.
 LOADER_HEADERS = [

@@ -9,9 +9,9 @@
 
 #if defined(__has_attribute)
 #if __has_attribute(target_clones) && defined(__x86_64__) && defined(__gnu_linux__)
-/* Each such function exists three times, and the loader takes the widest that the machine can run. Products
- * and sums are not fused in any of them, so that all give the same floats. */
-#define KM_WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+/* Each such function exists twice, and the loader takes the one with the widest vectors that the machine has.
+ * Products and sums are not fused in either, so that both give the same floats. */
+#define KM_WIDEST __attribute__((target_clones("avx2", "default")))
 #endif
 #endif
 #ifdef KM_WIDEST

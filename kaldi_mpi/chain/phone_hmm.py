@@ -50,7 +50,6 @@ class PhoneHmms:
     Attributes:
         context_width, central_position: of the tree.
         num_pdfs, num_transition_ids: of the system.
-        of_id: the HMM that each transition-id belongs to.
 
     Raises:
         DataError: a phone's topology is another than the chain one.
@@ -80,7 +79,7 @@ class PhoneHmms:
                 phone, forward, loop, forward_id, loop_id, forward_cost, loop_cost
             )
             first_id += len(order)
-        self.of_id = {number: hmm for hmm in self._hmms.values() for number in (hmm.forward_id, hmm.loop_id)}
+        self._of_id = {number: hmm for hmm in self._hmms.values() for number in (hmm.forward_id, hmm.loop_id)}
 
     def of(self, window: tuple[int, ...]) -> PhoneHmm:
         """The HMM of the phone at the central position of context_width phones, 0 beyond an utterance's ends.
@@ -102,3 +101,7 @@ class PhoneHmms:
                     file=self._tree.file,
                 ) from None
         return found
+
+    def by_id(self) -> dict[int, PhoneHmm]:
+        """The HMM that each transition-id belongs to."""
+        return self._of_id

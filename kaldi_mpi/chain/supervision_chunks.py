@@ -138,7 +138,7 @@ class Normaliser:
         Raises:
             DataError: the labels are no transition-ids, or another model's.
         """
-        hmm_of = hmms.of_id
+        hmm_of = hmms.by_id()
         timed = Acceptor.from_fst(chunk.fsts[0])
         if chunk.label_dim != hmms.num_transition_ids or not hmm_of.keys() >= {*chunk.fsts[0].ilabels.tolist()}:
             raise DataError("the supervision's labels are not the transition-ids of this model")

@@ -15,6 +15,7 @@ from kaldi_mpi.chain.supervision_graphs import SupervisionGraphs
 from kaldi_mpi.learner.objective import DerivativeTimes
 from kaldi_mpi.learner.scores import ChainOutput, ChainScore, Term
 from kaldi_mpi.loader import ChainSupervision, Minibatch
+from kaldi_mpi.log import logger
 from kaldi_mpi.models import AcousticModel
 from kaldi_mpi.transport.world import World
 
@@ -35,6 +36,7 @@ class LfMmi:
     def __init__(self, denominator: Denominator, options: ChainOptions) -> None:
         self._denominator, self._options = denominator, options
         self._outputs = (OUTPUT, XENT) if options.xent_regularize else (OUTPUT,)
+        self._failed: Tensor | None = None  # on a GPU, which minibatches do not wait for: how many have failed
 
     def train(
         self, model: AcousticModel, feats: Tensor, batch: Minibatch[Tensor], derivatives: DerivativeTimes
@@ -52,6 +54,8 @@ class LfMmi:
         torch.autograd.backward(
             [output for output, _ in pairs], [-derivative for _, derivative in pairs if derivative is not None]
         )
+        if found.failed.device.type != "cpu":  # there `chain_objective` has warned
+            self._failed = found.failed.long() if self._failed is None else self._failed + found.failed
         terms = {OUTPUT: Term(found.objf, found.weight, found.l2)}
         if found.xent is not None:
             terms[XENT] = Term(found.xent, found.weight)
@@ -67,6 +71,7 @@ class LfMmi:
         self, model: AcousticModel, batches: Iterable[Minibatch[Tensor]], world: World, by_class: bool = False
     ) -> ChainScore:
         """See there; there is no accuracy."""
+        self._warn()
         sums = np.zeros(2 + len(self._outputs))
         for batch in batches:
             found = self._objective(batch, self._evaluate(model, batch.feats, batch), derivatives=False)
@@ -77,6 +82,13 @@ class LfMmi:
         objective, l2, *xent = (number / max(weight, 1e-20) for number in numbers)
         outputs = [ChainOutput(OUTPUT, objective, l2), *(ChainOutput(XENT, value, 0.0) for value in xent)]
         return ChainScore(outputs, weight)
+
+    def _warn(self) -> None:
+        failed, self._failed = 0 if self._failed is None else int(self._failed), None
+        if failed:
+            logger.warning(
+                "%d minibatches had no finite objective, or sums that are off: each counts -10 a frame", failed
+            )
 
     def _evaluate(
         self,
