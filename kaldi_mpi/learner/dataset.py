@@ -37,10 +37,7 @@ from kaldi_mpi.transport.world import World
 _LARGEST_HELD_OUT_SHARE = 0.1
 
 # Why chain training does not begin.
-NO_CHAIN_EGS = (
-    "--egs.dir is needed: chain examples are not made here; steps/nnet3/chain/get_egs.sh makes them, as Kaldi's "
-    "chain/train.py with --exit-stage 0 does"
-)
+NO_CHAIN_EGS = "--egs.dir is needed: a learner makes no chain examples; Kaldi's steps/nnet3/chain/get_egs.sh does"
 
 # A pass in the data's own order gains nothing from more memory than reading ahead needs.
 _UNSHUFFLED_MEMORY = 16 * 2**20

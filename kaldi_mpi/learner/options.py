@@ -108,6 +108,7 @@ class TrainOptions:
         dir: where the model goes.
         xconfig: the network; need not be there with `input_model`.
         data: what is read; of chain training its alignment directory is the tree's.
+        lat_dir: of chain training, lattices for examples that are still to be made.
         chain: of chain training; None: cross-entropy (or a raw network's objective).
         phases: strategies in turn, and how long each lasts.
         settings: of the strategies.
@@ -126,6 +127,7 @@ class TrainOptions:
     xconfig: str
     data: DataOptions
     chain: ChainSettings | None
+    lat_dir: str | None
     phases: tuple[PhaseSpec, ...]
     settings: Settings
     num_epochs: float
@@ -344,6 +346,7 @@ def _settle(
             notes.lines.append("--strategy is expair: under allreduce there is no backstitch")
     phases = checked(lambda: parse_sequence(strategy, given["num_epochs"], usual, NAMES))
     given.setdefault("frame_subsampling_factor", None)
+    given.setdefault("lat_dir", None)
     given["chain"] = checked(lambda: _chain_options(given)) if in_chain else None
     if complaints:
         return None

@@ -123,6 +123,8 @@ def egs_options(words: str, egs_dir_given: bool, notes: Notes, chain: bool = Fal
             complaints.append(f"{where}: {name!r} is not an option with a value")
             continue
         given[name[2:].replace("_", "-")] = rest.pop(0)
+    if chain and not egs_dir_given:
+        notes = Notes()  # get_egs.sh itself takes them
     if given and egs_dir_given and not complaints:
         notes.lines.append(f"{where} is ignored: the examples of --egs.dir are there already")
     for name, value in given.items():

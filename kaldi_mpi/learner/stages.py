@@ -23,7 +23,7 @@ from kaldi_mpi.learner.options import TrainOptions
 
 _LDA, _PRIOR_SCALE, _INITIAL = -3, -2, -1
 _LDA_WITHOUT_PRIORS = -2  # of raw networks and chain models
-PHONE_LM, DENOMINATOR = -6, -5
+PHONE_LM, DENOMINATOR, AFTER_EXAMPLES = -6, -5, -2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,9 @@ def link(recipe: Path) -> None:
         place.symlink_to(steps)
     except OSError as error:
         raise DataError(f"cannot be made: {error.strerror}", file=str(place)) from error
-    logger.info("%s leads to %s: call steps_mpi/nnet3/train_rnn.py instead of steps/nnet3/train_rnn.py", place, steps)
+    logger.info(
+        "%s leads to %s: call steps_mpi/nnet3/train_rnn.py instead of steps/nnet3/train_rnn.py, and so on", place, steps
+    )
 
 
 def unlink(recipe: Path) -> None:

@@ -24,8 +24,10 @@ from kaldi_mpi.errors import ConfigError
 from kaldi_mpi.hangs import ON_HANG
 from kaldi_mpi.learner.options import TrainOptions, kaldi_names, make_parser, option_names, read
 from kaldi_mpi.learner.recipe_options import CHAIN, DNN, RAW_DNN, RAW_RNN, RNN
+from kaldi_mpi.learner.stages import AFTER_EXAMPLES
 from kaldi_mpi.options import Words
 from kaldi_mpi.processes import STOPPED
+from kaldi_mpi.programs.chain_egs import make_examples, missing_for_examples, remove_examples
 from kaldi_mpi.programs.job import lines_of, run_job
 from kaldi_mpi.programs.link import steps_folder
 
@@ -108,12 +110,19 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
     complaints += [complaint] if complaint else []
     if options is not None and program is not None:
         complaints += _missing(options)
+    if options is not None and program == CHAIN:
+        complaints += missing_for_examples(options)
     if complaints or options is None:
         raise ConfigError("\n".join(complaints))
 
     learners = int(asked) if asked else default_learners(options, command)
     folder = Path(options.dir)
     (folder / "log").mkdir(parents=True, exist_ok=True)
+    egs = None
+    if program == CHAIN and options.data.egs_dir is None:
+        egs = make_examples(options, dict(words.pairs))
+        passed = [word for word in passed if not word.startswith(("--egs.opts=", "--feat.cmvn-opts="))]
+        passed += [f"--egs.dir={egs}", f"--stage={max(options.stage, AFTER_EXAMPLES)}"]
     log = folder / "log" / "train.log"
     python = [sys.executable, "-m", "kaldi_mpi"]
     processes = learners + (1 if options.settings.dedicated_server else 0)
@@ -138,6 +147,8 @@ def start(name: str, program: str | None, arguments: Sequence[str]) -> int:
         print(line)
     final = folder / ("final.raw" if options.raw else "final.mdl")
     if final.exists() and final.stat().st_mtime >= int(began):
+        if egs is not None and options.cleanup and options.remove_egs:
+            remove_examples(egs)
         print(f"{name}: trained {final} with {learners} learner(s)")
         return 0
     left = _lines_with("stopped before iteration", log)

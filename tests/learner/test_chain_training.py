@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kaldi_mpi.nnet3 import read_am
-from tests.paths import golden
-from tests.toy import train
+from tests.paths import REPO, golden
+from tests.toy import environment, train
 
 _WIDTH, _LEFT, _RIGHT, _PDFS = 60, 7, 7, 56
 
@@ -124,6 +126,48 @@ def test_what_is_refused(given: Path) -> None:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
         assert result.returncode == 1 and any(re.search(says, line) for line in errors), (name, result.stderr)
         assert not (folder / "final.mdl").exists()
+
+
+GET_EGS = """\
+#!/usr/bin/env bash
+printf '%s\\n' "$@" > get_egs.words
+cp -r "{egs}" "${{@: -1}}"
+"""
+
+
+def test_a_recipe_without_examples(given: Path) -> None:
+    """Kaldi's script makes them, in its place a program that copies some; it gets what chain/train.py gives it."""
+    recipe = given / "recipe"
+    (recipe / "steps/nnet3/chain").mkdir(parents=True)
+    folder = experiment(recipe, "exp")
+    shutil.copy(golden("chain/normalization.fst"), folder)
+    (given / "data").mkdir()
+    (given / "data" / "feats.scp").touch()
+    (given / "lats").mkdir()
+    (given / "lats" / "lat.1.gz").touch()
+    words = [word for word in options(given, folder)[1:] if not word.startswith("--egs.dir")]
+    words += [f"--cmd={REPO / 'steps_mpi' / 'run.py'}", "--num-learners=1", "--egs.opts=--num-utts-subset 17"]
+    command = [sys.executable, str(REPO / "steps_mpi/nnet3/chain/train.py"), *words]
+
+    def call() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=recipe, env=environment(), capture_output=True, text=True, check=False)
+
+    without = call()
+    assert without.returncode == 1 and "there is no steps/nnet3/chain/get_egs.sh here" in without.stderr
+    script = recipe / "steps/nnet3/chain/get_egs.sh"
+    script.write_text(GET_EGS.format(egs=given / "egs"))
+    script.chmod(0o755)
+    done = call()
+    assert done.returncode == 0, done.stderr
+    found = (recipe / "get_egs.words").read_text().splitlines()
+    assert found[:2] == ["--num-utts-subset", "17"] and found[-4:] == [
+        str(given / "data"), str(folder), str(given / "lats"), str(folder / "egs")
+    ]  # fmt: skip
+    given_options = dict(zip(found[2:-4:2], found[3:-4:2], strict=True))
+    assert given_options["--left-context"] == given_options["--right-context"] == str(_LEFT)
+    assert given_options["--frames-per-eg"] == str(_WIDTH) and given_options["--right-context-final"] == "-1"
+    assert (folder / "final.mdl").exists()
+    assert not list((folder / "egs").glob("cegs.*.ark")) and (folder / "egs" / "combine.cegs").exists()
 
 
 @pytest.mark.thorough
