@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kaldi_mpi.chain.denominator import Denominator
@@ -140,3 +141,19 @@ def graphs_of(supervision: ChainSupervision[Tensor]) -> SupervisionGraphs:
         costs=supervision.costs.numpy(),
         nexts=supervision.nexts.numpy(),
     )
+
+
+def occupations(
+    supervision: ChainSupervision[Tensor],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """How much a minibatch's supervision occupies pdfs by its own weights, where no output says anything.
+
+    Returns:
+        of all pdfs that occur: the row (sequence times T plus frame), the pdf and the occupation times the weight.
+    """
+    graphs = graphs_of(supervision)
+    numerator = prepare_numerator(graphs, supervision.num_pdfs)
+    _, posteriors = numerator.sums(torch.zeros(graphs.num_sequences, graphs.frames, graphs.num_pdfs))
+    assert posteriors is not None
+    rows, pdfs = np.divmod(numerator.entries, graphs.num_pdfs)
+    return rows, pdfs, graphs.weight * posteriors.numpy().astype(np.float64)

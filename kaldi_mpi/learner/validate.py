@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kaldi_mpi.learner.batches import Batch
+from kaldi_mpi.learner.chain_objective import occupations
 from kaldi_mpi.learner.dataset import Dataset
 from kaldi_mpi.learner.flat import FlatParameters
 from kaldi_mpi.learner.iterations import IterationModels, sum_statistics
@@ -163,8 +164,9 @@ def lda_statistics(
 ) -> LdaStats:
     """LDA statistics of what `component` receives, over about `max_chunks` random chunks and all learners.
 
-    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats. With a label delay
-    (``delay=``) a label belongs to the frame that much later, as in Kaldi's init.config.
+    A frame with several labels counts for each of them by its weight, as in nnet3-acc-lda-stats; a chain example's by
+    what its supervision occupies, as in nnet3-chain-acc-lda-stats. With a label delay (``delay=``) a label belongs to
+    the frame that much later, as in Kaldi's init.config.
 
     Args:
         model: built with any transform for `component`; only the layers below it are used.
@@ -173,6 +175,13 @@ def lda_statistics(
     delay = model.config.lda_delays.get(component, 0)
     stats = LdaStats(model.by_name[component].input_dim, model.output_dim)
     for batch in how.batches(source, seed, max_chunks):
+        if batch.supervision is not None:
+            last = (batch.shape.width - 1) * batch.shape.subsampling + 1
+            spliced = model.node_input(component, batch.feats, batch.first - delay, last, batch.ivectors).cpu()
+            rows = spliced[:, :: batch.shape.subsampling].reshape(-1, spliced.shape[2]).numpy().astype(np.float64)
+            where, pdfs, occupied = occupations(batch.supervision)
+            stats.accumulate(np.rint(rows / _LDA_QUANTUM)[where] * _LDA_QUANTUM, pdfs, occupied)
+            continue
         # With an output delay the network needs less context than the component: frames may be missing at the ends.
         first = batch.first - delay
         low, high = model.node_frames(component, batch.shape.rows, first, batch.shape.width)

@@ -17,6 +17,7 @@ from kaldi_mpi.chain.denominator import Denominator
 from kaldi_mpi.chain.denominator_graph import denominator_graph
 from kaldi_mpi.chain.objective import ChainOptions
 from kaldi_mpi.formats.fst import read_fst
+from kaldi_mpi.formats.tokens import read_matrix
 from kaldi_mpi.learner.batches import DeviceBatches
 from kaldi_mpi.learner.chain_objective import LfMmi
 from kaldi_mpi.learner.faults import Injector
@@ -26,9 +27,11 @@ from kaldi_mpi.learner.objective import DerivativeTimes
 from kaldi_mpi.learner.optimiser import KaldiSgd
 from kaldi_mpi.learner.state import TrainingState
 from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.learner.validate import Pass, lda_statistics
 from kaldi_mpi.loader import ChainExamples, MinibatchReader, MinibatchRule
-from kaldi_mpi.models import AcousticModel
+from kaldi_mpi.models import AcousticModel, build_model
 from kaldi_mpi.models.chance import Chance
+from kaldi_mpi.models.xconfig import parse_xconfig_text
 from kaldi_mpi.nnet3 import read_am, read_nnet, to_torch
 from kaldi_mpi.transport.world import SoloWorld
 from tests.learner.golden_training import NEVER, FixedRate, arrays, parameters
@@ -193,3 +196,28 @@ def test_every_figure_of_compute_prob() -> None:
         ours = next(mine for mine in score.lines() if mine.split("'")[1] == line.split("'")[1])
         found = re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", ours)
         np.testing.assert_allclose([float(n) for n in found], [float(n) for n in theirs], rtol=1e-5, err_msg=line)
+
+
+def test_lda_statistics_are_kaldis() -> None:
+    """Of the golden recipe with an LDA layer: the supervision's occupation is a frame's label."""
+    config = parse_xconfig_text(
+        "input dim=40 name=input\n"
+        "fixed-affine-layer name=lda input=Append(-1,0,1) affine-transform-file=lda.mat\n"
+        f"output-layer name=output include-log-softmax=false dim={PDFS}\n"
+    )
+    model = build_model(config, seed=0, transforms={"lda.mat": np.eye(120, 121, dtype=np.float32)})
+    examples = ChainExamples.open(golden("chain/train/egs.ark"), shifts=False)
+
+    class Data:
+        def batches(self, *_: object, **__: object) -> DeviceBatches:
+            return batches("train/egs.ark", 16)
+
+    how = Pass(Data(), SoloWorld(), torch.device("cpu"))  # type: ignore[arg-type]
+    stats = lda_statistics(model, "lda", examples, how, 10**6, 0)
+    text = golden("chain/lda/stats.txt").read_text()
+    counts = np.array([float(word) for word in re.findall(r"<ZERO_ACCS>  \[ ([^\]]*)\]", text)[0].split()])
+    # Features are rounded to 1/64 here: sums over them hold for any number of learners.
+    np.testing.assert_allclose(stats.counts, counts, rtol=1e-5)
+    # Rows have either sign.
+    ours, theirs = (matrix.T @ matrix for matrix in (stats.estimate(), read_matrix(golden("chain/lda/lda.mat"))))
+    assert float(np.abs(ours - theirs).max()) < 2e-3 * float(np.abs(theirs).max())
