@@ -41,13 +41,14 @@ def allowed_paths(graph: Fst, frames: int, rng: np.random.Generator) -> Fst:
     ways = [[int(rng.choice(len(initial), p=initial))] for _ in range(_PATHS)]
     used: list[set[int]] = [set() for _ in range(frames)]  # arcs of the graph, by frame
     for way in ways:
-        for arcs in used:
+        for of_frame in used:
             arc = int(rng.integers(graph.first_arc[way[-1]], graph.first_arc[way[-1] + 1]))
-            arcs.add(arc)
+            of_frame.add(arc)
             way.append(int(graph.nexts[arc]))
     sources = np.repeat(np.arange(len(graph.finals)), np.diff(graph.first_arc))
     # Every way begins in state 0 here, whatever state of the graph that is; then a state for each place and time.
-    places = [(0, -1)] + sorted({(frame + 1, int(graph.nexts[arc])) for frame in range(frames) for arc in used[frame]})
+    reached = {(frame + 1, int(graph.nexts[arc])) for frame in range(frames) for arc in used[frame]}
+    places = [(0, -1), *sorted(reached)]
     number = {place: count for count, place in enumerate(places)}
     arcs: list[list[Arc]] = [[] for _ in places]
     for frame in range(frames):

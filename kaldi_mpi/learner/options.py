@@ -24,7 +24,18 @@ from kaldi_mpi.learner.dropout_schedule import DropoutSchedule
 from kaldi_mpi.learner.faults import Fault, parse_faults
 from kaldi_mpi.learner.images import ImageAugmentation
 from kaldi_mpi.learner.passed_on import Notes, egs_options, phone_lm_options, train_options
-from kaldi_mpi.learner.recipe_options import CHAIN, DNN, IGNORED, PROGRAMS, RAW_DNN, RAW_RNN, RNN, WHOLE, options_of
+from kaldi_mpi.learner.recipe_options import (
+    CHAIN,
+    DNN,
+    FOR_GET_EGS,
+    IGNORED,
+    PROGRAMS,
+    RAW_DNN,
+    RAW_RNN,
+    RNN,
+    WHOLE,
+    options_of,
+)
 from kaldi_mpi.learner.shrinking import Shrinking
 from kaldi_mpi.loader import MinibatchRule
 from kaldi_mpi.log import logger
@@ -390,6 +401,8 @@ def _note_options(given: dict[str, Any], program: str, words: dict[str, str], no
         word = next((words[name] for name in (option.name, *option.aliases) if name in words), None)
         if word is None:
             continue
+        if program == CHAIN and given["egs_dir"] is None and option.name in FOR_GET_EGS:
+            continue  # programs/chain_egs.py hands them on
         if option.use == IGNORED and given[option.name] != option.default_of(program):
             notes.lines.append(f"option --{option.name} {word} is ignored: {option.note}")
         if program in option.ignored_by and given[option.dest] != option.default_of(program):

@@ -34,29 +34,20 @@ _EGS: dict[str, str] = {
     **dict.fromkeys(("num-utts-subset-valid", "num-utts-subset-train"), "--num-utts-subset says how many are held out"),
 }  # fmt: skip
 # Those that would change the training: the harmless value, which needs no line, and what the warning of another says.
-_NO_ONLINE_CMVN = ("false", "online CMVN is not done, normalisation is by speaker")
 _EGS_CHANGES = {
-    "online-cmvn": _NO_ONLINE_CMVN,
+    "online-cmvn": ("false", "online CMVN is not done, normalisation is by speaker"),
     "frame-subsampling-factor": ("1", "every frame gets an output"),
     "transform-dir": ("", "features are not transformed"),
 }
-# The same of steps/nnet3/chain/get_egs.sh.
-_CHAIN_EGS: dict[str, str] = {
-    **_EGS,
-    **dict.fromkeys(
-        ("frames-per-iter", "frame-subsampling-factor", "alignment-subsampling-factor", "left-tolerance",
-         "right-tolerance"), _GIVEN_OTHERWISE,
-    ),
-    **dict.fromkeys(("max-jobs-run", "max-shuffle-jobs-run"), _NO_EGS),
-    "acwt": "lattices are not pruned",
-}  # fmt: skip
-_CHAIN_EGS_CHANGES = {
-    "online-cmvn": _NO_ONLINE_CMVN,
-    "constrained": ("true", "phones are bound to their times in the lattices"),
-    "lattice-lm-scale": ("", "lattices' scores are not used"),
-    "lattice-prune-beam": ("", "lattices are not pruned"),
-    "deriv-weights-scp": ("", "all frames count alike"),
-}
+# Those of steps/nnet3/chain/get_egs.sh, which is called with them.
+_CHAIN_EGS = frozenset(
+    ("acwt", "alignment-subsampling-factor", "cmd", "cmvn-opts", "compress", "config", "constrained",
+     "deriv-weights-scp", "frame-subsampling-factor", "frames-overlap-per-eg", "frames-per-eg", "frames-per-iter",
+     "generate-egs-scp", "lattice-lm-scale", "lattice-prune-beam", "left-context", "left-context-initial",
+     "left-tolerance", "max-jobs-run", "max-shuffle-jobs-run", "num-egs-diagnostic", "num-train-egs-combine",
+     "num-utts-subset", "num-valid-egs-combine", "online-cmvn", "online-ivector-dir", "right-context",
+     "right-context-final", "right-tolerance", "srand", "stage")
+)  # fmt: skip
 
 # nnet3-train's options that act here: name -> (field, type)
 _ACTING: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -109,13 +100,12 @@ def egs_options(words: str, egs_dir_given: bool, notes: Notes, chain: bool = Fal
 
     Args:
         words: ``--a 1 --b 2``, as get_egs.sh takes them; _ and - are the same.
-        chain: whether that is steps/nnet3/chain/get_egs.sh.
+        chain: whether that is steps/nnet3/chain/get_egs.sh, which is called with all of them.
 
     Raises:
         ConfigError: an option that get_egs.sh does not have, one without a value, or a number that is none.
     """
     where, subset, complaints = "--egs.opts", 300, []
-    ignored, changes = (_CHAIN_EGS, _CHAIN_EGS_CHANGES) if chain else (_EGS, _EGS_CHANGES)
     given, rest = {}, words.replace("=", " ").split()
     while rest:
         name = rest.pop(0)
@@ -123,21 +113,22 @@ def egs_options(words: str, egs_dir_given: bool, notes: Notes, chain: bool = Fal
             complaints.append(f"{where}: {name!r} is not an option with a value")
             continue
         given[name[2:].replace("_", "-")] = rest.pop(0)
-    if chain and not egs_dir_given:
-        notes = Notes()  # get_egs.sh itself takes them
     if given and egs_dir_given and not complaints:
         notes.lines.append(f"{where} is ignored: the examples of --egs.dir are there already")
     for name, value in given.items():
         if name == "num-utts-subset":
             subset = _collected(at_least(1), value, f"{where}: --{name}", complaints)
-        elif name in changes:
-            harmless, why = changes[name]
+        elif chain:
+            if name not in _CHAIN_EGS:
+                complaints.append(f"{where}: chain/get_egs.sh has no option --{name}")
+        elif name in _EGS_CHANGES:
+            harmless, why = _EGS_CHANGES[name]
             if value != harmless and not egs_dir_given:
                 notes.warnings.append(f"{where} --{name} {value} does nothing: {why}")
-        elif name not in ignored:
+        elif name not in _EGS:
             complaints.append(f"{where}: get_egs.sh has no option --{name}")
         elif not egs_dir_given:
-            notes.lines.append(f"{where} --{name} {value} is ignored: {ignored[name]}")
+            notes.lines.append(f"{where} --{name} {value} is ignored: {_EGS[name]}")
     if complaints:
         raise ConfigError("\n".join(complaints))
     return subset

@@ -163,8 +163,9 @@ OPTIONS: tuple[RecipeOption, ...] = (
         "beginning of an utterance; -1: as elsewhere", programs=_CHUNKS),
     _honoured("egs.chunk-right-context-final", "chunk_right_context_final", _FROM_MINUS_1, -1, "the same at its end; "
         "-1: as elsewhere", programs=_CHUNKS),
-    _translated("egs.opts", "egs_opts", text, None, "options of get_egs.sh: `--num-utts-subset N` utterances are held "
-        "out (at most a tenth of all); the others are ignored, each with a line"),
+    _translated("egs.opts", "egs_opts", text, None, "options of get_egs.sh, which is called for chain training alone: "
+        "elsewhere `--num-utts-subset N` utterances are held out (at most a tenth of all), and the others are ignored, "
+        "each with a line"),
     _ignored("egs.stage", _ANY, 0, "no examples are made, features are read as they are needed"),
     _ignored("egs.cmd", text, None, "no examples are made, features are read as they are needed"),
     _honoured("image.augmentation-opts", "image_augmentation", text, None, "options of nnet3-egs-augment-image: images "
@@ -275,6 +276,9 @@ OPTIONS: tuple[RecipeOption, ...] = (
 )  # fmt: skip
 
 BY_NAME: dict[str, RecipeOption] = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+
+
+FOR_GET_EGS = ("egs.stage", "egs.cmd")  # what chain/train.py has for get_egs.sh, where that makes examples
 
 
 def options_of(program: str | None) -> list[RecipeOption]:

@@ -164,16 +164,34 @@ def test_left_deriv_truncate_goes_before_the_margin() -> None:
         assert read([*given, *more])[0].deriv_truncate_margin == -4
 
 
-@pytest.mark.parametrize("script", ["get_egs.sh", "get_egs_targets.sh", "chain/get_egs.sh"])
-def test_options_inside_egs_opts(script: str) -> None:
-    """Each of the script's variables is an option that has an effect or a line, if it is not harmless."""
+def options_of_script(script: str) -> list[str]:
     source = (kaldi_root() / "egs/wsj/s5/steps/nnet3" / script).read_text().partition("parse_options.sh")[0]
     names = re.findall(r"^([a-z_]+)=", source, re.M)
     assert len(names) > 15
-    for name in names:
+    return names
+
+
+@pytest.mark.parametrize("script", ["get_egs.sh", "get_egs_targets.sh"])
+def test_options_inside_egs_opts(script: str) -> None:
+    """Each of the script's variables is an option that has an effect or a line, if it is not harmless."""
+    for name in options_of_script(script):
         notes = Notes()
-        subset = egs_options(f"--{name} 17", False, notes, script.startswith("chain"))
+        subset = egs_options(f"--{name} 17", False, notes)
         assert len(notes.lines) + len(notes.warnings) + (subset == 17) == 1, name
+
+
+def test_options_inside_egs_opts_of_chain() -> None:
+    """The script itself gets them, so what it has is taken without a line, and nothing else is."""
+    there = options_of_script("chain/get_egs.sh")
+    for name in there:
+        notes = Notes()
+        assert egs_options(f"--{name} 17", False, notes, chain=True) == (17 if name == "num_utts_subset" else 300)
+        assert not notes.lines and not notes.warnings, name
+    others = {*options_of_script("get_egs.sh"), *options_of_script("get_egs_targets.sh")} - set(there)
+    assert len(others) > 5
+    for name in others:
+        with pytest.raises(ConfigError, match=f"chain/get_egs.sh has no option --{name.replace('_', '-')}"):
+            egs_options(f"--{name} 17", False, Notes(), chain=True)
 
 
 def options_of_program(path: str) -> dict[str, str]:
