@@ -10,6 +10,7 @@ frame. Outputs are noise. Times are of the objective with its derivative, the me
     cyclic           the same, of unconstrained supervisions
 
     objective        all of it: denominator, constrained numerator, l2 and the derivatives of both outputs
+    step             a whole step of the learner with it (--steps): the TDNN-F of mini_librispeech's run_tdnn_1k.sh
 
 and, if KALDI_ROOT is set and the device is the CPU, a minibatch of nnet3-chain-train on the same graph with a network
 that costs next to nothing (kaldi_objective.py): it is to be compared with denominator and constrained numerator.
@@ -26,6 +27,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,19 @@ from kaldi_mpi.chain.objective import ChainOptions, chain_objective
 from kaldi_mpi.chain.supervision_graphs import SupervisionGraphs, supervision_graphs
 from kaldi_mpi.formats.fst import Fst
 from kaldi_mpi.formats.supervision import Supervision
+from kaldi_mpi.learner.chain_objective import LfMmi
+from kaldi_mpi.learner.faults import Injector
+from kaldi_mpi.learner.flat import FlatParameters
+from kaldi_mpi.learner.logs import TrainingLog
+from kaldi_mpi.learner.objective import DerivativeTimes
+from kaldi_mpi.learner.optimiser import KaldiSgd
+from kaldi_mpi.learner.schedule import ExponentialRate
+from kaldi_mpi.learner.state import TrainingState
+from kaldi_mpi.learner.step import LearnerStep
+from kaldi_mpi.loader import ChainSupervision, ChunkShape, Minibatch
+from kaldi_mpi.models import build_model
+from kaldi_mpi.models.chance import Chance
+from kaldi_mpi.models.xconfig import parse_xconfig_text
 
 PHONES, FRAMES, LEAKY = 40, 50, 0.1
 PDFS = 2 * PHONES * PHONES
@@ -137,6 +152,62 @@ def measure(graph: DenominatorGraph, sequences: int, device: torch.device, round
     return {name: round(1e6 * seconds / (sequences * FRAMES), 3) for name, seconds in found.items()}
 
 
+def xconfig() -> str:
+    """The network of mini_librispeech/s5/local/chain/tuning/run_tdnn_1k.sh without i-vectors and dropout."""
+    l2 = "l2-regularize=0.03"
+    layers = "".join(
+        f"tdnnf-layer name=tdnnf{n} {l2} bypass-scale=0.66 dim=768 bottleneck-dim=96 time-stride={stride}\n"
+        for n, stride in enumerate((1, 1, 1, 0, *(3 for _ in range(8))), 2)
+    )
+    ends = "".join(
+        f"prefinal-layer name=prefinal-{name} input=prefinal-l {l2} small-dim=192 big-dim=768\n{output}"
+        for name, output in (
+            ("chain", f"output-layer name=output include-log-softmax=false dim={PDFS} l2-regularize=0.015\n"),
+            ("xent", f"output-layer name=output-xent dim={PDFS} learning-rate-factor=5.0 l2-regularize=0.015\n"),
+        )
+    )
+    return (
+        f"input dim=40 name=input\nrelu-batchnorm-layer name=tdnn1 {l2} dim=768 input=Append(-1,0,1)\n{layers}"
+        f"linear-component name=prefinal-l dim=192 {l2} orthonormal-constraint=-1.0\n{ends}"
+    )
+
+
+def step_time(graph: DenominatorGraph, sequences: int, device: torch.device, rounds: int) -> float:
+    """Microseconds an output frame of a learner's step, objective, natural gradient and update included."""
+    model = build_model(parse_xconfig_text(xconfig()), seed=0).to(device)
+    model.use_natural_gradient()
+    model.train()
+    model.mode.chance = Chance(0, 0)
+    flat = FlatParameters.of_model(model)
+    shape = ChunkShape(FRAMES, model.left_context + 1, model.right_context + 3, subsampling=3)
+    graphs = made_supervisions(sequences, FRAMES, False)
+    names = ("first_state", "first_sequence", "first_arc", "finals", "pdfs", "costs", "nexts")
+    arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(graphs, name))) for name in names}
+    supervision = ChainSupervision(1.0, FRAMES, PDFS, False, **arrays)
+    feats = torch.randn(sequences, shape.rows, 40, generator=torch.Generator().manual_seed(2)).to(device)
+    frames = sequences * FRAMES
+    labels = torch.zeros(sequences, 0, dtype=torch.int64)
+    batch = Minibatch(feats, labels, frames, frames, float(frames), 0, 0, shape, supervision=supervision)
+    rate = ExponentialRate(1e-6, 1e-6, 10**9)
+    with tempfile.TemporaryDirectory() as name:
+        learner = LearnerStep(
+            TrainingState(model, flat, KaldiSgd(flat, 0.0, 2.0), []),
+            rate,
+            1,
+            DerivativeTimes(),
+            TrainingLog(Path(name), 0, rate, 1.0),
+            Injector((), 0),
+            objective=LfMmi(Denominator(graph, LEAKY), ChainOptions(0.0, 0.1, LEAKY)),
+        )
+
+        def step() -> None:
+            learner.begin(batch, sequences)
+            learner.compute(batch)
+            learner.update(None, together=False)
+
+        return round(1e6 * median_time(rounds, device, step) / frames, 1)
+
+
 def main() -> None:
     """Time, print a table and the JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -145,6 +216,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=2, help="of the learner that are timed; 0: none")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, object] = {"threads": options.threads, "frames": FRAMES, "device": options.device}
@@ -153,6 +225,10 @@ def main() -> None:
         graph = denominator_graph(fst, PDFS)
         for sequences in options.sequences:
             found = measure(graph, sequences, torch.device(options.device), options.rounds)
+            if options.steps:
+                found["step"] = step_time(graph, sequences, torch.device(options.device), options.steps)
+                objective = found["objective"] + found["constrained_prepared"]
+                found["objective_share_of_step"] = round(objective / found["step"], 4)
             if "KALDI_ROOT" in os.environ and options.device == "cpu":
                 root = Path(os.environ["KALDI_ROOT"])
                 seconds = kaldi_seconds(root, fst, PDFS, sequences, FRAMES, LEAKY)
