@@ -37,6 +37,7 @@ VERBS = {
     "prepare-lang": ("kaldi_mpi.embedded.lang", "main", "make a lang directory from a dictionary"),
     "train-mono": ("kaldi_mpi.embedded.mono", "main", "train a monophone GMM system"),
     "align-si": ("kaldi_mpi.embedded.align", "main", "align data with a GMM system"),
+    "get-chain-egs": ("kaldi_mpi.embedded.chain_egs", "main", "make examples for chain training"),
     "mkgraph": ("kaldi_mpi.embedded.graph", "main", "make a decoding graph"),
     "decode": ("kaldi_mpi.embedded.decode", "main", "decode into lattices"),
     "score": ("kaldi_mpi.embedded.score", "main", "score lattices, as steps/score_kaldi.sh does"),
